@@ -1,0 +1,1 @@
+"""From a checkpoint to a bundle: ONNX graphs, engines, parity with PyTorch, manifest."""

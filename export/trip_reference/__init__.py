@@ -1,0 +1,1 @@
+"""The PyTorch reference of TRIP: model, demo data, training, evaluation."""

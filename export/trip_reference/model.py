@@ -1,0 +1,91 @@
+"""The whole TRIP model in PyTorch: text encoder, VAE, residual UNet and noise fusion under one roof."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet3DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from trip_reference.fusion import NoiseFusion
+from trip_reference.presets import Preset
+from trip_reference.unet import ResidualUNet
+from trip_rt.config import TripConfig
+
+
+class TripModel(nn.Module):
+    """TRIP (arXiv 2403.17005). Public tensors are fp32 `[B, C, F, H, W]`; pixels lie in [−1, 1]."""
+
+    def __init__(self, config: TripConfig, unet: UNet3DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel):
+        super().__init__()
+        self.config = config
+        self.residual_unet = ResidualUNet(unet, config.first_frame)
+        self.fusion = NoiseFusion(config)
+        self.vae = vae
+        self.text_encoder = text_encoder
+
+    def encode_text(self, input_ids: Tensor) -> Tensor:
+        """int64 [B, text_length] → [B, text_length, text_width]. Padding is attended to, as Stable Diffusion's is."""
+        return self.text_encoder(input_ids).last_hidden_state
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """[B, 3, H, W] → the scaled mean latent [B, C, h, w]; nothing is drawn at random."""
+        return self.vae.encode(image).latent_dist.mean * self.config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[n, C, h, w] → [n, 3, H, W]."""
+        return self.vae.decode(latents / self.config.scaling_factor).sample
+
+    def predict_noise(
+        self, latents: Tensor, first_frame: Tensor, timestep: Tensor, text: Tensor, sqrt_alpha_bar: Tensor, sqrt_one_minus_alpha_bar: Tensor
+    ) -> Tensor:
+        """The fused noise ε̃ that training compares with ε and DDIM steps along; all per-step values are [B] or [1]."""
+        residual = self.residual_unet(latents, first_frame, timestep, text)
+        return self.fusion(latents, first_frame, residual, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, timestep)
+
+
+def build_unet(config: TripConfig, architecture: dict[str, Any]) -> UNet3DConditionModel:
+    """A UNet with random weights; its sizes that follow from `config` are filled in."""
+    stacked = 2 if config.first_frame == "channel" else 1
+    return UNet3DConditionModel(
+        sample_size=config.latent_height,
+        in_channels=config.latent_channels * stacked,
+        out_channels=config.latent_channels,
+        cross_attention_dim=config.text_width,
+        **architecture,
+    )
+
+
+def build_vae(config: TripConfig, architecture: dict[str, Any]) -> AutoencoderKL:
+    """A VAE with random weights."""
+    levels = len(architecture["block_out_channels"])
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        latent_channels=config.latent_channels,
+        sample_size=config.height,
+        scaling_factor=config.scaling_factor,
+        **architecture,
+    )
+
+
+def build_text_encoder(config: TripConfig, architecture: dict[str, Any]) -> CLIPTextModel:
+    """A CLIP text encoder with random weights."""
+    return CLIPTextModel(CLIPTextConfig(max_position_embeddings=config.text_length, **architecture))
+
+
+def build_model(preset: Preset, text_overrides: dict[str, Any] | None = None) -> TripModel:
+    """A whole model with random weights; `text_overrides` holds what only a tokenizer knows (vocabulary size, special ids)."""
+    return TripModel(
+        preset.trip,
+        build_unet(preset.trip, preset.unet),
+        build_vae(preset.trip, preset.vae),
+        build_text_encoder(preset.trip, preset.text_encoder | (text_overrides or {})),
+    )
+
+
+def as_tensor(value: float, like: Tensor) -> Tensor:
+    """A per-step scalar as the [1] tensor the networks take."""
+    return torch.tensor([value], dtype=torch.float32, device=like.device)

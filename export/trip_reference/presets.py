@@ -1,0 +1,128 @@
+"""The named models: `demo`, which is trained and shipped here, and `trip-256`, the paper's full size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from trip_rt.config import ScheduleConfig, TNFConfig, TripConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A TripConfig and the architecture of its networks, in the words of their own libraries."""
+
+    trip: TripConfig
+    unet: dict[str, Any]
+    vae: dict[str, Any]
+    text_encoder: dict[str, Any]
+
+
+# The demo keeps the full model's layout at a fortieth of its width. Its latents have 8 channels, not 4: pictures of 64×64 leave
+# 8×8 latents, and 4 numbers are too few for an 8×8 patch that holds a shape's edge.
+DEMO = Preset(
+    trip=TripConfig(
+        fusion="tnf",
+        first_frame="start",
+        normalize_prior=True,
+        num_frames=16,
+        height=64,
+        width=64,
+        fps=8,
+        latent_channels=8,
+        vae_scale_factor=8,
+        scaling_factor=1.0,  # measured after the VAE's training
+        text_length=16,
+        text_width=64,
+        guidance_scale=2.5,
+        num_inference_steps=50,
+        tnf=TNFConfig(hidden_size=64, num_heads=4, num_layers=2),
+        schedule=ScheduleConfig(
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            num_train_timesteps=1000,
+            timestep_spacing="trailing",
+            steps_offset=0,
+        ),
+    ),
+    unet=dict(
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        block_out_channels=(48, 96),
+        layers_per_block=1,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    ),
+    vae=dict(
+        block_out_channels=(16, 32, 64, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        force_upcast=False,
+    ),
+    text_encoder=dict(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        projection_dim=64,
+    ),
+)
+
+# ModelScopeT2V's UNet, Stable Diffusion's VAE, and OpenCLIP-H as Stable Diffusion 2.1 cuts it (23 of its 24 layers).
+TRIP_256 = Preset(
+    trip=TripConfig(
+        fusion="tnf",
+        first_frame="start",
+        normalize_prior=True,
+        num_frames=16,
+        height=256,
+        width=256,
+        fps=4,
+        latent_channels=4,
+        vae_scale_factor=8,
+        scaling_factor=0.18215,
+        text_length=77,
+        text_width=1024,
+        guidance_scale=7.5,
+        num_inference_steps=50,
+        tnf=TNFConfig(hidden_size=128, num_heads=4, num_layers=2),
+        schedule=ScheduleConfig(
+            beta_schedule="linear",
+            beta_start=1e-4,
+            beta_end=2e-2,
+            num_train_timesteps=1000,
+            timestep_spacing="leading",
+            steps_offset=1,
+        ),
+    ),
+    unet=dict(
+        down_block_types=("CrossAttnDownBlock3D", "CrossAttnDownBlock3D", "CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D", "CrossAttnUpBlock3D", "CrossAttnUpBlock3D"),
+        block_out_channels=(320, 640, 1280, 1280),
+        layers_per_block=2,
+        attention_head_dim=64,
+        norm_num_groups=32,
+    ),
+    vae=dict(
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        norm_num_groups=32,
+        mid_block_add_attention=True,
+        force_upcast=True,
+    ),
+    text_encoder=dict(
+        vocab_size=49408,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=23,
+        num_attention_heads=16,
+        projection_dim=512,
+        hidden_act="gelu",
+        bos_token_id=49406,
+        eos_token_id=49407,
+    ),
+)
+
+PRESETS = {"demo": DEMO, "trip-256": TRIP_256}

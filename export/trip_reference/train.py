@@ -1,0 +1,116 @@
+"""`trip-train`: from nothing to a checkpoint folder."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import time
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+
+from trip_reference import checkpoint
+from trip_reference.demo_data import encode_clips, render_clips
+from trip_reference.demo_text import build_tokenizer, text_overrides
+from trip_reference.model import build_model
+from trip_reference.presets import DEMO
+from trip_reference.train_denoiser import latent_scale, train_denoiser
+from trip_reference.train_vae import reconstruction_psnr, train_vae
+from trip_reference.training import StageConfig
+from trip_rt.command import add_json_flag, main_of, note, report
+
+VAE_STAGE = StageConfig(steps=4000, batch=8, lr=2e-3, ema_decay=0.995)
+DENOISER_STAGE = StageConfig(steps=3600, batch=8, lr=1e-3)
+CLIPS = 3000
+
+
+def train_demo(
+    folder: Path, seed: int, clip_count: int, vae_stage: StageConfig, denoiser_stage: StageConfig, fusion: str, first_frame: str, vae_from: Path | None
+) -> dict[str, object]:
+    """Train the demo model into `folder` and return what a report should say; resumes what it finds in `folder/training`."""
+    began = time.monotonic()
+    work = folder / "training"
+    work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer(DEMO.trip.text_length)
+    preset = dataclasses.replace(DEMO, trip=dataclasses.replace(DEMO.trip, fusion=fusion, first_frame=first_frame))
+    model = build_model(preset, text_overrides(tokenizer))
+    inputs = json.dumps([seed, clip_count, dataclasses.asdict(preset)], sort_keys=True)
+
+    clips = render_clips(preset.trip, clip_count)
+    if vae_from:
+        model.vae = AutoencoderKL.from_pretrained(vae_from / "vae", use_safetensors=True, local_files_only=True, torch_dtype=torch.float32)
+    else:
+        model.vae = train_vae(model.vae, clips, vae_stage, seed, work, inputs)
+    model.vae.to(torch.float16).to(torch.float32)  # the checkpoint's precision: the denoiser learns the latents that it will meet
+    model.vae.eval().requires_grad_(False)
+    held_out = render_clips(preset.trip, 32, held_out=True)
+    psnr = reconstruction_psnr(model.vae, held_out.frames[:, ::5].reshape(-1, *held_out.frames.shape[2:]))
+    note(f"VAE gives held-out frames back at {psnr:.2f} dB")
+
+    cache = work / "latents.safetensors"
+    if cache.exists():
+        latents = load_file(cache)["latents"]
+    else:
+        latents = encode_clips(model, clips.frames)
+        save_file({"latents": latents}, cache)
+    scale = latent_scale(latents)
+    model.config = dataclasses.replace(preset.trip, scaling_factor=scale)
+    train_denoiser(model, tokenizer, clips, latents * scale, denoiser_stage, seed, work, inputs)
+    checkpoint.save_pretrained(model, tokenizer.to_str(pretty=True), folder, torch.float16)
+    return {
+        "checkpoint": str(folder),
+        "seed": seed,
+        "fusion": fusion,
+        "first_frame": first_frame,
+        "vae_psnr_db": round(psnr, 2),
+        "scaling_factor": scale,
+        "seconds": round(time.monotonic() - began),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+    }
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="trip-train",
+        description="Train a TRIP model. --demo trains the small demo model from nothing on seeded, procedural clips.",
+        epilog="example: trip-train --demo -o checkpoints/demo      (run it again to resume)",
+    )
+    parser.add_argument("--demo", action="store_true", required=True, help="train on the demo world")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="checkpoint folder to write; its training/ keeps the state of the run")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--clips", type=int, default=CLIPS, help="how many clips to train on (%(default)s)")
+    parser.add_argument("--vae-steps", type=int, default=VAE_STAGE.steps, help="(%(default)s)")
+    parser.add_argument("--steps", type=int, default=DENOISER_STAGE.steps, help="of the denoiser (%(default)s)")
+    parser.add_argument("--fusion", choices=("tnf", "linear", "none"), default="tnf")
+    parser.add_argument("--first-frame", choices=("start", "end", "channel"), default="start")
+    parser.add_argument("--vae-from", type=Path, metavar="CHECKPOINT", help="take the VAE of this checkpoint and train only the rest")
+    add_json_flag(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    result = train_demo(
+        args.output,
+        args.seed,
+        args.clips,
+        dataclasses.replace(VAE_STAGE, steps=args.vae_steps),
+        dataclasses.replace(DENOISER_STAGE, steps=args.steps),
+        args.fusion,
+        args.first_frame,
+        args.vae_from,
+    )
+    report(args, result, f"{result['checkpoint']}: trained in {result['seconds']} s")
+    return 0
+
+
+main = main_of(build_parser, run)
+
+if __name__ == "__main__":
+    raise SystemExit(main())

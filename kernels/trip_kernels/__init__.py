@@ -1,0 +1,1 @@
+"""TRIP's own operations, each beside its plain-torch reference."""

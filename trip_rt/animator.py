@@ -1,0 +1,194 @@
+"""`Animator`: a picture and a sentence in, a clip out."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trip_rt import backends, images, video
+from trip_rt.bundle import COMPONENTS, Bundle, open_bundle
+from trip_rt.errors import InputError
+from trip_rt.sampler import Array, ddim_loop, initial_noise
+from trip_rt.schedule import DDIMStep, ddim_steps
+from trip_rt.tokenizer import PromptTokenizer
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Picture = "str | os.PathLike[str] | Image.Image | NDArray[np.uint8]"
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Animation:
+    """A finished clip: `frames` uint8 [F, H, W, 3], to be shown at `fps`."""
+
+    frames: NDArray[np.uint8]
+    fps: int
+    prompt: str
+    seed: int
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write .mp4, .gif, .webp, or a folder of PNGs; InputError where that cannot be done, and nothing partial is left."""
+        video.save(self.frames, path, self.fps)
+
+
+class Animator:
+    """Runs a bundle's engines. Opening one verifies every file of the bundle.
+
+    `backend` is one of `trip_rt.backends.NAMES` or `auto`; `threads` caps the engines' CPU threads. Use as a context manager, or `close()`.
+    A `Bundle` object is taken as verified.
+    """
+
+    def __init__(self, bundle: str | os.PathLike[str] | Bundle, backend: str = "auto", threads: int | None = None):
+        opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
+        self.tokenizer_json = opened.tokenizer_json
+        self.manifest = opened.manifest
+        self.config = opened.manifest.config
+        self.backend, self.backend_reason = backends.choose(opened.manifest, backend)
+        self._tokenizer = PromptTokenizer(opened.tokenizer_json, self.config.text_length)
+        cls = backends.engine_class(self.backend)
+        self.engines: dict[str, backends.Engine] = {}
+        for name in COMPONENTS:
+            spec = opened.manifest.engines[name][self.backend]
+            self.engines[name] = cls.open(opened.engine_path(spec), spec, threads)
+
+    def __call__(self, image: Any, prompt: str, *, seed: int = 0, **settings: Any) -> Animation:
+        """Animate one picture (path, PIL image, or uint8 [h, w, 3]) as `prompt` says. Settings are those of `batch`."""
+        return self.batch([image], [prompt], seeds=[seed], **settings)[0]
+
+    def batch(
+        self,
+        pictures: Sequence[Any],
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int] | None = None,
+        negative_prompt: str = "",
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        fit: str = "crop",
+        on_step: OnStep | None = None,
+    ) -> list[Animation]:
+        """Animate several pictures, `manifest.batch` at a time; a clip depends on its own seed and not on its neighbours.
+
+        `seeds` default to 0, 1, …; `num_inference_steps` and `guidance_scale` to the model's own; `fit` is `crop` or `letterbox`;
+        `on_step(done, total)` is called after every denoising step of all groups. InputError for anything out of bounds.
+        """
+        seeds = list(range(len(pictures))) if seeds is None else list(seeds)
+        if not len(pictures) == len(prompts) == len(seeds):
+            raise InputError(f"batch: found {len(pictures)} pictures, {len(prompts)} prompts and {len(seeds)} seeds, expected as many of each")
+        loaded = [images.load_image(picture, self.config.height, self.config.width, fit) for picture in pictures]
+        latents = self.latents(
+            np.stack(loaded) if loaded else np.zeros((0, self.config.height, self.config.width, 3), np.uint8),
+            prompts,
+            seeds,
+            negative_prompt=negative_prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            on_step=on_step,
+        )
+        clips = [np.concatenate(list(self.decode(clip))) for clip in latents]
+        return [Animation(clip, self.config.fps, prompt, seed) for clip, prompt, seed in zip(clips, prompts, seeds, strict=True)]
+
+    def stream(self, image: Any, prompt: str, *, seed: int = 0, fit: str = "crop", **settings: Any) -> Iterator[NDArray[np.uint8]]:
+        """One clip's frames, uint8 [H, W, 3] each, as they are decoded; settings as in `batch`."""
+        picture = images.load_image(image, self.config.height, self.config.width, fit)
+        for chunk in self.decode(self.latents(picture[None], [prompt], [seed], **settings)[0]):
+            yield from chunk
+
+    def latents(
+        self,
+        pictures: NDArray[np.uint8],
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        negative_prompt: str = "",
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        on_step: OnStep | None = None,
+    ) -> Array:
+        """The denoised latents float32 [n, C, F, h, w] of fitted pictures uint8 [n, H, W, 3]."""
+        guidance = self.config.guidance_scale if guidance_scale is None else guidance_scale
+        if not (math.isfinite(guidance) and 0 <= guidance <= 100):
+            raise InputError(f"guidance scale: found {guidance}, expected 0 to 100")
+        if wrong := [seed for seed in seeds if not 0 <= seed < 2**64]:
+            raise InputError(f"seed: found {wrong[0]}, expected 0 to 2^64 − 1")
+        steps = ddim_steps(self.config.schedule, self.config.num_inference_steps if num_inference_steps is None else num_inference_steps)
+        batch, groups = self.manifest.batch, []
+        total = len(steps) * math.ceil(len(pictures) / batch)
+        for start in range(0, len(pictures), batch):
+            rows = np.arange(start, start + batch).clip(max=len(pictures) - 1)  # the last group repeats its last clip
+            text = self._encode_text([negative_prompt] * batch + [prompts[row] for row in rows])
+            first_frame = self._encode_images(pictures[rows])
+            noise = initial_noise([seeds[row] for row in rows], self._latent_shape)
+
+            def report(done: int, _: int, before: int = len(groups) * len(steps)) -> None:
+                if on_step:
+                    on_step(before + done, total)
+
+            group = ddim_loop(self._noise_predictor(first_frame, text), first_frame, noise, steps, guidance, report)
+            groups.append(group[: len(pictures) - start])
+        return np.concatenate(groups) if groups else np.zeros((0, *self._latent_shape), np.float32)
+
+    def decode(self, latents: Array) -> Iterator[NDArray[np.uint8]]:
+        """One clip's frames from its latents [C, F, h, w], uint8 [≤ decode_frames, H, W, 3] at a time, so memory stays flat."""
+        for pixels in self.decode_pixels(latents):
+            yield images.to_frames(pixels)
+
+    def decode_pixels(self, latents: Array) -> Iterator[Array]:
+        """As `decode`, but the decoder's own float32 [n, 3, H, W], about −1 to 1."""
+        frames, chunk = latents.shape[1], self.manifest.decode_frames
+        for start in range(0, frames, chunk):
+            rows = np.arange(start, start + chunk).clip(max=frames - 1)
+            batch = np.ascontiguousarray(latents[:, rows].swapaxes(0, 1))
+            yield self.engines["vae_decoder"].run({"latents": batch})["image"][: frames - start]
+
+    def describe(self) -> dict[str, Any]:
+        """The backend in use, why, and what it runs on."""
+        return self.engines["unet"].describe() | {"reason": self.backend_reason}
+
+    def close(self) -> None:
+        for engine in self.engines.values():
+            engine.close()
+
+    def __enter__(self) -> Animator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def _latent_shape(self) -> tuple[int, int, int, int]:
+        config = self.config
+        return config.latent_channels, config.num_frames, config.latent_height, config.latent_width
+
+    def _encode_text(self, prompts: Sequence[str]) -> Array:
+        batch = self.manifest.batch
+        ids = self._tokenizer(prompts)
+        return np.concatenate([self.engines["text_encoder"].run({"input_ids": ids[i : i + batch]})["text"] for i in range(0, len(ids), batch)])
+
+    def _encode_images(self, pictures: NDArray[np.uint8]) -> Array:
+        latent: Array = self.engines["vae_encoder"].run({"image": images.to_model(pictures)})["latent"]
+        return latent
+
+    def _noise_predictor(self, first_frame: Array, text: Array) -> Callable[[Array, DDIMStep], Array]:
+        clean = np.concatenate([first_frame, first_frame])
+
+        def predict(latents: Array, step: DDIMStep) -> Array:
+            shared = {"latents": latents, "first_frame": clean, "timestep": np.array([step.timestep], np.int64)}
+            residual = self.engines["unet"].run(shared | {"text": text})["residual_noise"]
+            coefficients = {
+                "sqrt_alpha_bar": np.array([step.sqrt_alpha_bar], np.float32),
+                "sqrt_one_minus_alpha_bar": np.array([step.sqrt_one_minus_alpha_bar], np.float32),
+            }
+            noise: Array = self.engines["tnf"].run(shared | {"residual_noise": residual} | coefficients)["noise"]
+            return noise
+
+        return predict

@@ -1,0 +1,43 @@
+"""The manners every command shares: one clear line and exit code 2 for bad input, 130 for Ctrl-C, figures on request as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from trip_rt.errors import InputError
+
+
+def main_of(build_parser: Callable[[], argparse.ArgumentParser], run: Callable[[argparse.Namespace], int]) -> Callable[[Sequence[str] | None], int]:
+    """A console-script entry point out of a parser and a `run(args) -> exit code`."""
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        parser = build_parser()
+        args = parser.parse_args(argv)
+        try:
+            return run(args)
+        except InputError as error:
+            print(f"{parser.prog}: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print(f"{parser.prog}: interrupted", file=sys.stderr)
+            return 130
+
+    return main
+
+
+def add_json_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON line on stdout instead of text")
+
+
+def report(args: argparse.Namespace, figures: Any, text: str) -> None:
+    """The command's result on stdout: `text` for people, or `figures` where --json was asked for."""
+    print(json.dumps(figures) if args.json else text, flush=True)
+
+
+def note(text: str) -> None:
+    """Something worth knowing on the way, on stderr."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,241 @@
+"""Pictures in and out: strangers' files to uint8 arrays, uint8 arrays to model pixels and back, and contact sheets of clips."""
+
+from __future__ import annotations
+
+import os
+import stat
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trip_rt.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+ACCEPTED_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+MAX_MEGAPIXELS = 100
+MAX_FILE_MEGABYTES = 256
+MIN_SIDE = 8
+
+Fit = Literal["crop", "letterbox"]
+# What turns a picture upright, by its EXIF orientation.
+_TRANSPOSES = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+_EXPECTED = f"expected a picture file ({', '.join(ACCEPTED_FORMATS)})"
+
+
+def printable(text: str) -> str:
+    """`text` as one line: whatever would break or garble a terminal line (newlines, control codes, undecodable bytes) becomes `?`."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def load_image(
+    source: str | os.PathLike[str] | Image.Image | NDArray[np.uint8], height: int, width: int, fit: Fit = "crop"
+) -> NDArray[np.uint8]:
+    """A picture as uint8 [height, width, 3], upright and never distorted.
+
+    `source` is a path, a PIL image or a uint8 array [h, w], [h, w, 3] or [h, w, 4]. EXIF rotation is applied, transparency is laid
+    on white, 16-bit greyscale is scaled to 8 bits; of an animation the first frame counts. `fit="crop"` keeps the largest centred
+    part of the target's aspect; `fit="letterbox"` keeps all of it, padded with the mean colour of its outermost pixels.
+
+    Raises InputError for what cannot be used, before decoding it where it is larger than MAX_MEGAPIXELS or MAX_FILE_MEGABYTES.
+    """
+    from PIL import Image
+
+    if fit not in ("crop", "letterbox"):
+        raise InputError(f"fit: found {fit!r}, expected 'crop' or 'letterbox'")
+    if height < 1 or width < 1:
+        raise InputError(f"size: found height {height} and width {width}, expected both to be at least 1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of large pictures and broken metadata; here they are refused or do no harm
+        if isinstance(source, np.ndarray):
+            return _fitted(_from_array(source), "image array", height, width, fit)
+        if isinstance(source, Image.Image):
+            return _fitted(source, "image", height, width, fit)
+        name = printable(os.fsdecode(source))
+        _check_file(source, name)
+        with _open(source, name) as image:
+            return _fitted(image, name, height, width, fit)
+
+
+def to_model(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in [-1, 1]."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise ValueError(f"images: found {images.dtype} {list(images.shape)}, expected uint8 [B, H, W, 3]")
+    pixels = images.transpose(0, 3, 1, 2).astype(np.float32)  # [B, 3, H, W]
+    return np.ascontiguousarray(pixels / np.float32(127.5) - np.float32(1))
+
+
+def to_frames(pixels: NDArray[Any]) -> NDArray[np.uint8]:
+    """Model pixels [F, 3, H, W] in [-1, 1] to uint8 [F, H, W, 3]: clipped, rounded half to even. RuntimeError where any is NaN."""
+    if not np.issubdtype(pixels.dtype, np.floating) or pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ValueError(f"pixels: found {pixels.dtype} {list(pixels.shape)}, expected float32 [F, 3, H, W]")
+    if bad := int(np.isnan(pixels).sum()):
+        raise RuntimeError(f"pixels: found {bad} NaN of {pixels.size} values, expected none; a half-precision engine may have overflowed")
+    levels = np.rint((np.clip(pixels.astype(np.float32), -1, 1) + np.float32(1)) * np.float32(127.5))
+    return np.ascontiguousarray(levels.astype(np.uint8).transpose(0, 2, 3, 1))  # [F, H, W, 3]
+
+
+def contact_sheet(
+    clips: Sequence[NDArray[np.uint8]], columns: int = 8, labels: Sequence[str] | None = None, scale: int | None = None
+) -> Image.Image:
+    """An RGB picture with a row per clip (uint8 [F, H, W, 3]): up to `columns` evenly spaced frames, first and last among them.
+
+    `labels` are written above the rows. `scale` enlarges frames by whole pixels; by default so that the largest is about 160 wide.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    if not clips or columns < 1 or (labels is not None and len(labels) != len(clips)):
+        found = f"{len(clips)} clips, {columns} columns, {'no' if labels is None else len(labels)} labels"
+        raise ValueError(f"contact sheet: found {found}, expected a clip and a column at least, and a label for each clip or none")
+    for clip in clips:
+        if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[3] != 3 or 0 in clip.shape:
+            raise ValueError(f"clip: found {clip.dtype} {list(clip.shape)}, expected uint8 [F, H, W, 3]")
+    scale = scale or max(1, round(160 / max(clip.shape[2] for clip in clips)))
+    cell_width = scale * max(clip.shape[2] for clip in clips)
+    cells = max(min(columns, len(clip)) for clip in clips)
+    gap, margin, label_height = 4, 12, 24 if labels is not None else 0
+    heights = [label_height + scale * clip.shape[1] for clip in clips]
+    row_gap = margin if labels is not None else gap
+    size = (2 * margin + cells * cell_width + (cells - 1) * gap, 2 * margin + sum(heights) + row_gap * (len(clips) - 1))
+    sheet = Image.new("RGB", size, (255, 255, 255))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    top = margin
+    for row, clip in enumerate(clips):
+        if labels is not None:
+            label = _shortened(printable(labels[row]), lambda text: font.getlength(text) <= size[0] - 2 * margin)
+            draw.text((margin, top + label_height / 2), label, fill=(40, 40, 40), font=font, anchor="lm")
+        for column, frame in enumerate(np.rint(np.linspace(0, len(clip) - 1, min(columns, len(clip)))).astype(int)):
+            picture = Image.fromarray(np.ascontiguousarray(clip[frame].repeat(scale, 0).repeat(scale, 1)))
+            sheet.paste(picture, (margin + column * (cell_width + gap), top + label_height))
+        top += heights[row] + row_gap
+    return sheet
+
+
+def _shortened(text: str, fits: Callable[[str], bool]) -> str:
+    if fits(text):
+        return text
+    while text and not fits(text + "..."):
+        text = text[:-1]
+    return text + "..."
+
+
+def _from_array(array: NDArray[Any]) -> Image.Image:
+    from PIL import Image
+
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        found, expected = f"{array.dtype} {list(array.shape)}", "uint8 [h, w], [h, w, 3] or [h, w, 4]"
+        raise InputError(f"image array: found {found}, expected {expected}; convert it first")
+    _check_size("image array", array.shape[1], array.shape[0])
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _check_file(path: str | os.PathLike[str], name: str) -> None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError as error:
+        raise InputError(f"{name}: found no such file, {_EXPECTED}; check the path") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{name}: found an unreadable path ({printable(str(reason))}), {_EXPECTED}; check the path") from error
+    if not stat.S_ISREG(found.st_mode):
+        what = "a folder" if stat.S_ISDIR(found.st_mode) else "something that is not a plain file"
+        raise InputError(f"{name}: found {what}, {_EXPECTED}; name one file")
+    if found.st_size == 0:
+        raise InputError(f"{name}: found an empty file (0 bytes), {_EXPECTED}; copy or download it again")
+    if found.st_size > MAX_FILE_MEGABYTES * 2**20:
+        size = f"{found.st_size / 2**20:.0f} MB"
+        raise InputError(f"{name}: found a file of {size}, expected at most {MAX_FILE_MEGABYTES} MB; save it smaller, as PNG or JPEG")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{name}: found a file without read permission, {_EXPECTED}; change its permissions or copy it")
+
+
+def _check_size(name: str, width: int, height: int) -> None:
+    if min(width, height) < MIN_SIDE:
+        raise InputError(f"{name}: found {width} x {height} pixels, expected at least {MIN_SIDE} on each side; use a larger picture")
+    if width * height > MAX_MEGAPIXELS * 1_000_000:
+        found = f"{width} x {height} pixels ({width * height / 1e6:.0f} megapixels)"
+        raise InputError(f"{name}: found {found}, expected at most {MAX_MEGAPIXELS} megapixels; scale it down first")
+
+
+def _open(path: str | os.PathLike[str], name: str) -> Image.Image:
+    """Reads the header only."""
+    from PIL import Image
+
+    try:
+        return Image.open(path, formats=ACCEPTED_FORMATS)
+    except Image.DecompressionBombError as error:
+        found = f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels"
+        raise InputError(f"{name}: found {found}, expected at most {MAX_MEGAPIXELS}; scale it down first") from error
+    except Exception as error:  # a hostile file can raise nearly anything from inside a decoder
+        with open(path, "rb") as file:
+            head = file.read(8)
+        if head.startswith((b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*")):
+            raise _damaged(name, error) from error
+        raise InputError(f"{name}: found another kind of file (it starts {head!r}), {_EXPECTED}; convert it to PNG or JPEG") from error
+
+
+def _damaged(name: str, error: Exception) -> InputError:
+    reason = printable(str(error) or type(error).__name__)[:120]
+    return InputError(f"{name}: found a damaged, cut-off or unsupported picture ({reason}), {_EXPECTED}; save or download it again")
+
+
+def _fitted(image: Image.Image, name: str, height: int, width: int, fit: Fit) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    _check_size(name, *image.size)
+    try:
+        image.load()
+        orientation = image.getexif().get(0x0112)
+    except Exception as error:  # as in _open
+        raise _damaged(name, error) from error
+    image = _eight_bit(image, name)
+    if orientation in _TRANSPOSES:
+        image = image.transpose(Image.Transpose[_TRANSPOSES[orientation]])
+    source_width, source_height = image.size
+    if fit == "crop":
+        # Sides of the largest centred box of the target's aspect; fractions of a pixel are kept, so nothing is stretched.
+        box_width, box_height = min(source_width, source_height * width / height), min(source_height, source_width * height / width)
+        left, top = (source_width - box_width) / 2, (source_height - box_height) / 2
+        size, box = (width, height), (left, top, left + box_width, top + box_height)
+    else:
+        ratio = min(width / source_width, height / source_height)
+        size = (max(1, round(source_width * ratio)), max(1, round(source_height * ratio)))
+        box = (0.0, 0.0, float(source_width), float(source_height))
+    image = image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", size, (255, 255, 255, 255)), image)
+    pixels = np.array(image.convert("RGB"))  # [h, w, 3]
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
+    canvas = np.empty((height, width, 3), np.uint8)
+    canvas[:] = np.rint(border.mean(0))
+    top, left = (height - size[1]) // 2, (width - size[0]) // 2
+    canvas[top : top + size[1], left : left + size[0]] = pixels
+    return canvas
+
+
+def _eight_bit(image: Image.Image, name: str) -> Image.Image:
+    """The decoded picture as RGB or RGBA; Pillow's own conversion would clip 16-bit samples to white."""
+    from PIL import Image
+
+    if image.mode.startswith("I"):
+        samples = np.asarray(image)
+        if samples.min() < 0 or samples.max() > 65535:
+            raise InputError(f"{name}: found 32-bit samples, expected 8 or 16 bits per channel; convert it to an 8-bit PNG")
+        return Image.fromarray(np.rint(samples / np.float32(257)).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise InputError(f"{name}: found floating-point samples, expected 8 or 16 bits per channel; convert it to an 8-bit PNG")
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")
