@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from trip_export.export import ExportResult, export_bundle
 from trip_reference import checkpoint
 from trip_reference.demo_text import build_tokenizer, text_overrides
 from trip_reference.model import TripModel, build_model
 from trip_reference.presets import DEMO, Preset
-
 from trip_rt import Animator
 
 TINY = Preset(

@@ -32,9 +32,7 @@ def decode_mp4(path):
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         decoded = list(container.decode(stream))
-        frames = np.stack(
-            [f.reformat(format="rgb24", src_colorspace=f.colorspace, src_color_range=f.color_range).to_ndarray() for f in decoded]
-        )
+        frames = np.stack([f.reformat(format="rgb24", src_colorspace=f.colorspace, src_color_range=f.color_range).to_ndarray() for f in decoded])
         context = stream.codec_context
         tags = (context.color_range, context.colorspace, context.color_primaries, context.color_trc)
         return frames, stream.average_rate, context.pix_fmt, context.name, [int(tag) for tag in tags], stream.duration * stream.time_base

@@ -1,9 +1,9 @@
 """trip-rt: animates a picture as a sentence says, with engines built from a TRIP model.
 
-    from trip_rt import Animator
-    animator = Animator("bundle")
-    clip = animator("photo.png", "a red ball rolls to the right", seed=7)
-    clip.save("clip.mp4")
+from trip_rt import Animator
+animator = Animator("bundle")
+clip = animator("photo.png", "a red ball rolls to the right", seed=7)
+clip.save("clip.mp4")
 """
 
 from trip_rt.animator import Animation, Animator

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from trip_rt import backends, images, video
 from trip_rt.bundle import COMPONENTS, Bundle, open_bundle
+from trip_rt.config import TripConfig
 from trip_rt.errors import InputError
 from trip_rt.sampler import Array, ddim_loop, initial_noise
 from trip_rt.schedule import DDIMStep, ddim_steps
 from trip_rt.tokenizer import PromptTokenizer
 
 if TYPE_CHECKING:
-    from PIL import Image
+    pass
 
 Picture = "str | os.PathLike[str] | Image.Image | NDArray[np.uint8]"
 OnStep = Callable[[int, int], None]
@@ -38,6 +39,20 @@ class Animation:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write .mp4, .gif, .webp, or a folder of PNGs; InputError where that cannot be done, and nothing partial is left."""
         video.save(self.frames, path, self.fps)
+
+
+def sampling(config: TripConfig, num_inference_steps: int | None, guidance_scale: float | None) -> tuple[list[DDIMStep], float]:
+    """A run's steps and guidance scale, the model's own where None; InputError where out of bounds."""
+    guidance = config.guidance_scale if guidance_scale is None else guidance_scale
+    if not (math.isfinite(guidance) and 0 <= guidance <= 100):
+        raise InputError(f"guidance scale: found {guidance}, expected 0 to 100")
+    return ddim_steps(config.schedule, config.num_inference_steps if num_inference_steps is None else num_inference_steps), guidance
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """InputError for a seed that the noise generator cannot take."""
+    if wrong := [seed for seed in seeds if not 0 <= seed < 2**64]:
+        raise InputError(f"seed: found {wrong[0]}, expected 0 to 2^64 − 1")
 
 
 class Animator:
@@ -73,7 +88,7 @@ class Animator:
         negative_prompt: str = "",
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        fit: str = "crop",
+        fit: images.Fit = "crop",
         on_step: OnStep | None = None,
     ) -> list[Animation]:
         """Animate several pictures, `manifest.batch` at a time; a clip depends on its own seed and not on its neighbours.
@@ -97,7 +112,7 @@ class Animator:
         clips = [np.concatenate(list(self.decode(clip))) for clip in latents]
         return [Animation(clip, self.config.fps, prompt, seed) for clip, prompt, seed in zip(clips, prompts, seeds, strict=True)]
 
-    def stream(self, image: Any, prompt: str, *, seed: int = 0, fit: str = "crop", **settings: Any) -> Iterator[NDArray[np.uint8]]:
+    def stream(self, image: Any, prompt: str, *, seed: int = 0, fit: images.Fit = "crop", **settings: Any) -> Iterator[NDArray[np.uint8]]:
         """One clip's frames, uint8 [H, W, 3] each, as they are decoded; settings as in `batch`."""
         picture = images.load_image(image, self.config.height, self.config.width, fit)
         for chunk in self.decode(self.latents(picture[None], [prompt], [seed], **settings)[0]):
@@ -115,13 +130,10 @@ class Animator:
         on_step: OnStep | None = None,
     ) -> Array:
         """The denoised latents float32 [n, C, F, h, w] of fitted pictures uint8 [n, H, W, 3]."""
-        guidance = self.config.guidance_scale if guidance_scale is None else guidance_scale
-        if not (math.isfinite(guidance) and 0 <= guidance <= 100):
-            raise InputError(f"guidance scale: found {guidance}, expected 0 to 100")
-        if wrong := [seed for seed in seeds if not 0 <= seed < 2**64]:
-            raise InputError(f"seed: found {wrong[0]}, expected 0 to 2^64 − 1")
-        steps = ddim_steps(self.config.schedule, self.config.num_inference_steps if num_inference_steps is None else num_inference_steps)
-        batch, groups = self.manifest.batch, []
+        steps, guidance = sampling(self.config, num_inference_steps, guidance_scale)
+        check_seeds(seeds)
+        batch = self.manifest.batch
+        groups: list[Array] = []
         total = len(steps) * math.ceil(len(pictures) / batch)
         for start in range(0, len(pictures), batch):
             rows = np.arange(start, start + batch).clip(max=len(pictures) - 1)  # the last group repeats its last clip
@@ -152,7 +164,7 @@ class Animator:
 
     def describe(self) -> dict[str, Any]:
         """The backend in use, why, and what it runs on."""
-        return self.engines["unet"].describe() | {"reason": self.backend_reason}
+        return {**self.engines["unet"].describe(), "reason": self.backend_reason}
 
     def close(self) -> None:
         for engine in self.engines.values():

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from trip_rt.errors import InputError
+from trip_rt.images import printable
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {_one_line(message)}; see {self.prog} --help\n")
 
 
 def main_of(build_parser: Callable[[], argparse.ArgumentParser], run: Callable[[argparse.Namespace], int]) -> Callable[[Sequence[str] | None], int]:
@@ -16,20 +25,24 @@ def main_of(build_parser: Callable[[], argparse.ArgumentParser], run: Callable[[
 
     def main(argv: Sequence[str] | None = None) -> int:
         parser = build_parser()
-        args = parser.parse_args(argv)
+        args = parser.parse_intermixed_args(argv)  # options may stand between optional positionals
         try:
             return run(args)
         except InputError as error:
-            print(f"{parser.prog}: {error}", file=sys.stderr)
+            print(f"{parser.prog}: {_one_line(str(error))}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print(f"{parser.prog}: interrupted", file=sys.stderr)
             return 130
+        except BrokenPipeError:  # whoever read our output has gone, as `| head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would complain
+            return 141
 
     return main
 
 
 def add_json_flag(parser: argparse.ArgumentParser) -> None:
+    """--json, which `report` obeys."""
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON line on stdout instead of text")
 
 
@@ -41,3 +54,7 @@ def report(args: argparse.Namespace, figures: Any, text: str) -> None:
 def note(text: str) -> None:
     """Something worth knowing on the way, on stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def _one_line(text: str) -> str:
+    return printable(" ".join(text.split()))

@@ -40,9 +40,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-def load_image(
-    source: str | os.PathLike[str] | Image.Image | NDArray[np.uint8], height: int, width: int, fit: Fit = "crop"
-) -> NDArray[np.uint8]:
+def load_image(source: str | os.PathLike[str] | Image.Image | NDArray[np.uint8], height: int, width: int, fit: Fit = "crop") -> NDArray[np.uint8]:
     """A picture as uint8 [height, width, 3], upright and never distorted.
 
     `source` is a path, a PIL image or a uint8 array [h, w], [h, w, 3] or [h, w, 4]. EXIF rotation is applied, transparency is laid
@@ -87,9 +85,7 @@ def to_frames(pixels: NDArray[Any]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(levels.astype(np.uint8).transpose(0, 2, 3, 1))  # [F, H, W, 3]
 
 
-def contact_sheet(
-    clips: Sequence[NDArray[np.uint8]], columns: int = 8, labels: Sequence[str] | None = None, scale: int | None = None
-) -> Image.Image:
+def contact_sheet(clips: Sequence[NDArray[np.uint8]], columns: int = 8, labels: Sequence[str] | None = None, scale: int | None = None) -> Image.Image:
     """An RGB picture with a row per clip (uint8 [F, H, W, 3]): up to `columns` evenly spaced frames, first and last among them.
 
     `labels` are written above the rows. `scale` enlarges frames by whole pixels; by default so that the largest is about 160 wide.

@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trip_reference import checkpoint
-
 from trip_export.export import PRECISION, export_bundle
 from trip_export.parity import measure
+from trip_reference import checkpoint
 from trip_rt.animator import Animator
-from trip_rt.command import add_json_flag, main_of, note, report
+from trip_rt.command import CommandParser, add_json_flag, main_of, note, report
 from trip_rt.errors import InputError
 
 
 def build_export_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="trip-export",
         description="Export a checkpoint to a bundle of engines, and measure that they agree with PyTorch. What is unchanged is reused.",
         epilog="example: trip-export checkpoints/demo -o bundle",
@@ -37,7 +36,7 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 def build_parity_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="trip-parity",
         description="Compare a bundle with the checkpoint it was made from: every component on real inputs, then the whole loop.",
         epilog="example: trip-parity bundle checkpoints/demo",

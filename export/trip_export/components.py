@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from trip_reference.model import TripModel
 
+from trip_reference.model import TripModel
 from trip_rt.config import TripConfig
 
 
@@ -46,6 +46,7 @@ def components(model: TripModel, batch: int, decode_frames: int) -> list[Compone
     first_frame = latents[:, :, 0].clone()
     timestep = torch.tensor([500])
     text = torch.randn(clips, config.text_length, config.text_width)
+    image = torch.randn(batch, 3, config.height, config.width)
     return [
         Component(
             "text_encoder",
@@ -54,7 +55,7 @@ def components(model: TripModel, batch: int, decode_frames: int) -> list[Compone
             "text",
             ("text_encoder",),
         ),
-        Component("vae_encoder", Call(model.encode_image, model.vae), {"image": torch.randn(batch, 3, config.height, config.width)}, "latent", ("vae",)),
+        Component("vae_encoder", Call(model.encode_image, model.vae), {"image": image}, "latent", ("vae",)),
         Component(
             "unet",
             Call(model.residual_unet, model.residual_unet),

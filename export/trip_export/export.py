@@ -18,15 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trip_engines.onnx_engine import finish_onnx_engine
-from trip_reference import checkpoint
-from trip_reference.model import TripModel
-
 from trip_export.components import Component, components, default_decode_frames
 from trip_export.onnx_export import OPSET, export_onnx
 from trip_export.parity import Parity, measure
+from trip_reference import checkpoint
+from trip_reference.model import TripModel
 from trip_rt.animator import Animator
 from trip_rt.bundle import MANIFEST, Bundle, EngineSpec, Manifest, file_sha256, read_manifest, serialise
-from trip_rt.config import to_json
+from trip_rt.config import TripConfig, to_json
 from trip_rt.errors import InputError
 
 BACKEND, PRECISION = "onnxruntime", "fp32"
@@ -110,7 +109,7 @@ def export_bundle(
     return ExportResult(bundle, seconds, reused, parity)
 
 
-def _with_shapes(model: TripModel, frames: int | None, size: tuple[int, int] | None):
+def _with_shapes(model: TripModel, frames: int | None, size: tuple[int, int] | None) -> TripConfig:
     config = model.config
     height, width = size or (config.height, config.width)
     frames = config.num_frames if frames is None else frames
@@ -119,7 +118,7 @@ def _with_shapes(model: TripModel, frames: int | None, size: tuple[int, int] | N
     if height % step or width % step or min(height, width) < step:
         raise InputError(f"size: found {width}x{height}, expected multiples of {step}")
     if config.fusion != "none" and frames != config.num_frames:
-        raise InputError(f"frames: found {frames}, but this checkpoint's fusion was trained for {config.num_frames}; leave --frames out or train for {frames}")
+        raise InputError(f"frames: found {frames}, but this checkpoint's fusion was trained for {config.num_frames}; leave --frames out")
     if frames < 1:
         raise InputError(f"frames: found {frames}, expected at least 1")
     return dataclasses.replace(config, num_frames=frames, height=height, width=width)
@@ -127,7 +126,7 @@ def _with_shapes(model: TripModel, frames: int | None, size: tuple[int, int] | N
 
 def _checkpoint_files(source: Path) -> list[Path]:
     parts = ("text_encoder", "tokenizer", "vae", "unet", "fusion")
-    return [source / "trip_config.json"] + sorted(path for part in parts for path in (source / part).iterdir() if path.is_file())
+    return [source / "trip_config.json", *sorted(path for part in parts for path in (source / part).iterdir() if path.is_file())]
 
 
 def _key(component: Component, model: TripModel, hashes: dict[str, str], versions: dict[str, str]) -> str:

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
 from trip_reference import demo_world
 from trip_reference.demo_data import to_pixels
 from trip_reference.model import TripModel
 from trip_reference.sampling import sample
-
 from trip_rt.animator import Animator
 from trip_rt.sampler import initial_noise
 from trip_rt.schedule import DDIMStep, ddim_steps

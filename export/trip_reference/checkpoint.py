@@ -21,6 +21,7 @@ from diffusers import AutoencoderKL, UNet3DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer, CLIPTextModel
+from transformers.utils.logging import disable_progress_bar
 
 from trip_reference.model import TripModel
 from trip_rt.config import TripConfig, from_json, to_json
@@ -41,6 +42,7 @@ def save_pretrained(model: TripModel, tokenizer_json: str, folder: str | os.Path
 
     Written beside and moved into place, so that a folder with a `model_index.json` is always whole.
     """
+    disable_progress_bar()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
@@ -98,9 +100,7 @@ def load_tokenizer_json(folder: str | os.PathLike[str]) -> str:
         return path.read_text(encoding="utf-8")
 
 
-def assemble(
-    config: TripConfig, modelscope: str | os.PathLike[str], stable_diffusion: str | os.PathLike[str]
-) -> tuple[TripModel, str]:
+def assemble(config: TripConfig, modelscope: str | os.PathLike[str], stable_diffusion: str | os.PathLike[str]) -> tuple[TripModel, str]:
     """A TRIP model from published parts, and the text of its tokenizer.json.
 
     `modelscope` is a text-to-video folder whose `unet/` starts the residual UNet; `stable_diffusion` gives `vae/`, `text_encoder/`
@@ -144,6 +144,7 @@ def widen_conv_in(unet: UNet3DConditionModel) -> None:
 def _load_part(cls: Any, folder: Path, **dtype: torch.dtype) -> Any:
     if not folder.is_dir():
         raise InputError(f"{folder}: not found, expected the folder of a {cls.__name__}")
+    disable_progress_bar()
     with _named(folder):
         return cls.from_pretrained(folder, local_files_only=True, use_safetensors=True, **dtype)
 

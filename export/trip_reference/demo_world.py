@@ -34,12 +34,11 @@ GROWTH, SHRINKAGE = 1.8, 0.5  # size after the last frame, of the first
 TURN = np.deg2rad(12.0)  # clockwise, a frame
 
 _NOUNS = {"circle": ("circle", "ball"), "cross": ("cross", "plus")}
-_DIRECTIONS = ("moves {}", "slides {}", "goes {}", "drifts {}")
 _PHRASES = {
-    "left": tuple(v.format("to the left") for v in _DIRECTIONS) + ("rolls to the left", "moves left"),
-    "right": tuple(v.format("to the right") for v in _DIRECTIONS) + ("rolls to the right", "moves right"),
-    "up": tuple(v.format("up") for v in _DIRECTIONS) + ("rises", "moves upwards"),
-    "down": tuple(v.format("down") for v in _DIRECTIONS) + ("falls", "moves downwards"),
+    "left": ("moves to the left", "slides to the left", "goes to the left", "drifts to the left", "rolls to the left", "moves left"),
+    "right": ("moves to the right", "slides to the right", "goes to the right", "drifts to the right", "rolls to the right", "moves right"),
+    "up": ("moves up", "slides up", "goes up", "drifts up", "rises", "moves upwards"),
+    "down": ("moves down", "slides down", "goes down", "drifts down", "falls", "moves downwards"),
     "grows": ("grows", "gets bigger", "becomes larger"),
     "shrinks": ("shrinks", "gets smaller", "becomes smaller"),
     "spins": ("spins", "rotates", "turns around"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from trip_kernels.noise_prior import noise_prior_ref, normalised_noise_prior_ref
 
+from trip_kernels.noise_prior import noise_prior_ref, normalised_noise_prior_ref
 from trip_reference.tnf import TemporalNoiseFusion
 from trip_rt.config import TripConfig
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import platform
 import time
@@ -11,17 +12,20 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from trip_reference import checkpoint
-from trip_reference.demo_data import encode_clips, render_clips
+from trip_reference.demo_data import DemoClips, encode_clips, render_clips
 from trip_reference.demo_text import build_tokenizer, text_overrides
-from trip_reference.model import build_model
+from trip_reference.model import TripModel, build_model
 from trip_reference.presets import DEMO
 from trip_reference.train_denoiser import latent_scale, train_denoiser
 from trip_reference.train_vae import reconstruction_psnr, train_vae
 from trip_reference.training import StageConfig
-from trip_rt.command import add_json_flag, main_of, note, report
+from trip_rt.command import CommandParser, add_json_flag, main_of, note, report
+from trip_rt.config import FirstFrame, Fusion
 
 VAE_STAGE = StageConfig(steps=4000, batch=8, lr=2e-3, ema_decay=0.995)
 DENOISER_STAGE = StageConfig(steps=3600, batch=8, lr=1e-3)
@@ -29,7 +33,14 @@ CLIPS = 3000
 
 
 def train_demo(
-    folder: Path, seed: int, clip_count: int, vae_stage: StageConfig, denoiser_stage: StageConfig, fusion: str, first_frame: str, vae_from: Path | None
+    folder: Path,
+    seed: int,
+    clip_count: int,
+    vae_stage: StageConfig,
+    denoiser_stage: StageConfig,
+    fusion: Fusion,
+    first_frame: FirstFrame,
+    vae_from: Path | None,
 ) -> dict[str, object]:
     """Train the demo model into `folder` and return what a report should say; resumes what it finds in `folder/training`."""
     began = time.monotonic()
@@ -46,18 +57,13 @@ def train_demo(
         model.vae = AutoencoderKL.from_pretrained(vae_from / "vae", use_safetensors=True, local_files_only=True, torch_dtype=torch.float32)
     else:
         model.vae = train_vae(model.vae, clips, vae_stage, seed, work, inputs)
-    model.vae.to(torch.float16).to(torch.float32)  # the checkpoint's precision: the denoiser learns the latents that it will meet
+    model.vae.half().float()  # the checkpoint's precision: the denoiser learns the latents that it will meet
     model.vae.eval().requires_grad_(False)
     held_out = render_clips(preset.trip, 32, held_out=True)
     psnr = reconstruction_psnr(model.vae, held_out.frames[:, ::5].reshape(-1, *held_out.frames.shape[2:]))
     note(f"VAE gives held-out frames back at {psnr:.2f} dB")
 
-    cache = work / "latents.safetensors"
-    if cache.exists():
-        latents = load_file(cache)["latents"]
-    else:
-        latents = encode_clips(model, clips.frames)
-        save_file({"latents": latents}, cache)
+    latents = _cached_latents(work / "latents.safetensors", model, clips)
     scale = latent_scale(latents)
     model.config = dataclasses.replace(preset.trip, scaling_factor=scale)
     train_denoiser(model, tokenizer, clips, latents * scale, denoiser_stage, seed, work, inputs)
@@ -76,8 +82,23 @@ def train_demo(
     }
 
 
+def _cached_latents(path: Path, model: TripModel, clips: DemoClips) -> Tensor:
+    """The clips' unscaled latents, encoded once for a VAE and a number of clips."""
+    digest = hashlib.sha256(str(len(clips)).encode())
+    for tensor in model.vae.state_dict().values():
+        digest.update(tensor.contiguous().numpy().tobytes())
+    origin = {"origin": digest.hexdigest()}
+    if path.exists():
+        with safe_open(path, "pt") as file:
+            if file.metadata() == origin:
+                return file.get_tensor("latents")
+    latents = encode_clips(model, clips.frames)
+    save_file({"latents": latents}, path, metadata=origin)
+    return latents
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="trip-train",
         description="Train a TRIP model. --demo trains the small demo model from nothing on seeded, procedural clips.",
         epilog="example: trip-train --demo -o checkpoints/demo      (run it again to resume)",

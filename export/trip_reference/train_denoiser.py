@@ -39,9 +39,7 @@ def train_denoiser(
         rng, generator = step_rngs(seed, step)
         chosen = rng.integers(len(clips), size=config.batch)
         clean = latents[torch.from_numpy(chosen)]
-        sentences = [
-            "" if rng.random() < TEXT_DROPOUT else demo_world.caption(clips.scenes[i], clips.motions[i], rng) for i in chosen
-        ]
+        sentences = ["" if rng.random() < TEXT_DROPOUT else demo_world.caption(clips.scenes[i], clips.motions[i], rng) for i in chosen]
         ids = torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(sentences)])
         # One timestep from each of `batch` equal parts: the loss varies more with t than with the clip.
         timestep = torch.from_numpy((rng.permutation(config.batch) + rng.random(config.batch)) / config.batch * total).long()

@@ -23,7 +23,7 @@ from trip_rt.errors import InputError
 
 @dataclass(frozen=True)
 class StageConfig:
-    """How one stage trains: AdamW, linear warm-up then cosine to a tenth... of `lr`, gradient clipping and an average of the weights."""
+    """How one stage trains: AdamW, linear warm-up, a cosine from `lr` to `final_lr · lr`, clipped gradients, averaged weights."""
 
     steps: int
     batch: int
@@ -70,7 +70,7 @@ def run_stage(
     start, elapsed = 0, 0.0
     fingerprint = json.dumps([inputs, config.__dict__ | {"save_every": 0, "log_every": 0}], sort_keys=True)
     if state_path.exists():
-        start, elapsed = _load_state(state_path, fingerprint, module, average, optimizer, parameters)
+        start, elapsed = _load_state(state_path, fingerprint, module, average, optimizer)
     module.train()
     began, losses = time.monotonic() - elapsed, []
     with tqdm(total=config.steps, initial=start, desc=name, unit="step", disable=None) as bar:
@@ -78,9 +78,11 @@ def run_stage(
             for group in optimizer.param_groups:
                 group["lr"] = config.lr_at(step)
             loss = loss_of(step)
+            if not loss.isfinite():
+                raise InputError(f"{name}, step {step + 1}: the loss is {loss.item()}; resume with a lower learning rate in a new folder")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(parameters, config.clip, error_if_nonfinite=True)
+            nn.utils.clip_grad_norm_(parameters, config.clip)
             optimizer.step()
             _average(average, module, min(config.ema_decay, (step + 1) / (step + 10)))
             losses.append(loss.item())
@@ -93,7 +95,7 @@ def run_stage(
                 with log_path.open("a", encoding="utf-8") as log:
                     log.write(json.dumps(record) + "\n")
             if done % config.save_every == 0 or done == config.steps:
-                _save_state(state_path, fingerprint, done, time.monotonic() - began, module, average, optimizer, parameters)
+                _save_state(state_path, fingerprint, done, time.monotonic() - began, module, average, optimizer)
     return average
 
 
@@ -102,26 +104,35 @@ def _average(average: nn.Module, module: nn.Module, decay: float) -> None:
     torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
 
 
-def _save_state(path: Path, fingerprint: str, step: int, elapsed: float, module: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+def _save_state(
+    path: Path,
+    fingerprint: str,
+    step: int,
+    elapsed: float,
+    module: nn.Module,
+    average: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> None:
     tensors = {f"module.{k}": v for k, v in module.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in average.state_dict().items()}
-    for i, parameter in enumerate(parameters):
+    for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
         tensors |= {f"optimizer.{i}.{k}": v for k, v in optimizer.state[parameter].items()}
+    # A copy each, of plain layout: safetensors stores neither shared nor channels-last tensors.
     tensors = {k: v.detach().contiguous().clone() for k, v in tensors.items()}
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     save_file(tensors, draft, metadata={"fingerprint": fingerprint, "step": str(step), "elapsed": str(elapsed)})
     os.replace(draft, path)
 
 
-def _load_state(path: Path, fingerprint: str, module: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> tuple[int, float]:
+def _load_state(path: Path, fingerprint: str, module: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
         if metadata["fingerprint"] != fingerprint:
             raise InputError(f"{path}: holds a run with other settings; resume with the settings it began with or choose another folder")
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 — it is no dict
     for prefix, target in (("module.", module), ("average.", average)):
         target.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    for i, parameter in enumerate(parameters):
+    for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
         prefix = f"optimizer.{i}."
         optimizer.state[parameter] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     return int(metadata["step"]), float(metadata["elapsed"])

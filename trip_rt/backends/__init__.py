@@ -12,6 +12,7 @@ from trip_rt.errors import InputError
 # name: (module, class, library to look for); the order is `auto`'s preference.
 _BACKENDS = {"onnxruntime": ("trip_rt.backends.onnxruntime", "OnnxRuntimeEngine", "onnxruntime")}
 NAMES = tuple(_BACKENDS)
+__all__ = ["NAMES", "Engine", "choose", "engine_class"]
 
 
 def choose(manifest: Manifest, backend: str = "auto") -> tuple[str, str]:
@@ -21,13 +22,17 @@ def choose(manifest: Manifest, backend: str = "auto") -> tuple[str, str]:
         if backend not in _BACKENDS:
             raise InputError(f"backend: found {backend!r}, expected auto, {', '.join(_BACKENDS)}")
         if backend not in in_bundle:
-            raise InputError(f"backend: the bundle has engines for {', '.join(in_bundle) or 'none'}, not for {backend}; export it with --backend {backend}")
+            raise InputError(
+                f"backend: the bundle has engines for {', '.join(in_bundle) or 'none'}, not for {backend}; export it with --backend {backend}"
+            )
         return backend, "asked for"
     for name in in_bundle:
         if importlib.util.find_spec(_BACKENDS[name][2]):
             return name, f"first of {', '.join(in_bundle)} (in the bundle) whose library is installed"
     wanted = ", ".join(_BACKENDS[name][2] for name in in_bundle)
-    raise InputError(f"backend: the bundle has engines for {', '.join(in_bundle) or 'no known backend'}; install one of: {wanted or 'a newer trip-rt'}")
+    raise InputError(
+        f"backend: the bundle has engines for {', '.join(in_bundle) or 'no known backend'}; install one of: {wanted or 'a newer trip-rt'}"
+    )
 
 
 def engine_class(backend: str) -> type[Engine]:

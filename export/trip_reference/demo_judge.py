@@ -1,0 +1,112 @@
+"""Judges a clip against the demo world: did the object do as it was told, and did everything else stay?
+
+Each motion and shape is a hypothesis that the world can render from the same scene. Where the clip differs from its background is
+compared with where each hypothesis does, by their cosine: that tells motions and shapes apart whatever the colour.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trip_reference import demo_world
+
+Array = NDArray[np.float32]
+
+MAX_TRAIL = 0.03  # share of pixels
+VISIBLE = 0.1  # difference from the true frame, of a range of 1, that a person would see
+MIN_BACKGROUND_PSNR = 28.0  # dB
+MIN_FRAME_1_PSNR = 28.0  # dB
+REACH = 3  # pixels of a 64-pixel picture around the shape that its shadow and its edge may colour
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was seen (`motion`, `shape`, `colour`), and how well the rest was kept.
+
+    `trail` is the share of the pixels that the shape has left, or has yet to reach, in the clip's second half that differ visibly from the truth.
+    """
+
+    motion: str
+    shape: str
+    colour: str
+    trail: float
+    background_psnr: float
+    frame_1_psnr: float
+    truth_psnr: float
+
+    def checks(self, scene: demo_world.Scene, motion: str) -> dict[str, bool]:
+        """Each demand on a clip of `scene` that was told to show `motion`, and whether it is met."""
+        return {
+            "motion": self.motion == motion,
+            "colour": self.colour == scene.colour,
+            "shape": self.shape == scene.shape,
+            "no trail": self.trail <= MAX_TRAIL,
+            "background": self.background_psnr >= MIN_BACKGROUND_PSNR,
+            "frame 1": self.frame_1_psnr >= MIN_FRAME_1_PSNR,
+        }
+
+
+def judge(frames: NDArray[np.uint8], scene: demo_world.Scene, motion: str) -> Verdict:
+    """Look at a clip uint8 [F, size, size, 3] that should show `scene` doing `motion`."""
+    num_frames, size = frames.shape[:2]
+    clip = frames.astype(np.float32) / 255
+
+    def truth(of: demo_world.Scene = scene, doing: str = motion) -> Array:
+        return demo_world.render(of, doing, num_frames, size).astype(np.float32) / 255
+
+    empty = demo_world.background(scene, size)
+    seen = _distance(clip, empty)
+
+    def nearest(candidates: dict[str, Array], start: int) -> str:
+        return max(candidates, key=lambda name: _cosine(seen[start:], _distance(candidates[name], empty)[start:]))
+
+    true = truth()
+    late = num_frames // 2
+    motions = [name for name in demo_world.MOTIONS if (scene.shape, name) != ("circle", "spins")]
+    seen_motion = nearest({name: truth(doing=name) for name in motions}, 1)
+    seen_shape = nearest({name: truth(replace(scene, shape=name)) for name in demo_world.SHAPES}, late)
+
+    cover = demo_world.mask(scene, motion, num_frames, size)
+    inside = cover[late:] > 0.99
+    colour = clip[late:][inside].mean(axis=0) if inside.any() else np.zeros(3)
+    seen_colour = min(demo_world.COLOURS, key=lambda name: float(np.square(colour - demo_world.COLOURS[name]).sum()))
+
+    near = np.stack([_dilate(frame > 0.01, REACH * size // 64) for frame in cover])  # [F, H, W]
+    path = near.any(axis=0)
+    left_behind = path & ~near
+    visible = np.abs(clip - true).mean(axis=-1)[late:] > VISIBLE
+    trail = float(visible[left_behind[late:]].mean()) if left_behind[late:].any() else 0.0
+    untouched = np.broadcast_to(~path, near.shape)
+    return Verdict(
+        motion=seen_motion,
+        shape=seen_shape,
+        colour=seen_colour,
+        trail=trail,
+        background_psnr=_psnr((clip - true[:1])[untouched]),
+        frame_1_psnr=_psnr(clip[0] - true[0]),
+        truth_psnr=_psnr(clip - true),
+    )
+
+
+def _distance(clip: Array, picture: Array) -> Array:
+    """How far each pixel's colour is from the picture's, [F, H, W]."""
+    return np.linalg.norm(clip - picture, axis=-1)
+
+
+def _cosine(a: Array, b: Array) -> float:
+    return float((a * b).sum() / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-12))
+
+
+def _psnr(difference: Array) -> float:
+    return float(-10 * np.log10(max(float(np.square(difference).mean()), 1e-10)))
+
+
+def _dilate(region: NDArray[np.bool_], reach: int) -> NDArray[np.bool_]:
+    """Grow a region by `reach` pixels in every direction."""
+    padded = np.pad(region, reach)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (2 * reach + 1, 2 * reach + 1))
+    grown: NDArray[np.bool_] = windows.any(axis=(2, 3))
+    return grown

@@ -1,0 +1,171 @@
+"""`trip-animate`: a picture and a sentence to a clip, or a file full of them."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import secrets
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from trip_rt import backends, images, video
+from trip_rt.animator import Animator, sampling
+from trip_rt.bundle import Manifest, read_manifest
+from trip_rt.command import CommandParser, add_json_flag, main_of, note, report
+from trip_rt.errors import InputError
+from trip_rt.images import printable
+from trip_rt.jobs import Job, check_jobs, load_pictures, read_batch
+from trip_rt.tokenizer import check_text
+
+MAX_THREADS = 256
+MIN_FPS, MAX_FPS = 1, 120
+_SHEET_COLUMNS = 8
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        prog="trip-animate",
+        usage="%(prog)s BUNDLE IMAGE PROMPT -o CLIP [options]\n       %(prog)s BUNDLE --batch FILE [options]",
+        description="Animate a picture as a sentence says. Everything given is checked before the slow work begins.",
+        epilog='example: trip-animate bundle photo.jpg "a red ball rolls to the right" -o clip.mp4 --seed 7; '
+        'a line of a --batch file: {"image": "photo.jpg", "prompt": "a red ball rolls to the right", "output": "clip.mp4", "seed": 7}',
+    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder, as trip-export writes it")
+    parser.add_argument("image", nargs="?", metavar="IMAGE", help="picture to begin with")
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="sentence that says what happens")
+    parser.add_argument("-o", "--output", metavar="CLIP", help="name ending in .mp4, .gif or .webp, or a folder for PNG frames")
+    parser.add_argument(
+        "--batch", type=Path, metavar="FILE", help="a file that asks for a clip a line; paths in it are relative to the current folder"
+    )
+    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (the model's own)")
+    parser.add_argument("--guidance-scale", type=float, metavar="G", help="how closely to follow the prompt, 0 to 100 (the model's own)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, another clip (%(default)s)")
+    parser.add_argument("--fps", type=float, metavar="F", help=f"frames a second of the clip, {MIN_FPS} to {MAX_FPS} (the model's own)")
+    parser.add_argument("--negative-prompt", default="", metavar="T", help="what should not be seen")
+    parser.add_argument("--fit", choices=("crop", "letterbox"), default="crop", help="how a picture of another shape is fitted (%(default)s)")
+    parser.add_argument("--backend", choices=("auto", *backends.NAMES), default="auto", help="engine library (%(default)s)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (the engine library's choice)")
+    parser.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="also write one picture with frames of all the clips")
+    add_json_flag(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make the clips, each saved as soon as it is finished."""
+    began = time.perf_counter()
+    seconds = dict.fromkeys(("load", "denoise", "decode", "save"), 0.0)
+    with _timed(seconds, "load"):
+        jobs = _jobs(args)
+        check_jobs(jobs, args.contact_sheet)
+        manifest = read_manifest(args.bundle)
+        steps, _ = sampling(manifest.config, args.steps, args.guidance_scale)
+        fps = _check_options(args, manifest)
+        pictures = load_pictures(jobs, manifest.config.height, manifest.config.width, args.fit)
+        animator = Animator(args.bundle, args.backend, args.threads)
+    note(f"backend: {animator.backend} ({animator.backend_reason})")
+    clips, strips = [], []
+    total = len(steps) * math.ceil(len(jobs) / manifest.batch)
+    with animator, _plain_warnings(), tqdm(total=total, desc="denoising", unit="step", disable=None, leave=False) as bar:
+        for start in range(0, len(jobs), manifest.batch):
+            group, group_began = jobs[start : start + manifest.batch], time.perf_counter()
+            with _timed(seconds, "denoise"):
+                latents = animator.latents(
+                    np.stack(pictures[start : start + manifest.batch]),
+                    [job.prompt for job in group],
+                    [job.seed for job in group],
+                    negative_prompt=args.negative_prompt,
+                    num_inference_steps=args.steps,
+                    guidance_scale=args.guidance_scale,
+                    on_step=lambda *_: bar.update(),
+                )
+            for job, clip in zip(group, latents, strict=True):
+                with _timed(seconds, "decode"):
+                    frames = np.concatenate(list(animator.decode(clip)))
+                with _timed(seconds, "save"):
+                    video.save(frames, job.output, fps)
+                clips.append({"image": job.image, "prompt": job.prompt, "seed": job.seed, "output": job.output, "frames": len(frames), "fps": fps})
+                if args.contact_sheet:
+                    strips.append(frames[np.linspace(0, len(frames) - 1, min(_SHEET_COLUMNS, len(frames))).round().astype(int)])
+                if not args.json:
+                    tqdm.write(
+                        f"{printable(job.output)}: {len(frames)} frames at {fps:g} a second, made in {time.perf_counter() - group_began:.2f} s"
+                    )
+                    sys.stdout.flush()
+    if args.contact_sheet:
+        with _timed(seconds, "save"):
+            _save_sheet(strips, [job.prompt for job in jobs], args.contact_sheet)
+    seconds = {stage: round(value, 3) for stage, value in {"total": time.perf_counter() - began, **seconds}.items()}
+    figures = {"clips": clips, "seconds": seconds, "backend": animator.backend, "reason": animator.backend_reason}
+    sheet = f"{printable(str(args.contact_sheet))}: contact sheet\n" if args.contact_sheet else ""
+    stages = ", ".join(f"{stage} {value:.2f}" for stage, value in seconds.items() if stage != "total")
+    report(args, figures, f"{sheet}{len(clips)} {'clip' if len(clips) == 1 else 'clips'} in {seconds['total']:.2f} s: {stages}")
+    return 0
+
+
+def _jobs(args: argparse.Namespace) -> list[Job]:
+    single = [args.image, args.prompt, args.output]
+    if args.batch:
+        if any(value is not None for value in single):
+            raise InputError("found --batch beside IMAGE, PROMPT or -o, expected one or the other; see trip-animate --help")
+        return read_batch(args.batch, args.seed)
+    if any(value is None for value in single):
+        raise InputError("expected IMAGE, PROMPT and -o CLIP, or --batch FILE; see trip-animate --help")
+    return [Job(args.image, args.prompt, args.output, args.seed)]
+
+
+def _check_options(args: argparse.Namespace, manifest: Manifest) -> float:
+    """The frames a second to save at; InputError for an option out of bounds."""
+    if args.threads is not None and not 1 <= args.threads <= MAX_THREADS:
+        raise InputError(f"threads: found {args.threads}, expected 1 to {MAX_THREADS}")
+    if args.fps is not None and not MIN_FPS <= args.fps <= MAX_FPS:
+        raise InputError(f"fps: found {args.fps}, expected {MIN_FPS} to {MAX_FPS}")
+    check_text(args.negative_prompt)
+    backends.choose(manifest, args.backend)
+    return manifest.config.fps if args.fps is None else float(args.fps)
+
+
+def _save_sheet(strips: Sequence[NDArray[np.uint8]], labels: Sequence[str], path: Path) -> None:
+    part = path.with_name(f".trip-{secrets.token_hex(8)}.part")
+    try:
+        images.contact_sheet(strips, _SHEET_COLUMNS, labels).save(part, "PNG")
+        os.replace(part, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {(error.strerror or str(error)).lower()}; choose another place") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[stage] += time.perf_counter() - began
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Each warning once, as a line of its own that says nothing about our sources."""
+    shown = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in shown:
+            shown.add(str(message))
+            tqdm.write(f"trip-animate: warning: {printable(str(message))}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", category=UserWarning)
+        warnings.showwarning = show
+        yield
+
+
+main = main_of(build_parser, run)

@@ -1,0 +1,119 @@
+"""What trip-animate is asked to make: read, and checked as far as that is cheap, before any slow work."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trip_rt import video
+from trip_rt.animator import check_seeds
+from trip_rt.errors import InputError
+from trip_rt.images import Fit, load_image, printable
+from trip_rt.tokenizer import check_text
+
+MAX_BATCH_FILE_MEGABYTES = 16
+MAX_SHEET_CLIPS = 200  # a row of the contact sheet takes about 4 MB
+_FIELDS = {"image": str, "prompt": str, "output": str, "seed": int}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One clip to make; `where` names the line that asks for it, to begin an error with."""
+
+    image: str
+    prompt: str
+    output: str
+    seed: int
+    where: str = ""
+
+
+def read_batch(path: Path, seed: int) -> list[Job]:
+    """The jobs of a JSON Lines file, `seed` where a line has none; InputError names the first line that is wrong."""
+    try:
+        with path.open("rb") as file:
+            data = file.read((MAX_BATCH_FILE_MEGABYTES << 20) + 1)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}), expected a file of JSON Lines; check the path") from error
+    if len(data) > MAX_BATCH_FILE_MEGABYTES << 20:
+        raise InputError(f"{path}: found more than {MAX_BATCH_FILE_MEGABYTES} MB, expected a file of JSON Lines; split it")
+    lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    jobs = [_job(line, seed, f"{path}, line {number}: ") for number, line in enumerate(lines, 1) if line.strip()]
+    if not jobs:
+        raise InputError(f'{path}: found no clips, expected a line like {{"image": "a.png", "prompt": "a ball rolls", "output": "a.mp4"}}')
+    return jobs
+
+
+def _job(line: bytes, seed: int, where: str) -> Job:
+    try:
+        entry = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}found no JSON ({str(error)[:100]}), expected one object a line") from error
+    if not isinstance(entry, dict):
+        raise InputError(f"{where}found a JSON {type(entry).__name__}, expected an object")
+    if unknown := sorted(entry.keys() - _FIELDS.keys()):
+        raise InputError(f"{where}found the unknown key {unknown[0][:100]!r}, expected {', '.join(_FIELDS)}")
+    entry.setdefault("seed", seed)
+    for field, kind in _FIELDS.items():
+        if field not in entry:
+            raise InputError(f"{where}found no {field}, expected {', '.join(_FIELDS)} (the seed is optional)")
+        if type(entry[field]) is not kind:
+            found = json.dumps(entry[field])[:100]
+            raise InputError(f"{where}{field}: found {found}, expected a {'whole number' if kind is int else 'string'}")
+    return Job(entry["image"], entry["prompt"], entry["output"], entry["seed"], where)
+
+
+def check_jobs(jobs: Sequence[Job], contact_sheet: Path | None) -> None:
+    """InputError unless every clip is asked for properly and can be written where it should go, without harm to another or to a picture."""
+    taken: dict[str, str] = {}  # by real path; a folder that something is in ends with a separator
+    for picture in {os.path.realpath(job.image) for job in jobs if "\0" not in job.image}:
+        taken[picture] = taken[os.path.join(os.path.dirname(picture), "")] = "the picture of a clip"
+    for job in jobs:
+        with _located(job):
+            if not job.prompt.strip():
+                raise InputError("prompt: found an empty one, expected a sentence that says what happens")
+            check_text(job.prompt)
+            check_seeds([job.seed])
+            video.output_format(job.output)
+            _claim(job.output, "another clip", taken)
+    if contact_sheet:
+        name = printable(str(contact_sheet))
+        if contact_sheet.suffix.lower() != ".png" or os.path.isdir(contact_sheet) or not os.access(contact_sheet.parent, os.W_OK | os.X_OK):
+            raise InputError(f"{name}: expected a file name ending in .png, in a folder to write in, for the contact sheet")
+        if len(jobs) > MAX_SHEET_CLIPS:
+            raise InputError(f"contact sheet: found {len(jobs)} clips, expected at most {MAX_SHEET_CLIPS}; leave --contact-sheet out")
+        _claim(contact_sheet, "the contact sheet", taken)
+
+
+def _claim(path: str | Path, what: str, taken: dict[str, str]) -> None:
+    """InputError where `path` is taken, or is in or around a path that is: a folder of frames is replaced as a whole."""
+    target = os.path.realpath(path)
+    folder = os.path.dirname(target)
+    for place in (target, folder, os.path.join(target, "")):
+        if place in taken:
+            raise InputError(f"{printable(str(path))}: found that it would replace or disturb {taken[place]}; choose another name")
+    taken[target] = taken[os.path.join(folder, "")] = what
+
+
+def load_pictures(jobs: Sequence[Job], height: int, width: int, fit: Fit) -> list[NDArray[np.uint8]]:
+    """The fitted pictures; InputError for one that cannot be used."""
+    loaded: dict[str, NDArray[np.uint8]] = {}
+    for job in jobs:
+        with _located(job):
+            if job.image not in loaded:
+                loaded[job.image] = load_image(job.image, height, width, fit)
+    return [loaded[job.image] for job in jobs]
+
+
+@contextmanager
+def _located(job: Job) -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{job.where}{error}") from error
