@@ -18,20 +18,20 @@ from trip_rt import InputError
 STAGE = StageConfig(steps=12, batch=2, lr=2e-3, warmup=2, save_every=4, log_every=2)
 
 
-def line_fit(folder, stage=STAGE, stop_at=None, inputs="x"):
+def line_fit(folder, stage=STAGE, stop_at=None, inputs="x", shards=1):
     """Fit a line with `run_stage`; an exception at step `stop_at` stands for a crash."""
     torch.manual_seed(0)
     module = torch.nn.Linear(3, 1)
 
-    def loss_of(step):
+    def losses_of(step):
         if step == stop_at:
             raise KeyboardInterrupt
         rng, generator = step_rngs(0, step)
-        x = torch.randn(8, 3, generator=generator)
-        return (module(x) - x.sum(1, keepdim=True) - float(rng.normal(scale=0.01))).square().mean()
+        x, offset = torch.randn(8, 3, generator=generator), float(rng.normal(scale=0.01))
+        return [lambda part=part: (module(part) - part.sum(1, keepdim=True) - offset).square().mean() for part in x.chunk(shards)]
 
     folder.mkdir(exist_ok=True)
-    return module, run_stage("line", module, stage, loss_of, folder, inputs)
+    return module, run_stage("line", module, stage, losses_of, folder, inputs)
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 7, 11])
@@ -42,6 +42,14 @@ def test_a_resumed_stage_ends_in_the_same_bits(tmp_path, stop_at):
     resumed, resumed_average = line_fit(tmp_path / "cut")
     for a, b in ((module, resumed), (average, resumed_average)):
         assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_shards_side_by_side_train_as_one_whole(tmp_path):
+    whole, _ = line_fit(tmp_path / "whole")
+    sharded, _ = line_fit(tmp_path / "sharded", shards=4)
+    torch.testing.assert_close(whole.weight, sharded.weight, rtol=1e-5, atol=1e-6)
+    again, _ = line_fit(tmp_path / "again", shards=4)
+    assert torch.equal(sharded.weight, again.weight)
 
 
 def test_a_finished_stage_is_not_trained_again(tmp_path):
@@ -70,7 +78,7 @@ def test_state_of_another_run_is_refused(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     module = torch.nn.Linear(1, 1)
     with pytest.raises(InputError, match="step 1: the loss is nan"):
-        run_stage("bad", module, STAGE, lambda step: module.weight.sum() * float("nan"), tmp_path, "x")
+        run_stage("bad", module, STAGE, lambda step: [lambda: module(torch.tensor([float("nan")])).sum()], tmp_path, "x")
 
 
 def test_warm_up_and_cosine():

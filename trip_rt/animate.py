@@ -97,15 +97,15 @@ def run(args: argparse.Namespace) -> int:
                 if args.contact_sheet:
                     strips.append(frames[np.linspace(0, len(frames) - 1, min(_SHEET_COLUMNS, len(frames))).round().astype(int)])
                 if not args.json:
-                    tqdm.write(
-                        f"{printable(job.output)}: {len(frames)} frames at {fps:g} a second, made in {time.perf_counter() - group_began:.2f} s"
-                    )
+                    took = time.perf_counter() - group_began
+                    tqdm.write(f"{printable(job.output)}: {len(frames)} frames at {fps:g} a second, made in {took:.2f} s")
                     sys.stdout.flush()
     if args.contact_sheet:
         with _timed(seconds, "save"):
             _save_sheet(strips, [job.prompt for job in jobs], args.contact_sheet)
     seconds = {stage: round(value, 3) for stage, value in {"total": time.perf_counter() - began, **seconds}.items()}
     figures = {"clips": clips, "seconds": seconds, "backend": animator.backend, "reason": animator.backend_reason}
+    figures["contact_sheet"] = args.contact_sheet and str(args.contact_sheet)
     sheet = f"{printable(str(args.contact_sheet))}: contact sheet\n" if args.contact_sheet else ""
     stages = ", ".join(f"{stage} {value:.2f}" for stage, value in seconds.items() if stage != "total")
     report(args, figures, f"{sheet}{len(clips)} {'clip' if len(clips) == 1 else 'clips'} in {seconds['total']:.2f} s: {stages}")

@@ -193,6 +193,7 @@ def _engine_spec(spec: dict[str, Any]) -> EngineSpec:
 
 
 def _tensors(data: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
+    _expect(type(data) is list and all(type(tensor["shape"]) is list for tensor in data), data, "a list of tensors")
     tensors = tuple(TensorSpec(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in data)
     for tensor in tensors:
         _expect(type(tensor.name) is str, tensor.name, "a tensor's name")

@@ -37,6 +37,9 @@ def main_of(build_parser: Callable[[], argparse.ArgumentParser], run: Callable[[
         except BrokenPipeError:  # whoever read our output has gone, as `| head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would complain
             return 141
+        except OSError as error:  # a full disk, a share that went away: not a fault of ours to trace
+            print(f"{parser.prog}: cannot go on: {_one_line(str(error))}", file=sys.stderr)
+            return 1
 
     return main
 

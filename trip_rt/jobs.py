@@ -54,7 +54,8 @@ def _job(line: bytes, seed: int, where: str) -> Job:
     try:
         entry = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}found no JSON ({str(error)[:100]}), expected one object a line") from error
+        reason = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else str(error)[:100]
+        raise InputError(f"{where}found no JSON ({reason}), expected one object a line") from error
     if not isinstance(entry, dict):
         raise InputError(f"{where}found a JSON {type(entry).__name__}, expected an object")
     if unknown := sorted(entry.keys() - _FIELDS.keys()):
@@ -64,8 +65,7 @@ def _job(line: bytes, seed: int, where: str) -> Job:
         if field not in entry:
             raise InputError(f"{where}found no {field}, expected {', '.join(_FIELDS)} (the seed is optional)")
         if type(entry[field]) is not kind:
-            found = json.dumps(entry[field])[:100]
-            raise InputError(f"{where}{field}: found {found}, expected a {'whole number' if kind is int else 'string'}")
+            raise InputError(f"{where}{field}: found a {type(entry[field]).__name__}, expected a {'whole number' if kind is int else 'string'}")
     return Job(entry["image"], entry["prompt"], entry["output"], entry["seed"], where)
 
 

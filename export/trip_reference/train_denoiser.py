@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +37,7 @@ def train_denoiser(
         if isinstance(module, nn.Dropout):
             module.p = 0.0
 
-    def loss_of(step: int) -> Tensor:
+    def losses_of(step: int) -> list[Callable[[], Tensor]]:
         rng, generator = step_rngs(seed, step)
         chosen = rng.integers(len(clips), size=config.batch)
         clean = latents[torch.from_numpy(chosen)]
@@ -47,11 +49,17 @@ def train_denoiser(
         signal, sigma = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
         noise = torch.randn(clean.shape, generator=generator)
         noised = signal[:, None, None, None, None] * clean + sigma[:, None, None, None, None] * noise
-        predicted = model.predict_noise(noised, clean[:, :, 0], timestep, model.encode_text(ids), signal, sigma)
-        error = (predicted - noise).square().mean(dim=(1, 2, 3, 4))
-        return (error * (1 / alpha_bar).clamp(max=MAX_WEIGHT).float()).mean()
+        weight = (1 / alpha_bar).clamp(max=MAX_WEIGHT).float()
 
-    average = run_stage("denoiser", trained, config, loss_of, folder, inputs)
+        def loss_of(part: slice) -> Tensor:
+            text = model.encode_text(ids[part])
+            predicted = model.predict_noise(noised[part], clean[part, :, 0], timestep[part], text, signal[part], sigma[part])
+            return ((predicted - noise[part]).square().mean(dim=(1, 2, 3, 4)) * weight[part]).mean()
+
+        half = config.batch // 2
+        return [partial(loss_of, slice(start, start + half)) for start in (0, half)]
+
+    average = run_stage("denoiser", trained, config, losses_of, folder, inputs)
     trained.load_state_dict(average.state_dict())
 
 

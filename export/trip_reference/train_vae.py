@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -44,13 +45,17 @@ def train_vae(vae: AutoencoderKL, clips: DemoClips, config: StageConfig, seed: i
             frames = np.stack([f[y : y + side, x : x + side] for f, (x, y) in zip(frames, corners, strict=True)])
         return to_pixels(frames).contiguous(memory_format=torch.channels_last), generator
 
-    def loss_of(step: int) -> Tensor:
+    def losses_of(step: int) -> list[Callable[[], Tensor]]:
         pixels, generator = batch(step)
-        posterior = vae.encode(pixels).latent_dist
-        restored = vae.decode(posterior.sample(generator)).sample
-        return (restored - pixels).square().mean() + KL_WEIGHT * posterior.kl().mean()
 
-    return run_stage("vae", vae, config, loss_of, folder, inputs)
+        def loss() -> Tensor:
+            posterior = vae.encode(pixels).latent_dist
+            restored = vae.decode(posterior.sample(generator)).sample
+            return (restored - pixels).square().mean() + KL_WEIGHT * posterior.kl().mean()
+
+        return [loss]
+
+    return run_stage("vae", vae, config, losses_of, folder, inputs)
 
 
 @torch.no_grad()
