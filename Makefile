@@ -9,6 +9,7 @@ BUNDLE := out/demo-bundle
 .PHONY: demo test lint clean
 
 demo: $(READY)
+	mkdir -p out
 	$(BIN)/trip-export $(CHECKPOINT) -o $(BUNDLE)
 	$(BIN)/trip-animate $(BUNDLE) --batch examples/demo.jsonl --contact-sheet out/demo.png
 

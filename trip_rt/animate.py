@@ -22,8 +22,7 @@ from trip_rt import backends, images, video
 from trip_rt.animator import Animator, sampling
 from trip_rt.bundle import Manifest, read_manifest
 from trip_rt.command import CommandParser, add_json_flag, main_of, note, report
-from trip_rt.errors import InputError
-from trip_rt.images import printable
+from trip_rt.errors import InputError, printable
 from trip_rt.jobs import Job, check_jobs, load_pictures, read_batch
 from trip_rt.tokenizer import check_text
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,9 @@ from trip_rt.schedule import DDIMStep, ddim_steps
 from trip_rt.tokenizer import PromptTokenizer
 
 if TYPE_CHECKING:
-    pass
+    from PIL import Image
 
-Picture = "str | os.PathLike[str] | Image.Image | NDArray[np.uint8]"
+Picture: TypeAlias = "str | os.PathLike[str] | Image.Image | NDArray[np.uint8]"
 OnStep = Callable[[int, int], None]
 
 
@@ -75,13 +75,13 @@ class Animator:
             spec = opened.manifest.engines[name][self.backend]
             self.engines[name] = cls.open(opened.engine_path(spec), spec, threads)
 
-    def __call__(self, image: Any, prompt: str, *, seed: int = 0, **settings: Any) -> Animation:
+    def __call__(self, image: Picture, prompt: str, *, seed: int = 0, **settings: Any) -> Animation:
         """Animate one picture (path, PIL image, or uint8 [h, w, 3]) as `prompt` says. Settings are those of `batch`."""
         return self.batch([image], [prompt], seeds=[seed], **settings)[0]
 
     def batch(
         self,
-        pictures: Sequence[Any],
+        pictures: Sequence[Picture],
         prompts: Sequence[str],
         *,
         seeds: Sequence[int] | None = None,
@@ -112,7 +112,7 @@ class Animator:
         clips = [np.concatenate(list(self.decode(clip))) for clip in latents]
         return [Animation(clip, self.config.fps, prompt, seed) for clip, prompt, seed in zip(clips, prompts, seeds, strict=True)]
 
-    def stream(self, image: Any, prompt: str, *, seed: int = 0, fit: images.Fit = "crop", **settings: Any) -> Iterator[NDArray[np.uint8]]:
+    def stream(self, image: Picture, prompt: str, *, seed: int = 0, fit: images.Fit = "crop", **settings: Any) -> Iterator[NDArray[np.uint8]]:
         """One clip's frames, uint8 [H, W, 3] each, as they are decoded; settings as in `batch`."""
         picture = images.load_image(image, self.config.height, self.config.width, fit)
         for chunk in self.decode(self.latents(picture[None], [prompt], [seed], **settings)[0]):

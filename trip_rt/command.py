@@ -9,8 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from trip_rt.errors import InputError
-from trip_rt.images import printable
+from trip_rt.errors import InputError, printable
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -1,4 +1,4 @@
-"""The one exception a person, not a programmer, causes."""
+"""What a person, not a programmer, got wrong, and how to say so in one line."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,8 @@ class InputError(ValueError):
 
     Commands print it as one line and exit with code 2.
     """
+
+
+def printable(text: str) -> str:
+    """`text` as one line: whatever would break or garble a terminal line (newlines, control codes, undecodable bytes) becomes `?`."""
+    return "".join(c if c.isprintable() else "?" for c in text)

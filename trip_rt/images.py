@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trip_rt.errors import InputError
+from trip_rt.errors import InputError, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,11 +33,6 @@ _TRANSPOSES = {
     8: "ROTATE_90",
 }
 _EXPECTED = f"expected a picture file ({', '.join(ACCEPTED_FORMATS)})"
-
-
-def printable(text: str) -> str:
-    """`text` as one line: whatever would break or garble a terminal line (newlines, control codes, undecodable bytes) becomes `?`."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def load_image(source: str | os.PathLike[str] | Image.Image | NDArray[np.uint8], height: int, width: int, fit: Fit = "crop") -> NDArray[np.uint8]:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from trip_rt import video
 from trip_rt.animator import check_seeds
-from trip_rt.errors import InputError
-from trip_rt.images import Fit, load_image, printable
+from trip_rt.errors import InputError, printable
+from trip_rt.images import Fit, load_image
 from trip_rt.tokenizer import check_text
 
 MAX_BATCH_FILE_MEGABYTES = 16

@@ -18,7 +18,7 @@ def alpha_bars(config: ScheduleConfig) -> NDArray[np.float64]:
         betas = np.linspace(config.beta_start, config.beta_end, config.num_train_timesteps)
     else:
         betas = np.linspace(config.beta_start**0.5, config.beta_end**0.5, config.num_train_timesteps) ** 2
-    return np.cumprod(1 - betas)
+    return np.cumprod(1 - betas).astype(np.float64)
 
 
 def inference_timesteps(config: ScheduleConfig, num_inference_steps: int) -> NDArray[np.int64]:

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from trip_rt.errors import InputError
-from trip_rt.images import printable
+from trip_rt.errors import InputError, printable
 
 MAX_CHARACTERS = 10_000  # what lies beyond could never fit the text encoder
 

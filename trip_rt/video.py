@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from trip_rt.errors import InputError
-from trip_rt.images import printable
+from trip_rt.errors import InputError, printable
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +50,22 @@ def evaluate(
     tokenizer = PromptTokenizer(tokenizer_json, model.config.text_length)
     config = model.config
     cases = [demo_world.sample(seed, held_out=True) for seed in range(count)]
-    clips: list[NDArray[np.uint8]] = []
-    judged: list[tuple[str, Verdict, dict[str, bool]]] = []
-    for start in tqdm(range(0, count, BATCH), desc="animate", unit="batch", disable=None):
+
+    def animate_group(start: int) -> NDArray[np.uint8]:
         group = cases[start : start + BATCH]
         pictures = np.stack([demo_world.render(scene, motion, 1, config.height)[0] for scene, motion, _ in group])
         seeds = list(range(start, start + len(group)))
-        for clip, (scene, motion, _) in zip(
-            animate(model, tokenizer, pictures, [text for _, _, text in group], seeds, steps, guidance_scale), group, strict=True
-        ):
-            verdict = judge(clip, scene, motion)
-            judged.append((motion, verdict, verdict.checks(scene, motion)))
-            clips.append(clip)
+        return animate(model, tokenizer, pictures, [text for _, _, text in group], seeds, steps, guidance_scale)
+
+    starts = range(0, count, BATCH)
+    # A thread a core, each running whole batches: on tensors this small that is half as fast again as all cores on one batch.
+    with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        groups_done = tqdm(pool.map(animate_group, starts), total=len(starts), desc="animate", unit="batch", disable=None)
+        clips = [clip for group in groups_done for clip in group]
+    judged = []
+    for clip, (scene, motion, _) in zip(clips, cases, strict=True):
+        verdict = judge(clip, scene, motion)
+        judged.append((motion, verdict, verdict.checks(scene, motion)))
     groups: dict[str, list[tuple[str, Verdict, dict[str, bool]]]] = defaultdict(list)
     for row in judged:
         groups[row[0]].append(row)
