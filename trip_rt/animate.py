@@ -27,7 +27,6 @@ from trip_rt.jobs import Job, check_jobs, load_pictures, read_batch
 from trip_rt.tokenizer import check_text
 
 MAX_THREADS = 256
-MIN_FPS, MAX_FPS = 1, 120
 _SHEET_COLUMNS = 8
 
 
@@ -49,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (the model's own)")
     parser.add_argument("--guidance-scale", type=float, metavar="G", help="how closely to follow the prompt, 0 to 100 (the model's own)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, another clip (%(default)s)")
-    parser.add_argument("--fps", type=float, metavar="F", help=f"frames a second of the clip, {MIN_FPS} to {MAX_FPS} (the model's own)")
+    parser.add_argument("--fps", type=float, metavar="F", help=f"frames a second, {video.MIN_FPS:g} to {video.MAX_FPS:g} (the model's own)")
     parser.add_argument("--negative-prompt", default="", metavar="T", help="what should not be seen")
     parser.add_argument("--fit", choices=("crop", "letterbox"), default="crop", help="how a picture of another shape is fitted (%(default)s)")
     parser.add_argument("--backend", choices=("auto", *backends.NAMES), default="auto", help="engine library (%(default)s)")
@@ -126,11 +125,11 @@ def _check_options(args: argparse.Namespace, manifest: Manifest) -> float:
     """The frames a second to save at; InputError for an option out of bounds."""
     if args.threads is not None and not 1 <= args.threads <= MAX_THREADS:
         raise InputError(f"threads: found {args.threads}, expected 1 to {MAX_THREADS}")
-    if args.fps is not None and not MIN_FPS <= args.fps <= MAX_FPS:
-        raise InputError(f"fps: found {args.fps}, expected {MIN_FPS} to {MAX_FPS}")
+    fps = float(manifest.config.fps if args.fps is None else args.fps)
+    video.check_fps(fps)
     check_text(args.negative_prompt)
     backends.choose(manifest, args.backend)
-    return manifest.config.fps if args.fps is None else float(args.fps)
+    return fps
 
 
 def _save_sheet(strips: Sequence[NDArray[np.uint8]], labels: Sequence[str], path: Path) -> None:

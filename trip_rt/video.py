@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FORMATS = {".mp4": "mp4", ".gif": "gif", ".webp": "webp", "": "png"}
 _ACCEPTED = "expected a name ending in .mp4, .gif or .webp, or a folder (no ending) for PNG frames"
 _FRAME_NAME = re.compile(r"frame_\d{4,}\.png")
-_MIN_FPS, _MAX_FPS = 0.1, 240
+MIN_FPS, MAX_FPS = 0.1, 240.0
 _PALETTE_SAMPLE = 2**15  # pixels; k-means takes about 0.4 s for these and 6 to 9 s for 2**18
 
 Frames = NDArray[np.uint8]
@@ -68,6 +68,12 @@ def output_format(path: str | os.PathLike[str]) -> str:
     return "png" if is_folder else FORMATS[suffix]
 
 
+def check_fps(fps: float) -> None:
+    """InputError for frames a second that no player would show."""
+    if not MIN_FPS <= fps <= MAX_FPS:
+        raise InputError(f"fps: found {fps:g}, expected {MIN_FPS:g} to {MAX_FPS:g}")
+
+
 def save(frames: Frames, path: str | os.PathLike[str], fps: float) -> None:
     """Writes uint8 [F, H, W, 3] at `fps` frames a second to `path`, in the format `output_format` gives it.
 
@@ -79,8 +85,7 @@ def save(frames: Frames, path: str | os.PathLike[str], fps: float) -> None:
     kind, target, name = output_format(path), os.path.realpath(os.fsdecode(path)), printable(os.fsdecode(path))
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
         raise ValueError(f"frames: found {frames.dtype} {list(frames.shape)}, expected uint8 [F, H, W, 3]")
-    if not _MIN_FPS <= fps <= _MAX_FPS:
-        raise InputError(f"fps: found {fps}, expected {_MIN_FPS} to {_MAX_FPS}")
+    check_fps(fps)
     frames = np.ascontiguousarray(frames)
     encoders: dict[str, Callable[[Frames, float], bytes]] = {"mp4": _mp4, "gif": _gif, "webp": _webp}
     # Everything is encoded in memory, so the only thing left to fail on disk is writing bytes.
