@@ -153,6 +153,20 @@ def test_latents_of_another_vae_are_encoded_anew(tiny_demo, tmp_path):
     assert not np.array_equal(before, load_file(tmp_path / "b" / "training" / "latents.safetensors")["latents"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "steps: found 0, expected at least 1"),
+        (["--clips", "-3"], "clips: found -3, expected at least 1"),
+        (["--seed", "-1"], "seed: found -1, expected at least 0"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, capsys, arguments, message):
+    assert train.main(["--demo", "-o", str(tmp_path / "run"), *arguments]) == 2
+    assert capsys.readouterr().err == f"trip-train: {message}\n"
+    assert not list(tmp_path.iterdir())
+
+
 def test_ctrl_c_ends_the_command_in_one_line(tmp_path):
     command = [sys.executable, "-m", "trip_reference.train", "--demo", "-o", str(tmp_path / "run"), "--clips", "400"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

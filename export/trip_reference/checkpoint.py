@@ -73,7 +73,7 @@ def from_pretrained(folder: str | os.PathLike[str]) -> TripModel:
     model = TripModel(
         config,
         _load_part(UNet3DConditionModel, folder / "unet", torch_dtype=torch.float32),
-        _load_part(AutoencoderKL, folder / "vae", torch_dtype=torch.float32),
+        load_vae(folder),
         _load_part(CLIPTextModel, folder / "text_encoder", dtype=torch.float32),
     )
     weights = folder / "fusion" / _FUSION_WEIGHTS
@@ -93,6 +93,11 @@ def load_config(folder: str | os.PathLike[str]) -> TripConfig:
     return from_json(TripConfig, data, str(path))
 
 
+def load_vae(folder: str | os.PathLike[str]) -> AutoencoderKL:
+    """The VAE of a checkpoint or Stable Diffusion folder, fp32."""
+    return _load_part(AutoencoderKL, Path(folder) / "vae", torch_dtype=torch.float32)
+
+
 def load_tokenizer_json(folder: str | os.PathLike[str]) -> str:
     """The text of the checkpoint's tokenizer.json."""
     path = Path(folder) / "tokenizer" / "tokenizer.json"
@@ -109,7 +114,7 @@ def assemble(config: TripConfig, modelscope: str | os.PathLike[str], stable_diff
     """
     modelscope, stable_diffusion = Path(modelscope), Path(stable_diffusion)
     unet = _load_part(UNet3DConditionModel, modelscope / "unet", torch_dtype=torch.float32)
-    vae = _load_part(AutoencoderKL, stable_diffusion / "vae", torch_dtype=torch.float32)
+    vae = load_vae(stable_diffusion)
     text_encoder = _load_part(CLIPTextModel, stable_diffusion / "text_encoder", dtype=torch.float32)
     with _named(stable_diffusion / "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(stable_diffusion / "tokenizer", local_files_only=True, use_fast=True)

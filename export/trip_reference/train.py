@@ -6,12 +6,12 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import platform
 import time
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,6 +26,7 @@ from trip_reference.train_vae import reconstruction_psnr, train_vae
 from trip_reference.training import StageConfig
 from trip_rt.command import CommandParser, add_json_flag, main_of, note, report
 from trip_rt.config import FirstFrame, Fusion
+from trip_rt.errors import InputError
 
 VAE_STAGE = StageConfig(steps=4000, batch=8, lr=2e-3, ema_decay=0.995)
 DENOISER_STAGE = StageConfig(steps=3600, batch=8, lr=1e-3)
@@ -54,7 +55,7 @@ def train_demo(
 
     clips = render_clips(preset.trip, clip_count)
     if vae_from:
-        model.vae = AutoencoderKL.from_pretrained(vae_from / "vae", use_safetensors=True, local_files_only=True, torch_dtype=torch.float32)
+        model.vae = checkpoint.load_vae(vae_from)
     else:
         model.vae = train_vae(model.vae, clips, vae_stage, seed, work, inputs)
     model.vae.half().float()  # the checkpoint's precision: the denoiser learns the latents that it will meet
@@ -93,7 +94,9 @@ def _cached_latents(path: Path, model: TripModel, clips: DemoClips) -> Tensor:
             if file.metadata() == origin:
                 return file.get_tensor("latents")
     latents = encode_clips(model, clips.frames)
-    save_file({"latents": latents}, path, metadata=origin)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({"latents": latents}, draft, metadata=origin)
+    os.replace(draft, path)
     return latents
 
 
@@ -117,6 +120,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
+    for name, least in (("seed", 0), ("clips", 1), ("vae_steps", 1), ("steps", 1)):
+        if (value := getattr(args, name)) < least:
+            raise InputError(f"{name.replace('_', '-')}: found {value}, expected at least {least}")
     result = train_demo(
         args.output,
         args.seed,
