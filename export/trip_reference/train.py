@@ -42,6 +42,7 @@ def train_demo(
     fusion: Fusion,
     first_frame: FirstFrame,
     vae_from: Path | None,
+    start_from: Path | None = None,
 ) -> dict[str, object]:
     """Train the demo model into `folder` and return what a report should say; resumes what it finds in `folder/training`."""
     began = time.monotonic()
@@ -51,10 +52,12 @@ def train_demo(
     tokenizer = build_tokenizer(DEMO.trip.text_length)
     preset = dataclasses.replace(DEMO, trip=dataclasses.replace(DEMO.trip, fusion=fusion, first_frame=first_frame))
     model = build_model(preset, text_overrides(tokenizer))
-    inputs = json.dumps([seed, clip_count, dataclasses.asdict(preset)], sort_keys=True)
+    inputs = json.dumps([seed, clip_count, dataclasses.asdict(preset), str(start_from)], sort_keys=True)
 
     clips = render_clips(preset.trip, clip_count)
-    if vae_from:
+    if start_from:
+        model.load_state_dict(checkpoint.from_pretrained(start_from).state_dict())
+    elif vae_from:
         model.vae = checkpoint.load_vae(vae_from)
     else:
         model.vae = train_vae(model.vae, clips, vae_stage, seed, work, inputs)
@@ -115,6 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--fusion", choices=("tnf", "linear", "none"), default="tnf")
     parser.add_argument("--first-frame", choices=("start", "end", "channel"), default="start")
     parser.add_argument("--vae-from", type=Path, metavar="CHECKPOINT", help="take the VAE of this checkpoint and train only the rest")
+    parser.add_argument("--start-from", type=Path, metavar="CHECKPOINT", help="keep this checkpoint's VAE and train the rest on from its weights")
     add_json_flag(parser)
     return parser
 
@@ -132,6 +136,7 @@ def run(args: argparse.Namespace) -> int:
         args.fusion,
         args.first_frame,
         args.vae_from,
+        args.start_from,
     )
     report(args, result, f"{result['checkpoint']}: trained in {result['seconds']} s")
     return 0

@@ -18,9 +18,7 @@ from trip_reference.training import StageConfig, run_stage, step_rngs
 from trip_rt.schedule import alpha_bars
 
 TEXT_DROPOUT = 0.1  # so that guidance has an unconditional branch
-# First all timesteps alike; then ever more of the high ones, where the sentence alone decides what moves, at their full weight.
-UNIFORM_SHARE = 0.278  # of the steps
-EARLY_MAX_WEIGHT, LATE_MAX_WEIGHT = 50.0, 200.0
+MAX_WEIGHT = 1000.0
 
 
 def train_denoiser(
@@ -28,8 +26,8 @@ def train_denoiser(
 ) -> None:
     """Train all of `model` but its VAE and leave the averaged weights in it.
 
-    latents: [N, C, F, h, w], of `clips`. The loss is the mean squared error of the fused noise (TRIP, eq. 7), weighted by 1/ᾱ_t:
-    the prior makes ε so easy at large t that the plain loss hardly teaches motion.
+    latents: [N, C, F, h, w], of `clips`. The loss is the mean squared error of the fused noise (TRIP, eq. 7), weighted by 1/ᾱ_t up
+    to 1000: the prior makes ε so easy at large t that the plain loss hardly teaches motion.
     """
     table = torch.from_numpy(alpha_bars(model.config.schedule))
     total = model.config.schedule.num_train_timesteps
@@ -45,15 +43,15 @@ def train_denoiser(
         clean = latents[torch.from_numpy(chosen)]
         sentences = ["" if rng.random() < TEXT_DROPOUT else demo_world.caption(clips.scenes[i], clips.motions[i], rng) for i in chosen]
         ids = torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(sentences)])
-        early = step < UNIFORM_SHARE * config.steps
-        # One timestep from each of `batch` equal parts: the loss varies more with t than with the clip.
+        # One timestep from each of `batch` equal parts, as the loss varies more with t than with the clip; the higher the likelier,
+        # as up there the sentence alone decides what moves.
         quantile = (rng.permutation(config.batch) + rng.random(config.batch)) / config.batch
-        timestep = torch.from_numpy((quantile if early else np.sqrt(quantile)) * total).long()
+        timestep = torch.from_numpy(np.sqrt(quantile) * total).long()
         alpha_bar = table[timestep]
         signal, sigma = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
         noise = torch.randn(clean.shape, generator=generator)
         noised = signal[:, None, None, None, None] * clean + sigma[:, None, None, None, None] * noise
-        weight = (1 / alpha_bar).clamp(max=EARLY_MAX_WEIGHT if early else LATE_MAX_WEIGHT).float()
+        weight = (1 / alpha_bar).clamp(max=MAX_WEIGHT).float()
 
         def loss_of(part: slice) -> Tensor:
             text = model.encode_text(ids[part])
