@@ -115,6 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--clips", type=int, default=CLIPS, help="how many clips to train on (%(default)s)")
     parser.add_argument("--vae-steps", type=int, default=VAE_STAGE.steps, help="(%(default)s)")
     parser.add_argument("--steps", type=int, default=DENOISER_STAGE.steps, help="of the denoiser (%(default)s)")
+    parser.add_argument("--lr", type=float, default=DENOISER_STAGE.lr, help="of the denoiser, at its highest (%(default)s)")
     parser.add_argument("--fusion", choices=("tnf", "linear", "none"), default="tnf")
     parser.add_argument("--first-frame", choices=("start", "end", "channel"), default="start")
     parser.add_argument("--vae-from", type=Path, metavar="CHECKPOINT", help="take the VAE of this checkpoint and train only the rest")
@@ -127,12 +128,14 @@ def run(args: argparse.Namespace) -> int:
     for name, least in (("seed", 0), ("clips", 1), ("vae_steps", 1), ("steps", 1)):
         if (value := getattr(args, name)) < least:
             raise InputError(f"{name.replace('_', '-')}: found {value}, expected at least {least}")
+    if not 0 < args.lr < 1:
+        raise InputError(f"lr: found {args.lr:g}, expected more than 0 and less than 1")
     result = train_demo(
         args.output,
         args.seed,
         args.clips,
         dataclasses.replace(VAE_STAGE, steps=args.vae_steps),
-        dataclasses.replace(DENOISER_STAGE, steps=args.steps),
+        dataclasses.replace(DENOISER_STAGE, steps=args.steps, lr=args.lr),
         args.fusion,
         args.first_frame,
         args.vae_from,
