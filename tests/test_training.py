@@ -144,6 +144,22 @@ def test_ablations_share_the_vae_and_train_the_rest(tiny_demo, tmp_path, change)
     assert all(getattr(other.config, name) == value for name, value in change.items())
 
 
+def test_training_goes_on_from_a_checkpoint(tiny_demo, tmp_path):
+    run_demo(tmp_path / "first")
+    run_demo(tmp_path / "second", start_from=tmp_path / "first", denoiser_stage=dataclasses.replace(STAGE, steps=1, lr=1e-9))
+    first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
+    for path, tensors in first.items():
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(second[path][name], tensor, rtol=1e-3, atol=1e-6)
+
+
+def test_going_on_from_another_kind_of_model_is_refused_before_any_work(tiny_demo, tmp_path):
+    run_demo(tmp_path / "linear", denoiser_stage=dataclasses.replace(STAGE, steps=1), fusion="linear")
+    with pytest.raises(InputError, match="fusion: found linear, expected tnf"):
+        run_demo(tmp_path / "new", start_from=tmp_path / "linear")
+    assert not (tmp_path / "new").exists()
+
+
 def test_latents_of_another_vae_are_encoded_anew(tiny_demo, tmp_path):
     run_demo(tmp_path / "a", denoiser_stage=dataclasses.replace(STAGE, steps=1))
     run_demo(tmp_path / "b", seed=2, denoiser_stage=dataclasses.replace(STAGE, steps=1))

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from trip_reference import checkpoint
 from trip_reference.demo_data import DemoClips, encode_clips, render_clips
@@ -46,21 +46,21 @@ def train_demo(
 ) -> dict[str, object]:
     """Train the demo model into `folder` and return what a report should say; resumes what it finds in `folder/training`."""
     began = time.monotonic()
-    work = folder / "training"
-    work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(DEMO.trip.text_length)
     preset = dataclasses.replace(DEMO, trip=dataclasses.replace(DEMO.trip, fusion=fusion, first_frame=first_frame))
     model = build_model(preset, text_overrides(tokenizer))
-    inputs = json.dumps([seed, clip_count, dataclasses.asdict(preset), str(start_from)], sort_keys=True)
-
-    clips = render_clips(preset.trip, clip_count)
+    settings = json.dumps([seed, clip_count, dataclasses.asdict(preset)], sort_keys=True)
     if start_from:
-        model.load_state_dict(checkpoint.from_pretrained(start_from).state_dict())
+        _take_weights(model, start_from)
     elif vae_from:
         model.vae = checkpoint.load_vae(vae_from)
-    else:
-        model.vae = train_vae(model.vae, clips, vae_stage, seed, work, inputs)
+
+    work = folder / "training"
+    work.mkdir(parents=True, exist_ok=True)
+    clips = render_clips(preset.trip, clip_count)
+    if not (start_from or vae_from):
+        model.vae = train_vae(model.vae, clips, vae_stage, seed, work, settings)
     model.vae.half().float()  # the checkpoint's precision: the denoiser learns the latents that it will meet
     model.vae.eval().requires_grad_(False)
     held_out = render_clips(preset.trip, 32, held_out=True)
@@ -70,7 +70,7 @@ def train_demo(
     latents = _cached_latents(work / "latents.safetensors", model, clips)
     scale = latent_scale(latents)
     model.config = dataclasses.replace(preset.trip, scaling_factor=scale)
-    train_denoiser(model, tokenizer, clips, latents * scale, denoiser_stage, seed, work, inputs)
+    train_denoiser(model, tokenizer, clips, latents * scale, denoiser_stage, seed, work, settings + _digest(model))
     checkpoint.save_pretrained(model, tokenizer.to_str(pretty=True), folder, torch.float16)
     return {
         "checkpoint": str(folder),
@@ -86,12 +86,27 @@ def train_demo(
     }
 
 
+def _take_weights(model: TripModel, source: Path) -> None:
+    """Load the weights of checkpoint `source`, which must be of the same networks, into `model`."""
+    start = checkpoint.from_pretrained(source)
+    for name in ("fusion", "first_frame", "num_frames", "latent_channels", "text_width", "tnf"):
+        found, expected = getattr(start.config, name), getattr(model.config, name)
+        if found != expected:
+            raise InputError(f"{source}: {name}: found {found}, expected {expected}; start from a checkpoint of the same model")
+    model.load_state_dict(start.state_dict())
+
+
+def _digest(module: nn.Module) -> str:
+    """A hash of all weights."""
+    digest = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _cached_latents(path: Path, model: TripModel, clips: DemoClips) -> Tensor:
     """The clips' unscaled latents, encoded once for a VAE and a number of clips."""
-    digest = hashlib.sha256(str(len(clips)).encode())
-    for tensor in model.vae.state_dict().values():
-        digest.update(tensor.contiguous().numpy().tobytes())
-    origin = {"origin": digest.hexdigest()}
+    origin = {"origin": f"{_digest(model.vae)} {len(clips)}"}
     if path.exists():
         with safe_open(path, "pt") as file:
             if file.metadata() == origin:
