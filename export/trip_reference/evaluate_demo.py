@@ -58,7 +58,7 @@ def evaluate(
         return animate(model, tokenizer, pictures, [text for _, _, text in group], seeds, steps, guidance_scale)
 
     starts = range(0, count, BATCH)
-    # A thread a core, each running whole batches: on tensors this small that is half as fast again as all cores on one batch.
+    # A thread a core, each running whole batches: tensors this small do not keep several cores busy.
     with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         groups_done = tqdm(pool.map(animate_group, starts), total=len(starts), desc="animate", unit="batch", disable=None)
         clips = [clip for group in groups_done for clip in group]
