@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL, UNet3DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -84,8 +83,3 @@ def build_model(preset: Preset, text_overrides: dict[str, Any] | None = None) ->
         build_vae(preset.trip, preset.vae),
         build_text_encoder(preset.trip, preset.text_encoder | (text_overrides or {})),
     )
-
-
-def as_tensor(value: float, like: Tensor) -> Tensor:
-    """A per-step scalar as the [1] tensor the networks take."""
-    return torch.tensor([value], dtype=torch.float32, device=like.device)

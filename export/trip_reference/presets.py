@@ -18,7 +18,7 @@ class Preset:
     text_encoder: dict[str, Any]
 
 
-# The demo keeps the full model's layout at a fortieth of its width. Its latents have 8 channels, not 4: pictures of 64×64 leave
+# The demo keeps the full model's layout at about a seventh of its width. Its latents have 8 channels, not 4: pictures of 64×64 leave
 # 8×8 latents, and 4 numbers are too few for an 8×8 patch that holds a shape's edge.
 DEMO = Preset(
     trip=TripConfig(

@@ -102,8 +102,8 @@ def run_stage(
 def _backward(shards: list[Callable[[], Tensor]], parameters: list[nn.Parameter]) -> float:
     """Set the parameters' gradients to those of the shards' mean loss, which is returned.
 
-    A single shard uses all of torch's threads. Several get one each: the demo's tensors are small, and two half batches on a core
-    each take two thirds of the time that a whole one takes on both. The sum is in shard order, whoever ends first.
+    A single shard uses all of torch's threads. Several get one each: the demo's tensors are too small to keep several
+    cores busy on one batch. The sum is in shard order, whoever ends first.
     """
     if len(shards) == 1:
         results = [_gradients(shards[0], parameters)]

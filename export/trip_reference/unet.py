@@ -11,7 +11,7 @@ from trip_rt.config import FirstFrame
 
 
 class TemporalConv(nn.Conv3d):
-    """A (3, 1, 1) convolution run as a 2-D one over [F, H·W]: the same sums, a third faster on CPUs.
+    """A (3, 1, 1) convolution run as a 2-D one over [F, H·W]: the same sums, without Conv3d, which is slow on CPUs.
 
     Weights keep Conv3d's shape, so checkpoints are diffusers'.
     """
