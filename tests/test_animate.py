@@ -244,7 +244,7 @@ def test_bundle_without_manifest(refuse, bundle_copy):
     assert "no (finished) bundle" in refuse(bundle_copy, "photo.png", PROMPT, "-o", "clip.mp4")
 
 
-@pytest.mark.parametrize("pattern", ["unet-*.onnx", "tokenizer.json", "manifest.json"])
+@pytest.mark.parametrize("pattern", ["unet-*.onnx", "unet-*.weights", "tokenizer.json", "manifest.json"])
 def test_one_flipped_byte(refuse, bundle_copy, pattern):
     (path,) = bundle_copy.glob(pattern)
     data = bytearray(path.read_bytes())
@@ -256,8 +256,8 @@ def test_one_flipped_byte(refuse, bundle_copy, pattern):
 
 def test_newer_bundle(refuse, bundle_copy):
     path = bundle_copy / "manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
-    assert "found format version 2" in refuse(bundle_copy, "photo.png", PROMPT, "-o", "clip.mp4")
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 3'))
+    assert "found format version 3" in refuse(bundle_copy, "photo.png", PROMPT, "-o", "clip.mp4")
 
 
 GOOD = {"image": "photo.png", "prompt": PROMPT, "output": "a.mp4"}

@@ -13,15 +13,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trip_rt import Animator, bundle
-from trip_rt.bundle import MAX_MANIFEST_BYTES, open_bundle, read_manifest, serialise, verify_file
+from trip_rt import Animator, manifest
+from trip_rt.bundle import MAX_MANIFEST_BYTES, open_bundle, read_manifest, verify_file
 from trip_rt.errors import InputError
+from trip_rt.manifest import COMPONENTS, FORMAT_VERSION, FileSpec, serialise
 
 
 def sealed(body: dict) -> bytes:
     """A manifest's file with a right hash of its own, whatever it says."""
     rest = {name: value for name, value in body.items() if name != "manifest_sha256"}
-    return bundle._canonical(rest | {"manifest_sha256": hashlib.sha256(bundle._canonical(rest)).hexdigest()})
+    return manifest._canonical(rest | {"manifest_sha256": hashlib.sha256(manifest._canonical(rest)).hexdigest()})
+
+
+def file_of(data: bytes) -> dict:
+    return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
 
 
 @pytest.fixture
@@ -49,13 +54,18 @@ def body(tiny_bundle):
     return json.loads((tiny_bundle / "manifest.json").read_bytes())
 
 
+@pytest.fixture
+def engines(body):
+    return body["profiles"][0]["engines"]
+
+
 def test_round_trip(tiny_bundle, body):
     opened = open_bundle(tiny_bundle)
     assert serialise(opened.manifest) == (tiny_bundle / "manifest.json").read_bytes() == sealed(body)
     assert opened.tokenizer_json == (tiny_bundle / "tokenizer.json").read_text()
-    for component in bundle.COMPONENTS:
-        spec = opened.manifest.engines[component]["onnxruntime"]
-        assert opened.engine_path(spec).stat().st_size == spec.bytes
+    for component in COMPONENTS:
+        spec = opened.manifest.profile().engines[component]["onnxruntime"]
+        assert opened.engine_path(spec).stat().st_size == opened.manifest.files[spec.file].bytes
 
 
 def test_every_flipped_byte_is_found(copied):
@@ -88,23 +98,51 @@ def test_every_file_counts(copied, change):
 
 
 @pytest.mark.parametrize("name", ["../unet.onnx", "/etc/passwd", "a/b.onnx", "..", ".", "", "a\\b", "a\nb", "x" * 201, "C:\\a", "a\0b", 7])
-def test_engine_files_stay_inside(refused, body, name):
-    body["engines"]["unet"]["onnxruntime"]["file"] = name
-    assert "a string" in refused(body) if name == 7 else "plain file name" in refused(body)
+def test_files_stay_inside(refused, body, engines, name):
+    engines["unet"]["onnxruntime"]["files"][0] = name
+    assert "engines/unet/onnxruntime/files/0" in refused(body)
+    if name != 7:
+        assert "files" in refused({**body, "files": body["files"] | {name: {"sha256": "0" * 64, "bytes": 1}}})
 
 
-@pytest.mark.parametrize("component", bundle.COMPONENTS)
-def test_missing_component(refused, body, component):
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_missing_component(refused, body, engines, component):
     without = copy.deepcopy(body)
-    del without["engines"][component]
-    assert f"lacks an engine for {component}" in refused(without)
-    body["engines"][component] = {}
-    assert f"lacks an engine for {component}" in refused(body)
+    del without["profiles"][0]["engines"][component]
+    assert f"'{component}' is a required property" in refused(without)
+    engines[component] = {}
+    assert f"engines/{component}" in refused(body)
+
+
+def test_files_that_the_table_lacks(refused, body, engines):
+    name = engines["tnf"]["onnxruntime"]["files"][0]
+    del body["files"][name]
+    assert f"speaks of {name}" in refused(body)
+
+
+def test_tensors_that_are_not_the_models(refused, body, engines):
+    changed = copy.deepcopy(body)
+    changed["config"]["text_width"] *= 2
+    assert "text_encoder for onnxruntime has tensors that are not this model's of 48x32-5f-b1" in refused(changed)
+    engines["unet"]["onnxruntime"]["inputs"].pop()
+    assert "unet for onnxruntime has tensors" in refused(body)
+
+
+def test_two_profiles_of_one_name(refused, body):
+    body["profiles"] *= 2
+    assert "two profiles of one name" in refused(body)
 
 
 @pytest.mark.parametrize(
     ("version", "says"),
-    [(2, "upgrade trip-rt"), (10**30, "upgrade trip-rt"), (0, "export the bundle again"), (True, "version True"), (1.0, "version 1.0"), ("1", "'1'")],
+    [
+        (FORMAT_VERSION + 1, "upgrade trip-rt"),
+        (10**30, "upgrade trip-rt"),
+        (1, "export the bundle again"),
+        (True, "version True"),
+        (2.0, "version 2.0"),
+        ("2", "'2'"),
+    ],
 )
 def test_other_versions(refused, body, version, says):
     message = refused(body | {"format_version": version})
@@ -124,10 +162,10 @@ def test_a_newer_version_is_recognised_whatever_else_it_holds(refused):
         b"[1]",
         b'"format_version"',
         b"{}",
-        b'{"format_version": 1}',
+        b'{"format_version": 2}',
         b"[" * 200_000,
         b'{"a":' * 100_000,
-        b'{"format_version": 1, "manifest_sha256": "", "a": ' + b"[" * 600 + b"]" * 600 + b"}",
+        b'{"format_version": 2, "manifest_sha256": "", "a": ' + b"[" * 600 + b"]" * 600 + b"}",
         b'{"format_version": ' + b"9" * 5000 + b"}",
     ],
 )
@@ -138,7 +176,7 @@ def test_what_is_no_manifest(refused, data):
 def test_manifest_in_another_encoding_or_layout(refused, body):
     assert "damaged" in refused(json.dumps(body).encode())
     assert "damaged" in refused(sealed(body).decode().encode("utf-16"))
-    assert "damaged" in refused(sealed(body).replace(b'"batch"', b'"batch": 1,\n "batch"', 1))
+    assert "damaged" in refused(sealed(body).replace(b'"profiles"', b'"profiles": [],\n "profiles"', 1))
 
 
 def test_oversized_manifest(refused):
@@ -154,15 +192,15 @@ def test_no_bundle(tmp_path):
 def test_tokenizers_that_are_none(copied, body):
     for data, says in ((b"\xff", "not UTF-8"), (b"{}", "not a tokenizer")):
         (copied / "tokenizer.json").write_bytes(data)
-        (copied / "manifest.json").write_bytes(sealed(body | {"tokenizer_sha256": hashlib.sha256(data).hexdigest()}))
+        (copied / "manifest.json").write_bytes(sealed(body | {"files": body["files"] | {"tokenizer.json": file_of(data)}}))
         with pytest.raises(InputError, match=says):
             Animator(copied)
 
 
-def test_engines_that_are_none(copied, body):
-    spec = body["engines"]["tnf"]["onnxruntime"]
-    (copied / spec["file"]).write_bytes(b"\x00 no engine\n")
-    spec |= {"bytes": 12, "sha256": hashlib.sha256(b"\x00 no engine\n").hexdigest()}
+def test_engines_that_are_none(copied, body, engines):
+    name = engines["tnf"]["onnxruntime"]["files"][0]
+    (copied / name).write_bytes(b"\x00 no engine\n")
+    body["files"][name] = file_of(b"\x00 no engine\n")
     (copied / "manifest.json").write_bytes(sealed(body))
     with pytest.raises(InputError, match="cannot open it") as caught:
         Animator(copied)
@@ -172,36 +210,41 @@ def test_engines_that_are_none(copied, body):
 def test_verify_file_names_what_it_found(tmp_path):
     path = tmp_path / "engine"
     path.write_bytes(b"abc")
-    verify_file(path, hashlib.sha256(b"abc").hexdigest(), 3, "unet")
+    verify_file(path, FileSpec(hashlib.sha256(b"abc").hexdigest(), 3))
     for sha256, size, says in (("0" * 64, 3, "expected SHA-256|expected 000000000000"), ("0" * 64, 4, "found 3 bytes, expected 4")):
         with pytest.raises(InputError, match=says):
-            verify_file(path, sha256, size, "unet")
+            verify_file(path, FileSpec(sha256, size))
     with pytest.raises(InputError, match="no such file"):
-        verify_file(tmp_path, "0" * 64, None, "unet")
+        verify_file(tmp_path, FileSpec("0" * 64, 0))
 
 
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (["batch"], 0),
-        (["batch"], True),
-        (["decode_frames"], 2.0),
+        (["profiles", 0, "batch"], 0),
+        (["profiles", 0, "batch"], True),
+        (["profiles", 0, "decode_frames"], 2.5),
+        (["profiles"], []),
         (["config", "height"], -8),
         (["config", "vae_scale_factor"], 0),
         (["config", "num_frames"], 1 << 40),
-        (["config", "guidance_scale"], float("nan")),
-        (["config", "schedule", "beta_end"], float("inf")),
+        (["config", "guidance_scale"], -1.0),
+        (["config", "schedule", "beta_end"], 1),
         (["config", "fusion"], "glue"),
-        (["tokenizer_sha256"], None),
+        (["files", "tokenizer.json", "sha256"], None),
+        (["files", "tokenizer.json", "sha256"], "0" * 64 + "\n"),
+        (["files", "tokenizer.json", "bytes"], "1"),
         (["built_with"], []),
-        (["engines"], []),
-        (["engines", "unet"], "onnxruntime"),
-        (["engines", "unet", "onnxruntime", "bytes"], "1"),
-        (["engines", "unet", "onnxruntime", "inputs"], {}),
-        (["engines", "unet", "onnxruntime", "inputs", 0, "shape"], [2, -1]),
-        (["engines", "unet", "onnxruntime", "inputs", 0, "shape"], "12"),
-        (["engines", "unet", "onnxruntime", "inputs", 0, "dtype"], "object"),
-        (["engines", "unet", "onnxruntime", "inputs", 0, "extra"], 1),
+        (["profiles", 0, "engines"], []),
+        (["profiles", 0, "engines", "unet"], "onnxruntime"),
+        (["profiles", 0, "engines", "unet", "onnxruntime", "files"], []),
+        (["profiles", 0, "engines", "unet", "onnxruntime", "precision"], "fp8"),
+        (["profiles", 0, "engines", "unet", "onnxruntime", "target"], {"torch": 2}),
+        (["profiles", 0, "engines", "unet", "onnxruntime", "inputs"], {}),
+        (["profiles", 0, "engines", "unet", "onnxruntime", "inputs", 0, "shape"], [2, -1]),
+        (["profiles", 0, "engines", "unet", "onnxruntime", "inputs", 0, "shape"], "12"),
+        (["profiles", 0, "engines", "unet", "onnxruntime", "inputs", 0, "dtype"], "object"),
+        (["profiles", 0, "engines", "unet", "onnxruntime", "inputs", 0, "extra"], 1),
         (["extra"], 1),
     ],
 )

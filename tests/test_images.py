@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from trip_rt.errors import InputError
+from trip_rt.errors import EngineError, InputError
 from trip_rt.images import contact_sheet, load_image, to_frames, to_model
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
@@ -284,7 +284,7 @@ def test_frames_are_clipped_and_rounded_half_to_even():
 
 
 def test_bad_pixels():
-    with pytest.raises(RuntimeError, match="1 NaN of 12"):
+    with pytest.raises(EngineError, match="1 NaN of 12"):
         to_frames(np.where(np.arange(12) == 5, np.nan, 0).astype(np.float32).reshape(1, 3, 2, 2))
     with pytest.raises(ValueError, match="expected float32"):
         to_frames(np.zeros((1, 2, 2, 3), np.float32))

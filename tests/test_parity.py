@@ -1,4 +1,6 @@
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -6,10 +8,12 @@ import numpy as np
 import pytest
 from conftest import tiny_model
 
+from trip_engines.parity import NOT_A_NUMBER, Parity, psnr, relative_errors
+from trip_engines.reference import Reference
 from trip_export.command import export_main, parity_main
-from trip_export.parity import Parity, psnr
 from trip_reference import checkpoint
 from trip_reference.demo_text import build_tokenizer
+from trip_rt import InputError
 
 
 def test_psnr_against_a_known_error():
@@ -19,8 +23,47 @@ def test_psnr_against_a_known_error():
     assert psnr(expected * np.nan, expected, peak=1.0) == -200
 
 
+def test_relative_errors_against_known_ones():
+    expected = np.array([3.0, 4.0, 0.0, 0.0])  # RMS 2.5
+    assert relative_errors(expected + np.eye(4)[3], expected) == pytest.approx((0.4, 0.2))
+    for wrong in (np.nan, np.inf):
+        assert relative_errors(expected + wrong, expected) == (NOT_A_NUMBER, NOT_A_NUMBER)
+
+
 def test_parity_survives_json(tiny_export):
-    assert Parity.from_json(json.loads(json.dumps(tiny_export.parity.to_json()))) == tiny_export.parity
+    parity = tiny_export.parity["onnxruntime"]
+    assert Parity.from_json(json.loads(json.dumps(parity.to_json()))) == parity
+
+
+def test_a_recording_survives_its_file(tiny_bundle, tmp_path):
+    (path,) = tiny_bundle.glob("reference-*")
+    first = Reference.load(path)
+    first.save(tmp_path / "again", "key")
+    again = Reference.load(tmp_path / "again", "key")
+    assert (again.prompts, again.seeds, again.num_inference_steps) == (first.prompts, first.seeds, 4)
+    assert (again.latents == first.latents).all() and (again.frames == first.frames).all()
+    assert [len(first.samples[name]) for name in sorted(first.samples)] == [1, 4, 4, 1, 1]
+    for name, samples in first.samples.items():
+        for one, other in zip(samples, again.samples[name], strict=True):
+            assert set(one.inputs) == set(other.inputs) and (one.output == other.output).all()
+
+
+@pytest.mark.parametrize("data", [b"", b"nothing", b"\x02\0\0\0\0\0\0\0{}", b"\xff" * 100])
+def test_what_is_no_recording(data, tmp_path):
+    (tmp_path / "reference").write_bytes(data)
+    with pytest.raises(InputError, match="no recording of the model"):
+        Reference.load(tmp_path / "reference")
+
+
+def test_checking_a_bundle(tiny_bundle, tmp_path, capsys):
+    assert export_main(["--check", str(tiny_bundle), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["passed"] and figures["parity"]["48x32-5f-b1 onnxruntime"]["latents_psnr"] >= 60
+    copy = shutil.copytree(tiny_bundle, tmp_path / "copy")
+    (path,) = copy.glob("tnf-*.weights")
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert export_main(["--check", str(copy)]) == 2
+    assert path.name in capsys.readouterr().err
 
 
 def test_the_bundle_of_a_checkpoint_passes(tiny_bundle, tiny_checkpoint, capsys):
@@ -42,6 +85,9 @@ def test_a_checkpoint_of_other_weights_fails(tiny_bundle, tmp_path, capsys):
     [
         (export_main, ["nowhere", "-o", "{tmp}/bundle"], "nowhere: found no model_index.json"),
         (export_main, ["{checkpoint}", "-o", "{checkpoint}/model_index.json"], "model_index.json: cannot be a bundle's folder"),
+        (export_main, ["{checkpoint}"], "expected CHECKPOINT and -o BUNDLE, or --check BUNDLE"),
+        (export_main, ["{checkpoint}", "--check", "{bundle}"], "found --check beside CHECKPOINT"),
+        (export_main, ["--check", "nowhere"], "nowhere: found no such folder"),
         (parity_main, ["nowhere", "{checkpoint}"], "nowhere: found no such folder"),
         (parity_main, ["{bundle}", "nowhere"], "nowhere: found no model_index.json"),
     ],
@@ -60,4 +106,4 @@ def test_help_has_an_example(command):
     module, function = command.split(":")
     code = f"import {module} as m; m.{function}(['--help'])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "example: trip-" in shown.stdout
+    assert re.search("examples?: trip-", shown.stdout)

@@ -150,7 +150,7 @@ class ForBatches:
 def batched(animator, batch):
     """`animator` as if its bundle had been exported for `batch` clips at a time."""
     other = copy.copy(animator)
-    other.manifest = dataclasses.replace(animator.manifest, batch=batch)
+    other.profile = dataclasses.replace(animator.profile, batch=batch)
     halves = {"text_encoder": 1, "vae_encoder": 1, "unet": 2, "tnf": 2}
     other.engines = animator.engines | {name: ForBatches(animator.engines[name], batch, n) for name, n in halves.items()}
     return other
@@ -188,7 +188,7 @@ class InChunks:
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_decoding_in_chunks_changes_nothing(tiny_animator, picture, clip, size):
     chunked = copy.copy(tiny_animator)
-    chunked.manifest = dataclasses.replace(tiny_animator.manifest, decode_frames=size)
+    chunked.profile = dataclasses.replace(tiny_animator.profile, decode_frames=size)
     chunked.engines = tiny_animator.engines | {"vae_decoder": InChunks(tiny_animator.engines["vae_decoder"], size)}
     frames = chunked(picture, PROMPT, seed=7).frames
     assert frames.shape == clip.frames.shape and np.abs(frames.astype(int) - clip.frames).max() <= 1
@@ -218,11 +218,11 @@ def test_uneven_batches(tiny_animator, picture):
 
 
 def test_unknown_and_missing_backends(tiny_bundle, tiny_animator):
-    with pytest.raises(InputError, match="found 'abacus', expected auto, onnxruntime"):
+    with pytest.raises(InputError, match="found 'abacus', expected auto, tensorrt"):
         Animator(tiny_bundle, backend="abacus")
-    manifest = tiny_animator.manifest
-    emptied = dataclasses.replace(manifest, engines={name: {"abacus": spec} for name in manifest.engines for spec in ["?"]})
-    for backend, says in (("onnxruntime", "not for onnxruntime"), ("auto", "no known backend")):
+    profile = tiny_animator.profile
+    emptied = dataclasses.replace(profile, engines={name: {"abacus": spec} for name in profile.engines for spec in ["?"]})
+    for backend, says in (("onnxruntime", "not for onnxruntime"), ("auto", "none of a known backend")):
         with pytest.raises(InputError, match=says):
             backends.choose(emptied, backend)
 

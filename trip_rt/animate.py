@@ -20,10 +20,12 @@ from tqdm import tqdm
 
 from trip_rt import backends, images, video
 from trip_rt.animator import Animator, sampling
-from trip_rt.bundle import Manifest, read_manifest
+from trip_rt.bundle import read_manifest
 from trip_rt.command import CommandParser, add_json_flag, main_of, note, report
+from trip_rt.config import TripConfig
 from trip_rt.errors import InputError, printable
 from trip_rt.jobs import Job, check_jobs, load_pictures, read_batch
+from trip_rt.manifest import Profile
 from trip_rt.tokenizer import check_text
 
 MAX_THREADS = 256
@@ -52,6 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--negative-prompt", default="", metavar="T", help="what should not be seen")
     parser.add_argument("--fit", choices=("crop", "letterbox"), default="crop", help="how a picture of another shape is fitted (%(default)s)")
     parser.add_argument("--backend", choices=("auto", *backends.NAMES), default="auto", help="engine library (%(default)s)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run it (%(default)s)")
+    parser.add_argument("--profile", metavar="NAME", help="which of the bundle's sets of shapes, such as 256x256-16f-b1 (its first)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (the engine library's choice)")
     parser.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="also write one picture with frames of all the clips")
     add_json_flag(parser)
@@ -66,19 +70,20 @@ def run(args: argparse.Namespace) -> int:
         jobs = _jobs(args)
         check_jobs(jobs, args.contact_sheet)
         manifest = read_manifest(args.bundle)
+        profile, options = manifest.profile(args.profile), backends.EngineOptions(args.device, args.threads)
         steps, _ = sampling(manifest.config, args.steps, args.guidance_scale)
-        fps = _check_options(args, manifest)
-        pictures = load_pictures(jobs, manifest.config.height, manifest.config.width, args.fit)
-        animator = Animator(args.bundle, args.backend, args.threads)
+        fps = _check_options(args, manifest.config, profile, options)
+        pictures = load_pictures(jobs, profile.height, profile.width, args.fit)
+        animator = Animator(args.bundle, args.backend, profile.name, options)
     note(f"backend: {animator.backend} ({animator.backend_reason})")
     clips, strips = [], []
-    total = len(steps) * math.ceil(len(jobs) / manifest.batch)
+    total = len(steps) * math.ceil(len(jobs) / profile.batch)
     with animator, _plain_warnings(), tqdm(total=total, desc="denoising", unit="step", disable=None, leave=False) as bar:
-        for start in range(0, len(jobs), manifest.batch):
-            group, group_began = jobs[start : start + manifest.batch], time.perf_counter()
+        for start in range(0, len(jobs), profile.batch):
+            group, group_began = jobs[start : start + profile.batch], time.perf_counter()
             with _timed(seconds, "denoise"):
                 latents = animator.latents(
-                    np.stack(pictures[start : start + manifest.batch]),
+                    np.stack(pictures[start : start + profile.batch]),
                     [job.prompt for job in group],
                     [job.seed for job in group],
                     negative_prompt=args.negative_prompt,
@@ -121,14 +126,14 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     return [Job(args.image, args.prompt, args.output, args.seed)]
 
 
-def _check_options(args: argparse.Namespace, manifest: Manifest) -> float:
+def _check_options(args: argparse.Namespace, config: TripConfig, profile: Profile, options: backends.EngineOptions) -> float:
     """The frames a second to save at; InputError for an option out of bounds."""
     if args.threads is not None and not 1 <= args.threads <= MAX_THREADS:
         raise InputError(f"threads: found {args.threads}, expected 1 to {MAX_THREADS}")
-    fps = float(manifest.config.fps if args.fps is None else args.fps)
+    fps = float(config.fps if args.fps is None else args.fps)
     video.check_fps(fps)
     check_text(args.negative_prompt)
-    backends.choose(manifest, args.backend)
+    backends.choose(profile, args.backend, options)
     return fps
 
 

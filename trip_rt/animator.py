@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trip_rt import backends, images, video
-from trip_rt.bundle import COMPONENTS, Bundle, open_bundle
+from trip_rt.bundle import Bundle, open_bundle
 from trip_rt.config import TripConfig
 from trip_rt.errors import InputError
+from trip_rt.manifest import COMPONENTS
 from trip_rt.sampler import Array, ddim_loop, initial_noise
 from trip_rt.schedule import DDIMStep, ddim_steps
 from trip_rt.tokenizer import PromptTokenizer
@@ -58,22 +59,36 @@ def check_seeds(seeds: Sequence[int]) -> None:
 class Animator:
     """Runs a bundle's engines. Opening one verifies every file of the bundle.
 
-    `backend` is one of `trip_rt.backends.NAMES` or `auto`; `threads` caps the engines' CPU threads. Use as a context manager, or `close()`.
-    A `Bundle` object is taken as verified.
+    `backend` is one of `trip_rt.backends.NAMES`, `auto`, or an Engine class of one's own; `profile` names one of the bundle's sets of shapes (its
+    first); `options` say how the engines are opened. Use as a context manager, or `close()`. A `Bundle` object is taken as verified.
     """
 
-    def __init__(self, bundle: str | os.PathLike[str] | Bundle, backend: str = "auto", threads: int | None = None):
+    def __init__(
+        self,
+        bundle: str | os.PathLike[str] | Bundle,
+        backend: str | type[backends.Engine] = "auto",
+        profile: str | None = None,
+        options: backends.EngineOptions | None = None,
+    ):
         opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
+        options = options or backends.EngineOptions()
         self.tokenizer_json = opened.tokenizer_json
-        self.manifest = opened.manifest
-        self.config = opened.manifest.config
-        self.backend, self.backend_reason = backends.choose(opened.manifest, backend)
+        self.profile = opened.manifest.profile(profile)
+        self.config = opened.manifest.config_of(self.profile)
+        if isinstance(backend, str):
+            self.backend, self.backend_reason = backends.choose(self.profile, backend, options)
+            cls = backends.engine_class(self.backend)
+        else:
+            self.backend, self.backend_reason, cls = backend.backend, "a class of one's own", backend
         self._tokenizer = PromptTokenizer(opened.tokenizer_json, self.config.text_length)
-        cls = backends.engine_class(self.backend)
         self.engines: dict[str, backends.Engine] = {}
-        for name in COMPONENTS:
-            spec = opened.manifest.engines[name][self.backend]
-            self.engines[name] = cls.open(opened.engine_path(spec), spec, threads)
+        try:
+            for name in COMPONENTS:
+                spec = self.profile.engines[name][self.backend]
+                self.engines[name] = cls.open(opened.engine_path(spec), spec, options)
+        except BaseException:
+            self.close()
+            raise
 
     def __call__(self, image: Picture, prompt: str, *, seed: int = 0, **settings: Any) -> Animation:
         """Animate one picture (path, PIL image, or uint8 [h, w, 3]) as `prompt` says. Settings are those of `batch`."""
@@ -91,7 +106,7 @@ class Animator:
         fit: images.Fit = "crop",
         on_step: OnStep | None = None,
     ) -> list[Animation]:
-        """Animate several pictures, `manifest.batch` at a time; a clip depends on its own seed and not on its neighbours.
+        """Animate several pictures, `profile.batch` at a time; a clip depends on its own seed and not on its neighbours.
 
         `seeds` default to 0, 1, …; `num_inference_steps` and `guidance_scale` to the model's own; `fit` is `crop` or `letterbox`;
         `on_step(done, total)` is called after every denoising step of all groups. InputError for anything out of bounds.
@@ -132,7 +147,7 @@ class Animator:
         """The denoised latents float32 [n, C, F, h, w] of fitted pictures uint8 [n, H, W, 3]."""
         steps, guidance = sampling(self.config, num_inference_steps, guidance_scale)
         check_seeds(seeds)
-        batch = self.manifest.batch
+        batch = self.profile.batch
         groups: list[Array] = []
         total = len(steps) * math.ceil(len(pictures) / batch)
         for start in range(0, len(pictures), batch):
@@ -156,7 +171,7 @@ class Animator:
 
     def decode_pixels(self, latents: Array) -> Iterator[Array]:
         """As `decode`, but the decoder's own float32 [n, 3, H, W], about −1 to 1."""
-        frames, chunk = latents.shape[1], self.manifest.decode_frames
+        frames, chunk = latents.shape[1], self.profile.decode_frames
         for start in range(0, frames, chunk):
             rows = np.arange(start, start + chunk).clip(max=frames - 1)
             batch = np.ascontiguousarray(latents[:, rows].swapaxes(0, 1))
@@ -182,7 +197,7 @@ class Animator:
         return config.latent_channels, config.num_frames, config.latent_height, config.latent_width
 
     def _encode_text(self, prompts: Sequence[str]) -> Array:
-        batch = self.manifest.batch
+        batch = self.profile.batch
         ids = self._tokenizer(prompts)
         return np.concatenate([self.engines["text_encoder"].run({"input_ids": ids[i : i + batch]})["text"] for i in range(0, len(ids), batch)])
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from trip_rt.errors import InputError, printable
+from trip_rt.errors import EngineError, InputError, printable
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -30,6 +30,9 @@ def main_of(build_parser: Callable[[], argparse.ArgumentParser], run: Callable[[
         except InputError as error:
             print(f"{parser.prog}: {_one_line(str(error))}", file=sys.stderr)
             return 2
+        except EngineError as error:
+            print(f"{parser.prog}: {_one_line(str(error))}", file=sys.stderr)
+            return 1
         except KeyboardInterrupt:
             print(f"{parser.prog}: interrupted", file=sys.stderr)
             return 130

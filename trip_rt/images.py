@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trip_rt.errors import InputError, printable
+from trip_rt.errors import EngineError, InputError, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -71,11 +71,11 @@ def to_model(images: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def to_frames(pixels: NDArray[Any]) -> NDArray[np.uint8]:
-    """Model pixels [F, 3, H, W] in [-1, 1] to uint8 [F, H, W, 3]: clipped, rounded half to even. RuntimeError where any is NaN."""
+    """Model pixels [F, 3, H, W] in [-1, 1] to uint8 [F, H, W, 3]: clipped, rounded half to even. EngineError where any is NaN."""
     if not np.issubdtype(pixels.dtype, np.floating) or pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ValueError(f"pixels: found {pixels.dtype} {list(pixels.shape)}, expected float32 [F, 3, H, W]")
     if bad := int(np.isnan(pixels).sum()):
-        raise RuntimeError(f"pixels: found {bad} NaN of {pixels.size} values, expected none; a half-precision engine may have overflowed")
+        raise EngineError(f"pixels: found {bad} NaN of {pixels.size} values, expected none; a half-precision engine overflowed: use fp32 or bf16")
     levels = np.rint((np.clip(pixels.astype(np.float32), -1, 1) + np.float32(1)) * np.float32(127.5))
     return np.ascontiguousarray(levels.astype(np.uint8).transpose(0, 2, 3, 1))  # [F, H, W, 3]
 

@@ -3,36 +3,123 @@
 from __future__ import annotations
 
 import argparse
+import resource
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from trip_export.export import PRECISION, export_bundle
-from trip_export.parity import measure
-from trip_reference import checkpoint
-from trip_rt.animator import Animator
 from trip_rt.command import CommandParser, add_json_flag, main_of, note, report
 from trip_rt.errors import InputError
+
+if TYPE_CHECKING:
+    from trip_export.export import ExportOptions, ExportResult
 
 
 def build_export_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="trip-export",
+        usage="%(prog)s CHECKPOINT -o BUNDLE [options]\n       %(prog)s --check BUNDLE",
         description="Export a checkpoint to a bundle of engines, and measure that they agree with PyTorch. What is unchanged is reused.",
-        epilog="example: trip-export checkpoints/demo -o bundle",
+        epilog="examples: trip-export checkpoints/demo -o bundle; trip-export checkpoints/demo -o bundle --backend openvino --add; "
+        "trip-export checkpoints/demo -o bundle-fp16 --fp16 --backend tensorrt; trip-export --check bundle",
     )
-    parser.add_argument("checkpoint", type=Path, help="checkpoint folder, as trip-train writes it")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="bundle folder to write")
+    parser.add_argument("checkpoint", type=Path, nargs="?", metavar="CHECKPOINT", help="checkpoint folder, as trip-train writes it")
+    parser.add_argument("-o", "--output", type=Path, metavar="BUNDLE", help="bundle folder to write")
+    parser.add_argument(
+        "--check", type=Path, metavar="BUNDLE", help="verify a bundle, open all of it that can run here, and compare with its reference"
+    )
+    precision = parser.add_mutually_exclusive_group()
+    for name in ("fp16", "bf16"):
+        precision.add_argument(f"--{name}", dest="precision", action="store_const", const=name, help=f"{name} where measured error allows it")
+    parser.add_argument(
+        "--backend", action="append", metavar="NAME", help="onnxruntime (the default), openvino, tensorrt or inductor; may be given several times"
+    )
     parser.add_argument("--batch", type=int, default=1, help="clips animated at a time (%(default)s)")
     parser.add_argument("--frames", type=int, help="frames of a clip (the checkpoint's)")
     parser.add_argument("--size", type=_size, metavar="WxH", help="picture size in pixels (the checkpoint's)")
+    parser.add_argument("--add", action="store_true", help="keep what the bundle already holds: other backends, other shapes")
+    parser.add_argument("--parity-steps", type=int, metavar="N", help="denoising steps that parity compares, 0 for none (the model's own number)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="what inductor compiles for (a GPU where there is one)")
+    tensorrt = parser.add_argument_group("TensorRT")
+    tensorrt.add_argument("--workspace", type=float, metavar="GB", help="memory the builder may try tactics in (%(default)s)", default=8.0)
+    tensorrt.add_argument("--optimization-level", type=int, default=3, metavar="0-5", help="higher builds longer for faster engines (%(default)s)")
+    tensorrt.add_argument("--timing-cache", type=Path, metavar="FILE", help="read and update this cache of measured tactics")
+    tensorrt.add_argument("--version-compatible", action="store_true", help="engines that later TensorRT of the same major version opens")
+    tensorrt.add_argument(
+        "--hardware-compatibility", choices=("none", "ampere_plus", "same_compute_capability"), default="none", help="(%(default)s)"
+    )
+    tensorrt.add_argument("--refittable", action="store_true", help="engines whose weights can be replaced")
     add_json_flag(parser)
     return parser
 
 
 def run_export(args: argparse.Namespace) -> int:
-    result = export_bundle(args.checkpoint, args.output, batch=args.batch, frames=args.frames, size=args.size, note=note)
-    figures = {"bundle": str(result.bundle), "seconds": result.seconds, "reused": result.reused, "parity": result.parity.to_json()}
-    report(args, figures, f"{result.parity.table()}\n{result.bundle}: {'ready' if result.parity.passed else 'do not ship'}")
-    return 0 if result.parity.passed else 1
+    if args.check:
+        if args.checkpoint or args.output:
+            raise InputError("found --check beside CHECKPOINT or -o, expected one or the other; see trip-export --help")
+        return _check(args)
+    if not (args.checkpoint and args.output):
+        raise InputError("expected CHECKPOINT and -o BUNDLE, or --check BUNDLE; see trip-export --help")
+    from trip_export.export import export_bundle
+
+    result = export_bundle(args.checkpoint, args.output, _options(args), note)
+    passed = all(parity.passed for parity in result.parity.values())
+    verdict = "do not ship" if not passed else "ready" if result.parity else "written; parity: not measured"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    figures = _figures(result) | {"peak_memory_gb": round(peak, 2)}
+    lines = [parity.table() for parity in result.parity.values()]
+    report(args, figures, "\n\n".join([*lines, f"{args.output}: {result.profile} {verdict} (peak memory {peak:.1f} GB)"]))
+    return 0 if passed else 1
+
+
+def _check(args: argparse.Namespace) -> int:
+    from trip_engines.check import check_bundle
+
+    parity, refused = check_bundle(args.check, note)
+    passed = bool(parity) and all(figures.passed for figures in parity.values())
+    lines = [f"{name}\n{figures.table()}" for name, figures in parity.items()]
+    lines += [f"{name}: not compared: {reason}" for name, reason in refused.items()]
+    figures = {"passed": passed, "parity": {name: figures.to_json() for name, figures in parity.items()}, "not_compared": refused}
+    report(args, figures, "\n\n".join([*lines, f"{args.check}: {'passed' if passed else 'FAILED'}"]))
+    return 0 if passed else 1
+
+
+def _options(args: argparse.Namespace) -> ExportOptions:
+    from torch.cuda import is_available
+
+    from trip_engines.tensorrt_build import BuildOptions
+    from trip_export.export import ExportOptions
+
+    return ExportOptions(
+        backends=tuple(dict.fromkeys(args.backend or ["onnxruntime"])),
+        precision=args.precision or "fp32",
+        batch=args.batch,
+        frames=args.frames,
+        size=args.size,
+        add=args.add,
+        parity_steps=args.parity_steps,
+        device=args.device or ("cuda" if is_available() else "cpu"),
+        tensorrt=BuildOptions(
+            workspace_gb=args.workspace,
+            optimization_level=args.optimization_level,
+            timing_cache=args.timing_cache,
+            version_compatible=args.version_compatible,
+            hardware_compatibility=args.hardware_compatibility,
+            refittable=args.refittable,
+        ),
+    )
+
+
+def _figures(result: ExportResult) -> dict[str, Any]:
+    return {
+        "bundle": str(result.bundle),
+        "profile": result.profile,
+        "seconds": result.seconds,
+        "reused": result.reused,
+        "operators": {name: {"traced": dict(before), "simplified": dict(after)} for name, (before, after) in result.operators.items()},
+        "not_in_tensorrt": result.unsupported,
+        "parity": {backend: parity.to_json() for backend, parity in result.parity.items()},
+    }
 
 
 def build_parity_parser() -> argparse.ArgumentParser:
@@ -43,17 +130,32 @@ def build_parity_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--backend", metavar="NAME", help="(the bundle's first)")
+    parser.add_argument("--profile", metavar="NAME", help="one of the bundle's sets of shapes, such as 256x256-16f-b1 (its first)")
+    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (the model's own number)")
     add_json_flag(parser)
     return parser
 
 
 def run_parity(args: argparse.Namespace) -> int:
+    from trip_engines.check import animator_for, precision_of
+    from trip_engines.parity import measure
+    from trip_export.recording import record
+    from trip_reference import checkpoint
+    from trip_rt.bundle import open_bundle
+
+    bundle = open_bundle(args.bundle)
+    profile = bundle.manifest.profile(args.profile)
+    config = bundle.manifest.config_of(profile)
+    backend = args.backend or profile.backends[0]
     model = checkpoint.from_pretrained(args.checkpoint)
-    with Animator(args.bundle) as animator:
-        if animator.config.schedule != model.config.schedule or animator.config.latent_channels != model.config.latent_channels:
-            raise InputError(f"{args.bundle}: was not made from {args.checkpoint}, their configs differ; compare it with its own checkpoint")
-        model.config = animator.config  # the bundle's shapes
-        parity = measure(model, animator, PRECISION)
+    if config.schedule != model.config.schedule or config.latent_channels != model.config.latent_channels:
+        raise InputError(f"{args.bundle}: was not made from {args.checkpoint}, their configs differ; compare it with its own checkpoint")
+    model.config = config  # the profile's shapes
+    animator, measured_on = animator_for(bundle, profile, backend)
+    with animator:
+        reference = record(model, bundle.tokenizer_json, profile.batch, profile.decode_frames, args.steps or config.num_inference_steps)
+        parity = measure(animator, reference, precision_of(profile, backend), measured_on)
     report(args, parity.to_json(), parity.table())
     return 0 if parity.passed else 1
 

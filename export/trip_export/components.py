@@ -10,20 +10,20 @@ from torch import Tensor, nn
 
 from trip_reference.model import TripModel
 from trip_rt.config import TripConfig
+from trip_rt.manifest import TensorSpec, tensors
+
+# The checkpoint folders that a component's weights come from.
+PARTS = {"text_encoder": "text_encoder", "vae_encoder": "vae", "unet": "unet", "tnf": "fusion", "vae_decoder": "vae"}
 
 
 @dataclass(frozen=True)
 class Component:
-    """One graph to be: `module(*inputs)` takes the named tensors in order and gives the tensor called `output`.
-
-    `parts` names the checkpoint folders that its weights come from.
-    """
+    """One graph to be: `module(*inputs)` takes the named tensors in order and gives the tensor called `output`."""
 
     name: str
     module: nn.Module
     inputs: dict[str, Tensor]
     output: str
-    parts: tuple[str, ...]
 
 
 class Call(nn.Module):
@@ -38,49 +38,24 @@ class Call(nn.Module):
         return self.function(*inputs)
 
 
-def components(model: TripModel, batch: int, decode_frames: int) -> list[Component]:
-    """The components of `model` with example inputs of their static shapes: `batch` clips, guided, so 2·batch in the loop."""
-    config = model.config
-    clips = 2 * batch
-    latents = torch.randn(clips, config.latent_channels, config.num_frames, config.latent_height, config.latent_width)
-    first_frame = latents[:, :, 0].clone()
-    timestep = torch.tensor([500])
-    text = torch.randn(clips, config.text_length, config.text_width)
-    image = torch.randn(batch, 3, config.height, config.width)
-    return [
-        Component(
-            "text_encoder",
-            Call(model.encode_text, model.text_encoder),
-            {"input_ids": torch.ones(batch, config.text_length, dtype=torch.int64)},
-            "text",
-            ("text_encoder",),
-        ),
-        Component("vae_encoder", Call(model.encode_image, model.vae), {"image": image}, "latent", ("vae",)),
-        Component(
-            "unet",
-            Call(model.residual_unet, model.residual_unet),
-            {"latents": latents, "first_frame": first_frame, "timestep": timestep, "text": text},
-            "residual_noise",
-            ("unet",),
-        ),
-        Component(
-            "tnf",
-            Call(model.fusion, model.fusion),
-            {
-                "latents": latents,
-                "first_frame": first_frame,
-                "residual_noise": torch.randn_like(latents),
-                "sqrt_alpha_bar": torch.tensor([0.6]),
-                "sqrt_one_minus_alpha_bar": torch.tensor([0.8]),  # a tensor of its own: the exporter merges inputs that are one object
-                "timestep": timestep,
-            },
-            "noise",
-            ("fusion",),
-        ),
-        Component("vae_decoder", Call(model.decode, model.vae), {"latents": latents[0].transpose(0, 1)[:decode_frames]}, "image", ("vae",)),
-    ]
+def component(model: TripModel, name: str, batch: int, decode_frames: int) -> Component:
+    """The component called `name` with example inputs of its static shapes; of `model` only its own part need hold weights."""
+    modules = {
+        "text_encoder": lambda: Call(model.encode_text, model.text_encoder),
+        "vae_encoder": lambda: Call(model.encode_image, model.vae),
+        "unet": lambda: Call(model.residual_unet),
+        "tnf": lambda: Call(model.fusion),
+        "vae_decoder": lambda: Call(model.decode, model.vae),
+    }
+    inputs, (output,) = tensors(model.config, batch, decode_frames)[name]
+    return Component(name, modules[name]().eval(), {spec.name: _example(spec) for spec in inputs}, output.name)
 
 
 def default_decode_frames(config: TripConfig) -> int:
     """Frames the VAE decodes at a time: all sixteen of a small picture, fewer of a large one, about a million pixels."""
     return max(1, min(config.num_frames, 2**20 // (config.height * config.width)))
+
+
+def _example(spec: TensorSpec) -> Tensor:
+    """Every example is a tensor of its own: the exporter merges inputs that are one object."""
+    return torch.ones(spec.shape, dtype=torch.int64) if spec.dtype == "int64" else torch.randn(spec.shape)

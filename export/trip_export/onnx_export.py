@@ -1,23 +1,38 @@
-"""One component to an ONNX file."""
+"""One component to an ONNX graph beside its weights."""
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import logging
+import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import onnx_ir as ir
 import torch
+from onnx_ir.passes import common as passes
 
 from trip_export.components import Component
 
 OPSET = 18
+# What the exporter's trace writes where a shape was computed: none may be left, since engines want shapes that stand still.
+DYNAMIC_SHAPE_OPERATORS = frozenset({"Shape", "Size", "Range", "NonZero", "Loop", "If", "Scan", "SequenceAt", "SplitToSequence", "ConstantOfShape"})
+_SMALL = 1024  # bytes; larger tensors go into the weights file
+# Component modules wrap the networks (components.Call); these prefixes are theirs and say nothing.
+_WRAPPER = re.compile(r"^(function|owned\.0)(\.|$)")
 
 
-def export_onnx(component: Component, path: Path) -> None:
-    """Write `component` to `path` as ONNX with static shapes and its documented tensor names; weights fp32, inside the file."""
+def export_onnx(component: Component, path: Path) -> tuple[Counter[str], Counter[str]]:
+    """Write `component` to `path` as fp32 ONNX with static shapes and its documented tensor names, its weights in `path` with the ending .weights.
+
+    Nodes are called after the module they come from, such as `unet.mid_block.resnets.0.conv1/Conv_3`; the trace's own paths and stacks are
+    dropped, so the same model gives the same bytes wherever it is exported. Returns how often each operator occurs, as traced and as written.
+    ValueError where shape arithmetic is left.
+    """
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             component.module.eval(),
@@ -26,11 +41,44 @@ def export_onnx(component: Component, path: Path) -> None:
             opset_version=OPSET,
             input_names=list(component.inputs),
             output_names=[component.output],
-            optimize=True,
+            optimize=False,
             verbose=False,
         )
         assert program is not None
-        program.save(path, external_data=False)
+        model = program.model
+        before = operators(model)
+        program.optimize()
+        passes.CommonSubexpressionEliminationPass()(model)
+        passes.DeduplicateInitializersPass()(model)
+        passes.RemoveUnusedNodesPass()(model)
+        passes.ShapeInferencePass()(model)
+    after = operators(model)
+    if left := DYNAMIC_SHAPE_OPERATORS & set(after):
+        raise ValueError(f"{component.name}: {', '.join(sorted(left))} left in the graph, expected static shapes; the exporter lost a constant")
+    _name_nodes(model)
+    ir.save(model, path, external_data=path.with_suffix(".weights").name, size_threshold_bytes=_SMALL)
+    return before, after
+
+
+def operators(model: ir.Model) -> Counter[str]:
+    """How often each operator occurs."""
+    return Counter(node.op_type for node in model.graph.all_nodes())
+
+
+def _name_nodes(model: ir.Model) -> None:
+    for index, node in enumerate(model.graph.all_nodes()):
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['']"))
+        module = scopes[-2] if len(scopes) > 1 else ""  # the last one is the value's own name
+        node.name = f"{_WRAPPER.sub('', module)}/{node.op_type}_{index}"
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.graph.doc_string = model.doc_string = None
 
 
 @contextlib.contextmanager

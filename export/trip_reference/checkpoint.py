@@ -20,7 +20,7 @@ import torch
 from diffusers import AutoencoderKL, UNet3DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoTokenizer, CLIPTextModel
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 from transformers.utils.logging import disable_progress_bar
 
 from trip_reference.model import TripModel
@@ -66,15 +66,18 @@ def save_pretrained(model: TripModel, tokenizer_json: str, folder: str | os.Path
             os.replace(draft / name, folder / name)
 
 
-def from_pretrained(folder: str | os.PathLike[str]) -> TripModel:
-    """The model of a checkpoint folder, fp32 and in evaluation mode; InputError where the folder is not a whole checkpoint."""
+def from_pretrained(folder: str | os.PathLike[str], only: str | None = None) -> TripModel:
+    """The model of a checkpoint folder, fp32 and in evaluation mode; InputError where the folder is not a whole checkpoint.
+
+    With `only` (text_encoder, vae, unet or fusion) the other parts are on the meta device: they have shapes but take no memory.
+    """
     folder = Path(folder)
     config = load_config(folder)
     model = TripModel(
         config,
-        _load_part(UNet3DConditionModel, folder / "unet", torch_dtype=torch.float32),
-        load_vae(folder),
-        _load_part(CLIPTextModel, folder / "text_encoder", dtype=torch.float32),
+        _load_part(UNet3DConditionModel, folder / "unet", only not in (None, "unet"), torch_dtype=torch.float32),
+        load_vae(folder, only not in (None, "vae")),
+        _load_part(CLIPTextModel, folder / "text_encoder", only not in (None, "text_encoder"), dtype=torch.float32),
     )
     weights = folder / "fusion" / _FUSION_WEIGHTS
     with _named(weights):
@@ -93,9 +96,16 @@ def load_config(folder: str | os.PathLike[str]) -> TripConfig:
     return from_json(TripConfig, data, str(path))
 
 
-def load_vae(folder: str | os.PathLike[str]) -> AutoencoderKL:
-    """The VAE of a checkpoint or Stable Diffusion folder, fp32."""
-    return _load_part(AutoencoderKL, Path(folder) / "vae", torch_dtype=torch.float32)
+def load_vae(folder: str | os.PathLike[str], empty: bool = False) -> AutoencoderKL:
+    """The VAE of a checkpoint or Stable Diffusion folder, fp32; `empty`: without its weights, on the meta device."""
+    return _load_part(AutoencoderKL, Path(folder) / "vae", empty, torch_dtype=torch.float32)
+
+
+def latent_multiple(folder: str | os.PathLike[str]) -> int:
+    """What the sides of the latents must be multiples of: each of the UNet's levels but the last halves them."""
+    path = Path(folder) / "unet" / "config.json"
+    with _named(path):
+        return 2 ** (len(json.loads(path.read_text(encoding="utf-8"))["block_out_channels"]) - 1)
 
 
 def load_tokenizer_json(folder: str | os.PathLike[str]) -> str:
@@ -146,11 +156,16 @@ def widen_conv_in(unet: UNet3DConditionModel) -> None:
     unet.register_to_config(in_channels=new.in_channels)
 
 
-def _load_part(cls: Any, folder: Path, **dtype: torch.dtype) -> Any:
+def _load_part(cls: Any, folder: Path, empty: bool = False, **dtype: torch.dtype) -> Any:
     if not folder.is_dir():
         raise InputError(f"{folder}: not found, expected the folder of a {cls.__name__}")
     disable_progress_bar()
     with _named(folder):
+        if empty:
+            with torch.device("meta"):
+                if cls is CLIPTextModel:
+                    return cls(CLIPTextConfig.from_pretrained(folder, local_files_only=True))
+                return cls.from_config(cls.load_config(folder, local_files_only=True))
         return cls.from_pretrained(folder, local_files_only=True, use_safetensors=True, **dtype)
 
 

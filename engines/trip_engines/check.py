@@ -1,0 +1,67 @@
+"""`trip-export --check`: what of a bundle can run on this machine, and does it still agree with the PyTorch model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from trip_engines.emulation import EmulatedEngine
+from trip_engines.parity import Parity, measure
+from trip_engines.reference import Reference
+from trip_rt.animator import Animator
+from trip_rt.bundle import Bundle, open_bundle
+from trip_rt.errors import InputError
+from trip_rt.manifest import COMPONENTS, Profile
+
+
+def check_bundle(folder: Path, note: Callable[[str], None] = lambda text: None) -> tuple[dict[str, Parity], dict[str, str]]:
+    """Verify every file of the bundle, open every engine that this machine can run, and compare each backend with the recorded reference.
+
+    Returns parity by `profile backend`, and the reasons for what could not be compared. InputError for a bundle that is not whole.
+    """
+    bundle = open_bundle(folder)
+    note(f"{folder}: {len(bundle.manifest.files)} files are as the manifest says")
+    parity: dict[str, Parity] = {}
+    refused: dict[str, str] = {}
+    for profile in bundle.manifest.profiles:
+        reference = Reference.load(folder / profile.reference) if profile.reference else None
+        for backend in profile.backends:
+            name = f"{profile.name} {backend}"
+            try:
+                animator, measured_on = animator_for(bundle, profile, backend)
+            except InputError as error:
+                refused[name] = str(error)
+                continue
+            with animator:
+                if reference is None:
+                    refused[name] = "opened, but the bundle has no recorded reference; export it without --parity-steps 0"
+                    continue
+                note(f"{name}: measuring {reference.num_inference_steps} steps on {measured_on}")
+                parity[name] = measure(animator, reference, precision_of(profile, backend), measured_on)
+    return parity, refused
+
+
+def animator_for(bundle: Bundle, profile: Profile, backend: str) -> tuple[Animator, str]:
+    """An Animator to measure parity on, and what it runs on: the backend itself or, for half precision that ONNX Runtime has no arithmetic for on a
+    CPU, an emulation of it, which is stricter than the casts to fp32 by which ONNX Runtime would run it."""
+    precision = precision_of(profile, backend)
+    if backend == "onnxruntime" and precision != "fp32" and not _on_gpu(profile):
+        return Animator(bundle, EmulatedEngine, profile.name), f"an emulation of {precision} on a CPU (fp32 sums, every {precision} value rounded)"
+    animator = Animator(bundle, backend, profile.name)
+    about = animator.describe()
+    arithmetic = f" in {about['arithmetic']} arithmetic" if "arithmetic" in about else ""
+    return animator, f"{about['backend']} {about['version']} on {about['device']}{arithmetic}"
+
+
+def precision_of(profile: Profile, backend: str) -> str:
+    """The precision of a backend's engines, which one export made together."""
+    return next(profile.engines[component][backend].precision for component in COMPONENTS)
+
+
+def _on_gpu(profile: Profile) -> bool:
+    from trip_rt.backends import EngineOptions, engine_class
+
+    try:
+        return engine_class("onnxruntime").probe(profile.engines["unet"]["onnxruntime"], EngineOptions()) == "cuda"
+    except InputError:
+        return False

@@ -1,0 +1,101 @@
+"""How far a bundle's engines are from the PyTorch model: each component on the recorded inputs, then the whole loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trip_engines.reference import Reference, Sample
+from trip_rt.animator import Animator
+from trip_rt.manifest import COMPONENTS
+
+# A bf16 number has three bits fewer than an fp16 one, so its rounding is 8 times (18 dB) as coarse.
+MAX_COMPONENT_RMS = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2}
+MIN_LOOP_PSNR = {"fp32": 60.0, "fp16": 40.0, "bf16": 22.0}
+NOT_A_NUMBER = 1e9  # JSON has no infinity
+
+
+@dataclass(frozen=True)
+class ComponentParity:
+    """The largest errors over a component's samples, relative to the RMS of the reference's output; NOT_A_NUMBER where an engine gave NaN."""
+
+    max_error: float
+    rms_error: float
+
+
+@dataclass(frozen=True)
+class Parity:
+    """`components` by name, PSNR in dB of the whole loop's latents (peak: their range) and frames (peak: 2), and the verdict.
+
+    `measured_on` names what ran: an engine library and its device, or an emulation.
+    """
+
+    precision: str
+    measured_on: str
+    components: dict[str, ComponentParity]
+    num_inference_steps: int
+    latents_psnr: float
+    frames_psnr: float
+    passed: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Parity:
+        return Parity(**(data | {"components": {name: ComponentParity(**figures) for name, figures in data["components"].items()}}))
+
+    def table(self) -> str:
+        """A table for people."""
+        bound, floor = MAX_COMPONENT_RMS[self.precision], MIN_LOOP_PSNR[self.precision]
+        return "\n".join(
+            [
+                f"parity of {self.precision} with PyTorch, measured on {self.measured_on}",
+                f"{'component':<14}{'RMS error':>11}{'max error':>11}",
+                *(f"{name:<14}{c.rms_error:>11.1e}{c.max_error:>11.1e}" for name, c in sorted(self.components.items(), key=_in_order)),
+                f"whole loop, {self.num_inference_steps} steps: latents {self.latents_psnr:.1f} dB, frames {self.frames_psnr:.1f} dB",
+                f"parity: {'passed' if self.passed else 'FAILED'} (RMS error ≤ {bound:.0e} and PSNR ≥ {floor:.0f} dB expected)",
+            ]
+        )
+
+
+def measure(animator: Animator, reference: Reference, precision: str, measured_on: str) -> Parity:
+    """Compare `animator`'s engines with the recorded `reference`, to the bounds of `precision`."""
+    figures = {name: component_parity(animator, name, samples) for name, samples in reference.samples.items()}
+    found = animator.latents(reference.pictures, reference.prompts, reference.seeds, num_inference_steps=reference.num_inference_steps)
+    frames = np.concatenate(list(animator.decode_pixels(found[0])))
+    latents_psnr = psnr(found, reference.latents, float(np.ptp(reference.latents)))
+    frames_psnr = psnr(frames, reference.frames, 2.0)
+    passed = all(c.rms_error <= MAX_COMPONENT_RMS[precision] for c in figures.values()) and min(latents_psnr, frames_psnr) >= MIN_LOOP_PSNR[precision]
+    return Parity(precision, measured_on, figures, reference.num_inference_steps, round(latents_psnr, 2), round(frames_psnr, 2), passed)
+
+
+def component_parity(animator: Animator, name: str, samples: Sequence[Sample]) -> ComponentParity:
+    """The largest errors of one engine over recorded calls."""
+    errors = [relative_errors(next(iter(animator.engines[name].run(sample.inputs).values())), sample.output) for sample in samples]
+    return ComponentParity(*(float(np.max(side)) for side in zip(*errors, strict=True)))
+
+
+def relative_errors(found: NDArray[Any], expected: NDArray[Any]) -> tuple[float, float]:
+    """Maximum and RMS error relative to the RMS of `expected`; NOT_A_NUMBER where `found` holds NaN or infinity."""
+    if not np.isfinite(found).all():
+        return NOT_A_NUMBER, NOT_A_NUMBER
+    exact = expected.astype(np.float64)
+    error, scale = np.abs(found - exact), max(float(np.sqrt(np.mean(exact**2))), 1e-30)
+    return float(error.max()) / scale, float(np.sqrt(np.mean(error**2))) / scale
+
+
+def _in_order(row: tuple[str, ComponentParity]) -> int:
+    return COMPONENTS.index(row[0])
+
+
+def psnr(found: NDArray[Any], expected: NDArray[Any], peak: float) -> float:
+    """Peak signal-to-noise ratio in dB; 200 stands for equal arrays, NaN in `found` gives −200."""
+    error = float(np.mean((found.astype(np.float64) - expected) ** 2))
+    if not np.isfinite(error):
+        return -200.0
+    return 200.0 if error == 0 else float(min(200.0, 10 * np.log10(peak**2 / error)))

@@ -1,0 +1,74 @@
+"""A file of the PyTorch model's inputs and outputs, so that engines can be compared with it where PyTorch is not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from trip_rt.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of a component: its named inputs and its output."""
+
+    inputs: Mapping[str, NDArray[Any]]
+    output: NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Calls of every component, and a whole run: uint8 pictures [B, H, W, 3] with prompts and seeds, denoised in so many steps to
+    `latents` [B, C, F, h, w]; `frames` [F, 3, H, W] are the first clip's."""
+
+    samples: Mapping[str, list[Sample]]
+    pictures: NDArray[np.uint8]
+    prompts: list[str]
+    seeds: list[int]
+    num_inference_steps: int
+    latents: NDArray[np.float32]
+    frames: NDArray[np.float32]
+
+    def save(self, path: Path, key: str) -> None:
+        """Write a safetensors file; `key` says what it was recorded from."""
+        arrays: dict[str, NDArray[Any]] = {"loop/pictures": self.pictures, "loop/latents": self.latents, "loop/frames": self.frames}
+        for name, samples in self.samples.items():
+            for index, sample in enumerate(samples):
+                arrays |= {f"{name}/{index}/in/{tensor}": array for tensor, array in sample.inputs.items()}
+                arrays[f"{name}/{index}/out"] = sample.output
+        about = {"prompts": self.prompts, "seeds": self.seeds, "num_inference_steps": self.num_inference_steps}
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, {"key": key, "about": json.dumps(about)})
+
+    @staticmethod
+    def load(path: Path, key: str | None = None) -> Reference:
+        """Read what `save` wrote; InputError for anything else, or where it was recorded from something else than `key`."""
+        try:
+            with safe_open(path, "np") as file:
+                metadata = file.metadata() or {}
+                if key not in (None, metadata.get("key")):
+                    raise InputError(f"{path}: was recorded from something else; export the bundle again")
+                about = json.loads(metadata["about"])
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            loop = {name: arrays.pop(f"loop/{name}") for name in ("pictures", "latents", "frames")}
+            calls: dict[str, dict[int, dict[str, NDArray[Any]]]] = {}
+            for name, array in arrays.items():
+                component, index, tensor = name.split("/", 2)
+                calls.setdefault(component, {}).setdefault(int(index), {})[tensor] = array
+            samples = {
+                component: [Sample({name[3:]: call[name] for name in call if name != "out"}, call["out"]) for _, call in sorted(by_index.items())]
+                for component, by_index in calls.items()
+            }
+            return Reference(samples=samples, **loop, **about)
+        except InputError:
+            raise
+        except Exception as error:  # safetensors and numpy each have their own
+            reason = " ".join(str(error).split())[:120]
+            raise InputError(f"{path}: found no recording of the model ({reason}); export the bundle again") from error

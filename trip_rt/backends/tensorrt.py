@@ -1,0 +1,299 @@
+"""TensorRT on an NVIDIA GPU: the full package or its lean runtime executes the plan, cuda-bindings hold its memory."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trip_rt.backends.base import Device, Engine, EngineOptions
+from trip_rt.errors import EngineError, InputError
+from trip_rt.manifest import EngineSpec, TensorSpec
+
+PLATFORM = f"{platform.system()}-{platform.machine()}".lower()  # such as linux-x86_64
+OUT_OF_MEMORY = re.compile(r"out ?of ?memory|bad_alloc|MEM_ALLOC_FAILED", re.IGNORECASE)
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "INT32": "int32", "INT8": "int8", "UINT8": "uint8", "BOOL": "bool"}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan's target is held against: TensorRT's version and whether it is the lean runtime, the GPU with its compute capability ("9.0"),
+    and the platform."""
+
+    tensorrt: str
+    lean: bool
+    gpu: str
+    compute_capability: str
+    platform: str = PLATFORM
+
+
+class TensorRTEngine(Engine):
+    """One plan in one execution context, on a stream of its own, with device and pinned host buffers of fixed address."""
+
+    backend = "tensorrt"
+
+    def __init__(self, spec: EngineSpec, trt: Any, machine: Machine):
+        super().__init__(spec)
+        self._trt, self._machine, self._logger = trt, machine, _logger(trt)
+        self._runtime: Any = None
+        self._engine: Any = None
+        self._context: Any = None
+        self._stream: Any = None
+        self._graph: Any = None
+        self._host: dict[str, int] = {}
+        self._device: dict[str, int] = {}
+        self._arrays: dict[str, NDArray[Any]] = {}  # views of the pinned memory
+
+    @classmethod
+    def probe(cls, spec: EngineSpec, options: EngineOptions) -> Device:
+        if options.device == "cpu":
+            raise InputError("tensorrt: found that the CPU was asked for, expected a GPU; use onnxruntime or openvino, or leave the device out")
+        check_target(spec.file, spec.target, this_machine(_library()))
+        return "cuda"
+
+    @classmethod
+    def open(cls, path: Path, spec: EngineSpec, options: EngineOptions) -> TensorRTEngine:
+        cls.probe(spec, options)  # before all else: a Runtime made without a usable driver crashes the process when it is freed
+        trt = _library()
+        opened = cls(spec, trt, this_machine(trt))
+        try:
+            opened._load(path)
+            if options.cuda_graph:
+                opened._capture()
+        except BaseException:
+            opened.close()
+            raise
+        return opened
+
+    def _load(self, path: Path) -> None:
+        self._logger.take()
+        self._runtime = self._trt.Runtime(self._logger)
+        # Code inside a plan stays forbidden, as is the runtime's default: version-compatible plans are built without it.
+        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        if self._engine is None:
+            raise self._failed("cannot open the plan")
+        self._check_tensors()
+        self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise self._failed("has no execution context for the plan")
+        self._stream = _call("cudaStreamCreateWithFlags", _cuda().cudaStreamNonBlocking)
+        for tensor in (*self.spec.inputs, *self.spec.outputs):
+            self._allocate(tensor)
+            if not self._context.set_tensor_address(tensor.name, self._device[tensor.name]):
+                raise self._failed(f"takes no address for {tensor.name}")
+
+    def _check_tensors(self) -> None:
+        trt, engine = self._trt, self._engine
+        found = {}
+        for index in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(index)
+            dtype = engine.get_tensor_dtype(name).name
+            on_device = engine.get_tensor_location(name) == trt.TensorLocation.DEVICE
+            side = "input" if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else "output"
+            shape = list(engine.get_tensor_shape(name))
+            found[name] = f"{side} {name} {_DTYPES.get(dtype, dtype)} {shape}{'' if on_device else ' in host memory'}"
+        sides = (("input", self.spec.inputs), ("output", self.spec.outputs))
+        expected = {tensor.name: f"{side} {tensor.name} {tensor.dtype} {list(tensor.shape)}" for side, tensors in sides for tensor in tensors}
+        for name in sorted(found.keys() | expected.keys()):
+            if found.get(name) != expected.get(name):
+                there, wanted = found.get(name, f"no {name}"), expected.get(name, f"no {name}")
+                raise InputError(f"{self.spec.file}: found {there}, expected {wanted}; the plan is not this manifest's, export the bundle again")
+
+    def _allocate(self, tensor: TensorSpec) -> None:
+        size = int(np.prod(tensor.shape)) * np.dtype(tensor.dtype).itemsize
+        self._host[tensor.name] = address = _call("cudaMallocHost", size)
+        self._device[tensor.name] = _call("cudaMalloc", size)
+        memory: Any = (ctypes.c_char * size).from_address(address)
+        array = np.frombuffer(memory, tensor.dtype).reshape(tensor.shape)
+        array[...] = 0  # what lies there may be an index out of range to the run before capture
+        self._arrays[tensor.name] = array
+
+    def _capture(self) -> None:
+        """Run once, as TensorRT initialises itself in the first run, then record a run as the graph that `_run` replays."""
+        self._enqueue()
+        _call("cudaStreamSynchronize", self._stream)
+        try:
+            _call("cudaStreamBeginCapture", self._stream, _cuda().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+            try:
+                self._enqueue()
+            finally:
+                recorded = _call("cudaStreamEndCapture", self._stream)
+            self._graph = _call("cudaGraphInstantiate", recorded, 0)
+            _call("cudaGraphDestroy", recorded)
+        except EngineError as error:
+            reason = str(error).partition(";")[0]
+            raise InputError(f"{self.spec.file}: cannot be replayed as a CUDA graph ({reason}); open the bundle without CUDA graphs") from error
+
+    def _run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        if self._context is None:
+            raise self._closed()
+        for name, array in inputs.items():
+            self._arrays[name][...] = array
+        if self._graph is None:
+            self._enqueue()
+        else:
+            _call("cudaGraphLaunch", self._graph, self._stream)
+        _call("cudaStreamSynchronize", self._stream)
+        return {tensor.name: self._arrays[tensor.name].copy() for tensor in self.spec.outputs}
+
+    def _enqueue(self) -> None:
+        """Queue on the stream: inputs to the device, the engine, outputs back."""
+        kinds = _cuda().cudaMemcpyKind
+        for tensor in self.spec.inputs:
+            size = self._arrays[tensor.name].nbytes
+            _call("cudaMemcpyAsync", self._device[tensor.name], self._host[tensor.name], size, kinds.cudaMemcpyHostToDevice, self._stream)
+        if not self._context.execute_async_v3(int(self._stream)):
+            raise self._failed("cannot run the plan", EngineError)
+        for tensor in self.spec.outputs:
+            size = self._arrays[tensor.name].nbytes
+            _call("cudaMemcpyAsync", self._host[tensor.name], self._device[tensor.name], size, kinds.cudaMemcpyDeviceToHost, self._stream)
+
+    def _failed(self, what: str, kind: type[Exception] = InputError) -> Exception:
+        reason = self._logger.take() or "it gave no reason"
+        if OUT_OF_MEMORY.search(reason):
+            return _memory_error(f"TensorRT {what}")
+        return kind(f"{self.spec.file}: TensorRT {what} ({reason}); export the bundle again on this machine")
+
+    def describe(self) -> dict[str, Any]:
+        there = {"gpu": self._machine.gpu, "compute_capability": self._machine.compute_capability}
+        return {"backend": self.backend, "version": self._machine.tensorrt, "library": self._trt.__name__, "device": "cuda", **there}
+
+    def close(self) -> None:
+        # Results are not looked at: after a lost CUDA context nothing can be freed, and the driver does it when the process ends.
+        if self._stream is not None:
+            _cuda().cudaStreamSynchronize(self._stream)
+        if self._graph is not None:
+            _cuda().cudaGraphExecDestroy(self._graph)
+        self._graph = self._context = self._engine = self._runtime = None  # in this order: each lives in the next
+        self._arrays = {}
+        while self._device:
+            _cuda().cudaFree(self._device.popitem()[1])
+        while self._host:
+            _cuda().cudaFreeHost(self._host.popitem()[1])
+        if self._stream is not None:
+            _cuda().cudaStreamDestroy(self._stream)
+            self._stream = None
+
+
+def check_target(file: str, target: Mapping[str, str], machine: Machine) -> None:
+    """InputError unless a plan of this `target` opens on this machine.
+
+    A plan is tied to the TensorRT version, the compute capability and the platform of its build. Built version-compatible, later versions of the
+    same major take it too; with hardware compatibility "ampere_plus", every GPU from compute capability 8.0 on.
+    """
+    if missing := [name for name in ("tensorrt", "compute_capability", "platform") if name not in target]:
+        raise InputError(f"{file}: found no {', '.join(missing)} in its target, expected what it was built with; export the bundle again")
+    if machine.platform != target["platform"]:
+        raise InputError(f"{file}: found {machine.platform}, expected {target['platform']}; export the bundle again on this machine")
+    built, library = version_numbers(target["tensorrt"]), version_numbers(machine.tensorrt)
+    compatible = target.get("version_compatible") == "yes"
+    if not (built[:1] == library[:1] and library >= built if compatible else library == built):
+        wanted = f"{target['tensorrt']} or a later {target['tensorrt'].partition('.')[0]}.x" if compatible else f"{target['tensorrt']} exactly"
+        raise InputError(f"{file}: found TensorRT {machine.tensorrt}, expected {wanted}; install that, or export the bundle again with this one")
+    if machine.lean and not compatible:
+        remedy = f"pip install tensorrt=={target['tensorrt']}, or export the bundle as version-compatible"
+        raise InputError(f"{file}: found TensorRT's lean runtime, expected the full one, as the plan is not version-compatible; {remedy}")
+    there, wanted = machine.compute_capability, target["compute_capability"]
+    if target.get("hardware_compatibility") == "ampere_plus":
+        fits, wanted = version_numbers(there) >= (8, 0), "8.0 or above"
+    else:  # "same_compute_capability" frees a plan from the GPU's model, not from this
+        fits = version_numbers(there) == version_numbers(wanted)
+    if not fits:
+        raise InputError(f"{file}: found compute capability {there} ({machine.gpu}), expected {wanted}; export the bundle again on this machine")
+
+
+def gpu() -> tuple[str, str]:
+    """Name and compute capability ("9.0") of the GPU in use; InputError where there is none, or no driver recent enough."""
+    cuda = _cuda()
+    error, count = cuda.cudaGetDeviceCount()
+    if error != cuda.cudaError_t.cudaSuccess or not count:
+        found = _message(error) if error != cuda.cudaError_t.cudaSuccess else "no device"
+        raise InputError(f"tensorrt: found no usable GPU ({found}), expected an NVIDIA GPU; install or update its driver, or use another backend")
+    properties = _call("cudaGetDeviceProperties", _call("cudaGetDevice"))
+    return properties.name.decode(errors="replace"), f"{properties.major}.{properties.minor}"
+
+
+def this_machine(trt: Any) -> Machine:
+    """This machine with that TensorRT package; InputError without a GPU and driver that it can use."""
+    machine = Machine(trt.__version__, trt.__name__ != "tensorrt", *gpu())
+    driver = _call("cudaDriverGetVersion")  # 13000 for CUDA 13.0; cuda-bindings may be content with less than TensorRT is
+    if version_numbers(machine.tensorrt) >= (11,) and driver < 13000:
+        found = f"{driver // 1000}.{driver % 1000 // 10}"
+        raise InputError(f"tensorrt: found a driver for CUDA {found}, expected 13.0 for TensorRT {machine.tensorrt}; install driver 580 or newer")
+    return machine
+
+
+def _library() -> Any:
+    reasons = []
+    for name in ("tensorrt", "tensorrt_lean_bindings"):
+        try:
+            return importlib.import_module(name)
+        except (ImportError, OSError) as error:  # OSError: the package is there, its native library is not
+            reasons.append(" ".join(str(error).split())[:100])
+    raise InputError(
+        f"tensorrt: found no usable package ({'; '.join(reasons)}), expected tensorrt or its lean runtime; pip install trip-rt[tensorrt]"
+    )
+
+
+@cache  # one for the process: TensorRT keeps the first it is given and ignores the rest
+def _logger(trt: Any) -> Any:
+    """A TensorRT logger that prints nothing; `take()` is what went wrong since the last call, in one line, and "" where nothing did."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.errors = [*self.errors[-3:], " ".join(msg.split())]
+
+        def take(self) -> str:
+            errors, self.errors = self.errors, []
+            return "; ".join(errors)[:300]
+
+    return Logger()
+
+
+def _cuda() -> Any:
+    try:
+        return importlib.import_module("cuda.bindings.runtime")
+    except ImportError as error:
+        raise InputError("tensorrt: found no cuda-bindings, expected them beside TensorRT; pip install trip-rt[tensorrt]") from error
+
+
+def _call(name: str, *arguments: Any) -> Any:
+    """The value of a CUDA runtime function; InputError where memory ran out, EngineError for every other failure."""
+    cuda = _cuda()
+    error, *values = getattr(cuda, name)(*arguments)
+    if error == cuda.cudaError_t.cudaErrorMemoryAllocation:
+        cuda.cudaGetLastError()  # forgotten, or TensorRT's next call reports it as its own
+        raise _memory_error(name)
+    if error != cuda.cudaError_t.cudaSuccess:
+        raise EngineError(f"{name} failed ({_message(error)}); start the process again, as the GPU's context may be lost")
+    return values[0] if values else None
+
+
+def _message(error: Any) -> str:
+    text: bytes = _cuda().cudaGetErrorString(error)[1]
+    return text.decode(errors="replace")
+
+
+def _memory_error(where: str) -> InputError:
+    return InputError(
+        f"tensorrt: found too little memory ({where}), expected room for the engine; close what else uses the GPU or take a smaller profile"
+    )
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """(11, 4, 0, 106) from "11.4.0.106": at most four, for comparison."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:4])
