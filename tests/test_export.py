@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from trip_engines.onnx_engine import finish_onnx_engine
 from trip_export import export as export_module
 from trip_export.components import component
-from trip_export.export import ExportOptions, export_bundle
+from trip_export.export import export_bundle
 from trip_export.onnx_export import DYNAMIC_SHAPE_OPERATORS, export_onnx
+from trip_export.plan import ExportOptions
 from trip_rt import Animator, InputError
 from trip_rt.backends import EngineOptions, engine_class
 from trip_rt.bundle import open_bundle

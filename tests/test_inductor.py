@@ -280,8 +280,8 @@ def test_a_cut_short_build_leaves_the_old_engine(monkeypatch, tmp_path):
     [
         ({}, {"device": "cuda"}, "inductor: found that cuda was asked for, the engine was compiled for cpu; export it for cuda"),
         ({"device": "cuda"}, {"device": "cpu"}, "inductor: found that cpu was asked for, the engine was compiled for cuda; export it for cpu"),
-        ({"torch": "2.0.1"}, {}, f"inductor: found torch {HERE['torch']}, the engine was compiled for torch 2.0.1; pip install torch==2.0.1"),
-        ({"machine": "sparc64"}, {}, f"inductor: found machine {HERE['machine']}, the engine was compiled for machine sparc64; export"),
+        ({"torch": "2.0.1"}, {}, f"inductor: found torch {HERE['torch']}, the engine was compiled for 2.0.1; pip install torch==2.0.1"),
+        ({"machine": "sparc64"}, {}, f"inductor: found machine {HERE['machine']}, the engine was compiled for sparc64; export"),
         ({"cpu": "avx1024 amx_dream"}, {}, "inductor: found a CPU without avx1024, amx_dream, the engine was compiled for one with it; export"),
         ({"device": "cuda"}, {}, "inductor: found no GPU that torch can use, the engine was compiled for one; install a driver"),
     ],

@@ -12,7 +12,8 @@ from trip_engines.onnx_engine import to_precision
 from trip_engines.parity import MAX_COMPONENT_RMS, relative_errors
 from trip_engines.precision import ALWAYS_FP32, Group, choose_precision, fold_weights, typed_graph
 from trip_engines.reference import Reference, Sample
-from trip_export.export import ExportOptions, export_bundle
+from trip_export.export import export_bundle
+from trip_export.plan import ExportOptions
 from trip_rt import Animator, InputError
 from trip_rt.bundle import open_bundle
 from trip_rt.errors import EngineError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -106,6 +106,12 @@ class Manifest:
             if name in (None, profile.name):
                 return profile
         raise InputError(f"profile: found {name!r}, the bundle has {', '.join(p.name for p in self.profiles)}; export that one with --add")
+
+    def engine_specs(self) -> Iterator[EngineSpec]:
+        """Every engine of every profile."""
+        for profile in self.profiles:
+            for engines in profile.engines.values():
+                yield from engines.values()
 
     def config_of(self, profile: Profile) -> TripConfig:
         """The model's config with the profile's shapes."""

@@ -14,7 +14,7 @@ from trip_engines.precision import choose_precision, fold_weights, typed_graph
 from trip_engines.reference import Sample
 from trip_rt.bundle import file_sha256
 
-_SMALL = 1024  # bytes; larger tensors go into the weights file
+EXTERNAL_FROM = 1024  # bytes: tensors of that size go into the weights file
 
 
 def to_precision(graph: Path, precision: str, samples: Sequence[Sample], note: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
@@ -26,7 +26,7 @@ def to_precision(graph: Path, precision: str, samples: Sequence[Sample], note: C
     fold_weights(model)
     typed = graph.parent / precision / graph.name
     typed.parent.mkdir(exist_ok=True)
-    ir.save(model, typed, external_data=typed.with_suffix(".weights").name, size_threshold_bytes=_SMALL)
+    ir.save(model, typed, external_data=typed.with_suffix(".weights").name, size_threshold_bytes=EXTERNAL_FROM)
     return typed, policy.to_json()
 
 

@@ -13,9 +13,9 @@ from trip_engines.reference import Reference, Sample
 from trip_rt.animator import Animator
 from trip_rt.manifest import COMPONENTS
 
-# A bf16 number has three bits fewer than an fp16 one, so its rounding is 8 times (18 dB) as coarse.
+# A bf16 number has three bits fewer than an fp16 one, so its rounding is 8 times as coarse; a clip has to come out as well as in fp16 all the same.
 MAX_COMPONENT_RMS = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2}
-MIN_LOOP_PSNR = {"fp32": 60.0, "fp16": 40.0, "bf16": 22.0}
+MIN_LOOP_PSNR = {"fp32": 60.0, "fp16": 40.0, "bf16": 40.0}
 NOT_A_NUMBER = 1e9  # JSON has no infinity
 
 

@@ -12,7 +12,8 @@ from trip_rt.command import CommandParser, add_json_flag, main_of, note, report
 from trip_rt.errors import InputError
 
 if TYPE_CHECKING:
-    from trip_export.export import ExportOptions, ExportResult
+    from trip_export.export import ExportResult
+    from trip_export.plan import ExportOptions
 
 
 def build_export_parser() -> argparse.ArgumentParser:
@@ -88,7 +89,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
     from torch.cuda import is_available
 
     from trip_engines.tensorrt_build import BuildOptions
-    from trip_export.export import ExportOptions
+    from trip_export.plan import ExportOptions
 
     return ExportOptions(
         backends=tuple(dict.fromkeys(args.backend or ["onnxruntime"])),

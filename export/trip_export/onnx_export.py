@@ -16,12 +16,12 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
 
+from trip_engines.onnx_engine import EXTERNAL_FROM
 from trip_export.components import Component
 
 OPSET = 18
 # What the exporter's trace writes where a shape was computed: none may be left, since engines want shapes that stand still.
 DYNAMIC_SHAPE_OPERATORS = frozenset({"Shape", "Size", "Range", "NonZero", "Loop", "If", "Scan", "SequenceAt", "SplitToSequence", "ConstantOfShape"})
-_SMALL = 1024  # bytes; larger tensors go into the weights file
 # Component modules wrap the networks (components.Call); these prefixes are theirs and say nothing.
 _WRAPPER = re.compile(r"^(function|owned\.0)(\.|$)")
 
@@ -56,7 +56,7 @@ def export_onnx(component: Component, path: Path) -> tuple[Counter[str], Counter
     if left := DYNAMIC_SHAPE_OPERATORS & set(after):
         raise ValueError(f"{component.name}: {', '.join(sorted(left))} left in the graph, expected static shapes; the exporter lost a constant")
     _name_nodes(model)
-    ir.save(model, path, external_data=path.with_suffix(".weights").name, size_threshold_bytes=_SMALL)
+    ir.save(model, path, external_data=path.with_suffix(".weights").name, size_threshold_bytes=EXTERNAL_FROM)
     return before, after
 
 

@@ -41,15 +41,13 @@ class InductorEngine(Engine):
 
     def __init__(self, spec: EngineSpec, library: Any, loader: Any, device: Device, options: EngineOptions):
         super().__init__(spec)
-        self._torch, self._loader, self._threads = library, loader, options.threads
-        self._device = device
-        on_gpu = device == "cuda"
+        self._torch, self._loader, self._device, self._threads = library, loader, device, options.threads
         # Fixed addresses, as a CUDA graph needs. On a CPU `to` makes no copy: the engine reads where the caller's arrays are written.
-        self._host = {t.name: library.zeros(t.shape, dtype=getattr(library, t.dtype), pin_memory=on_gpu) for t in spec.inputs}
+        self._host = {t.name: library.zeros(t.shape, dtype=getattr(library, t.dtype), pin_memory=device == "cuda") for t in spec.inputs}
         self._inputs = [buffer.to(device) for buffer in self._host.values()]
         self._graph: Any = None
         self._outputs: list[Any] = []
-        if on_gpu:
+        if device == "cuda":
             with library.no_grad(), full_fp32(library):
                 self._warm_up(options.cuda_graph)
 
@@ -57,9 +55,8 @@ class InductorEngine(Engine):
     def probe(cls, spec: EngineSpec, options: EngineOptions) -> Device:
         device: Device = "cuda" if spec.target.get("device") == "cuda" else "cpu"
         if options.device not in ("auto", device):
-            raise InputError(
-                f"inductor: found that {options.device} was asked for, the engine was compiled for {device}; export it for {options.device}"
-            )
+            asked = options.device
+            raise InputError(f"inductor: found that {asked} was asked for, the engine was compiled for {device}; export it for {asked}")
         torch = _library()
         again = "export the bundle again on a machine like this one"
         _same("torch", torch.__version__.split("+")[0], spec, f"pip install torch=={spec.target.get('torch')}")
@@ -86,21 +83,21 @@ class InductorEngine(Engine):
                 loader = torch._C._aoti.AOTIModelPackageLoader(folder, "model", True, 1, -1)
                 return cls(spec, torch, loader, device, options)
             except RuntimeError as error:
-                found = " ".join(str(error).split())[:200]
-                raise InputError(f"{path}: torch cannot load it ({found}); export the bundle again, or set TMPDIR to where code may run") from error
+                why = " ".join(str(error).split())[:200]
+                raise InputError(f"{path}: torch cannot load it ({why}); export the bundle again, or set TMPDIR to where code may run") from error
 
     def _run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         if self._loader is None:
             raise self._closed()
         for name, buffer in self._host.items():
             np.copyto(buffer.numpy(), inputs[name])
-        with self._torch.no_grad(), _threads(self._torch, self._threads):
-            try:
-                outputs = self._call()
-            except RuntimeError as error:
-                raise EngineError(f"{self.spec.file}: failed while it ran ({' '.join(str(error).split())[:200]}); export the bundle again") from error
-            # Copied on a CPU too: an output may be a view of an input's buffer.
-            return {tensor.name: np.array(value.cpu().numpy(), order="C") for tensor, value in zip(self.spec.outputs, outputs, strict=True)}
+        try:
+            with self._torch.no_grad(), _threads(self._torch, self._threads):
+                # Copied on a CPU too: an output may be a view of an input's buffer.
+                outputs = [np.array(value.cpu().numpy(), order="C") for value in self._call()]
+        except RuntimeError as error:
+            raise EngineError(f"{self.spec.file}: failed while it ran ({' '.join(str(error).split())[:200]}); export the bundle again") from error
+        return dict(zip((tensor.name for tensor in self.spec.outputs), outputs, strict=True))
 
     def _call(self) -> list[Any]:
         if self._device == "cpu":
@@ -134,9 +131,8 @@ class InductorEngine(Engine):
 
 
 def _same(name: str, found: str, spec: EngineSpec, remedy: str) -> None:
-    if found != spec.target.get(name):
-        label = name.replace("_", " ")
-        raise InputError(f"inductor: found {label} {found}, the engine was compiled for {label} {spec.target.get(name)}; {remedy}")
+    if found != (expected := spec.target.get(name)):
+        raise InputError(f"inductor: found {name.replace('_', ' ')} {found}, the engine was compiled for {expected}; {remedy}")
 
 
 def _unpack(path: Path, folder: Path) -> None:
@@ -156,15 +152,13 @@ def _unpack(path: Path, folder: Path) -> None:
 @contextlib.contextmanager
 def full_fp32(torch: Any) -> Iterator[None]:
     """fp32 means fp32 on a GPU: no TF32, which cuDNN would otherwise use. A setting of the process, put back afterwards."""
-    places = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [place.allow_tf32 for place in places]
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
     try:
-        for place in places:
-            place.allow_tf32 = False
+        matmul.allow_tf32 = cudnn.allow_tf32 = False
         yield
     finally:
-        for place, allowed in zip(places, before, strict=True):
-            place.allow_tf32 = allowed
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 @contextlib.contextmanager

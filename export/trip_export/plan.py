@@ -1,0 +1,121 @@
+"""What an export is asked for, checked before any slow work, and the keys of all that it builds."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from trip_engines.tensorrt_build import BuildOptions, cache_key
+from trip_export.components import PARTS, default_decode_frames
+from trip_reference import checkpoint
+from trip_rt.bundle import file_sha256
+from trip_rt.config import TripConfig, to_json
+from trip_rt.errors import InputError
+from trip_rt.manifest import tensors
+
+BACKENDS = ("onnxruntime", "openvino", "tensorrt", "inductor")
+PRECISIONS = ("fp32", "fp16", "bf16")
+_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export: engines for `backends` in `precision`, run on `batch` clips of `frames` frames of `size` (height, width), by default the
+    checkpoint's.
+
+    `add` keeps what the bundle already holds of the same checkpoint. `parity_steps` is how many denoising steps parity compares (the model's own
+    number by default; 0: none). `device` is what inductor compiles for.
+    """
+
+    backends: tuple[str, ...] = ("onnxruntime",)
+    precision: str = "fp32"
+    batch: int = 1
+    frames: int | None = None
+    size: tuple[int, int] | None = None
+    add: bool = False
+    parity_steps: int | None = None
+    device: str = "cpu"
+    tensorrt: BuildOptions = field(default_factory=BuildOptions)
+
+
+class Plan:
+    """The checkpoint and what is asked of it, checked before any slow work."""
+
+    def __init__(self, source: Path, options: ExportOptions):
+        self.source, self.options = source, options
+        self.checkpoint_config = checkpoint.load_config(source)
+        self.config = _with_shapes(source, self.checkpoint_config, options)
+        for name, found, expected in (("precision", options.precision, PRECISIONS), *(("backend", name, BACKENDS) for name in options.backends)):
+            if found not in expected:
+                raise InputError(f"{name}: found {found!r}, expected one of {', '.join(expected)}")
+        if options.batch < 1:
+            raise InputError(f"batch: found {options.batch}, expected at least 1")
+        self.decode_frames = default_decode_frames(self.config)
+        self.steps = self.config.num_inference_steps if options.parity_steps is None else options.parity_steps
+        if not 0 <= self.steps <= self.config.schedule.num_train_timesteps:
+            raise InputError(f"parity steps: found {self.steps}, expected 0 to {self.config.schedule.num_train_timesteps}")
+        if self.steps == 0 and options.precision != "fp32":
+            raise InputError(f"parity steps: found 0, expected at least 1, since {options.precision} is chosen by measured error")
+        if missing := [name for name in ("onnxruntime", "openvino") if name in options.backends and not importlib.util.find_spec(name)]:
+            raise InputError(f"{missing[0]}: the package is not installed, parity is measured with it; pip install {missing[0]}")
+        if "tensorrt" in options.backends:
+            self.tensorrt = cache_key(options.tensorrt)
+        if "inductor" in options.backends:
+            from trip_export.inductor_export import target_for
+
+            self.inductor = target_for(options.device)
+        self.tokenizer_json = checkpoint.load_tokenizer_json(source)
+        self.versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+        self.hashes = {path.relative_to(source).as_posix(): file_sha256(path) for path in _checkpoint_files(source)}
+
+    def key(self, **ingredients: Any) -> str:
+        """The hash of everything a file is built from."""
+        return hashlib.sha256(json.dumps(ingredients | {"versions": self.versions}, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def reference_key(self) -> str:
+        shapes = [self.options.batch, self.decode_frames, self.steps]
+        return self.key(weights=self.hashes, config=to_json(self.config), shapes=shapes) if self.steps else ""
+
+    @property
+    def reference_name(self) -> str:
+        """The file of the recorded reference, or "" where none is asked for."""
+        return f"reference-{self.reference_key[:16]}.safetensors" if self.steps else ""
+
+    def ingredients(self, name: str) -> dict[str, Any]:
+        """What every engine of a component depends on; not on shapes that it does not have, so that profiles share what they can."""
+        shapeless = dataclasses.replace(self.config, num_frames=0, height=0, width=0)
+        inputs, outputs = tensors(self.config, self.options.batch, self.decode_frames)[name]
+        return {
+            "name": name,
+            "weights": {path: digest for path, digest in self.hashes.items() if path.startswith(f"{PARTS[name]}/")},
+            "config": to_json(shapeless),
+            "tensors": [to_json(tensor) for tensor in (*inputs, *outputs)],
+            "precision": self.options.precision,
+            "chosen_on": self.reference_key if self.options.precision != "fp32" else "",
+        }
+
+
+def _with_shapes(source: Path, config: TripConfig, options: ExportOptions) -> TripConfig:
+    height, width = options.size or (config.height, config.width)
+    frames = config.num_frames if options.frames is None else options.frames
+    step = config.vae_scale_factor * checkpoint.latent_multiple(source)
+    if height % step or width % step or min(height, width) < step:
+        raise InputError(f"size: found {width}x{height}, expected multiples of {step}")
+    if config.fusion != "none" and frames != config.num_frames:
+        raise InputError(f"frames: found {frames}, but this checkpoint's fusion was trained for {config.num_frames}; leave --frames out")
+    if frames < 1:
+        raise InputError(f"frames: found {frames}, expected at least 1")
+    return dataclasses.replace(config, num_frames=frames, height=height, width=width)
+
+
+def _checkpoint_files(source: Path) -> list[Path]:
+    parts = ("text_encoder", "tokenizer", "vae", "unet", "fusion")
+    return [source / "trip_config.json", *sorted(path for part in parts for path in (source / part).glob("*") if path.is_file())]

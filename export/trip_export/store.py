@@ -1,0 +1,97 @@
+"""The bundle's folder while an export writes it: held alone, every file moved in whole, and what is finished remembered."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from trip_rt.bundle import file_spec, read_manifest
+from trip_rt.config import to_json
+from trip_rt.errors import InputError
+from trip_rt.manifest import EngineSpec, FileSpec, Manifest, engine_spec
+
+_DRAFT = ".exporting-"
+_FINISHED = ".finished-"
+
+
+class Store:
+    """The folder `bundle` and the drafts in it; `files` is the manifest's table to be, `previous` the manifest that is there now, if any."""
+
+    def __init__(self, bundle: Path, draft: Path):
+        self.bundle, self.draft = bundle, draft
+        self.files: dict[str, FileSpec] = {}
+        self.previous: Manifest | None = None
+        with contextlib.suppress(InputError):  # none yet, or one that is replaced now
+            self.previous = read_manifest(bundle)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file of the bundle."""
+        (self.draft / name).write_bytes(data)
+        self.adopt(name)
+
+    def adopt(self, name: str) -> None:
+        """Move a draft into the bundle."""
+        (self.draft / name).chmod(0o644)  # some libraries write for their owner alone
+        os.replace(self.draft / name, self.bundle / name)
+        self.files[name] = file_spec(self.bundle / name)
+
+    def finish(self, spec: EngineSpec) -> None:
+        """Take up a finished engine's files, and leave word of them for the rerun, should this export be cut short before its manifest."""
+        self.files |= {name: file_spec(self.bundle / name) for name in spec.files}
+        note = {"engine": to_json(spec), "files": {name: to_json(self.files[name]) for name in spec.files}}
+        self.write(f"{_FINISHED}{spec.key[:16]}.json", json.dumps(note).encode())
+
+    def finished(self, key: str) -> EngineSpec | None:
+        """The engine of that key, if all its files are whole: one that the manifest speaks of, or one that a cut-short export left."""
+        for spec, files in self._known():
+            if spec.key == key and all((self.bundle / name).is_file() and file_spec(self.bundle / name) == files[name] for name in spec.files):
+                self.files |= files
+                return spec
+        return None
+
+    def unchanged(self, name: str) -> bool:
+        """Whether a file is what the manifest says, where it says anything of it; takes the file up."""
+        self.files[name] = file_spec(self.bundle / name)
+        return self.previous is None or self.previous.files.get(name, self.files[name]) == self.files[name]
+
+    def remove_others(self, files: set[str]) -> None:
+        """Remove engines of earlier exports and the word left of finished ones; anything else in the folder is not ours."""
+        for pattern in ("*.onnx", "*.weights", "*.plan", "*.pt2", "reference-*.safetensors", f"{_FINISHED}*"):
+            for path in self.bundle.glob(pattern):
+                if path.name not in files:
+                    path.unlink()
+
+    def _known(self) -> Iterator[tuple[EngineSpec, dict[str, FileSpec]]]:
+        if self.previous:
+            for spec in self.previous.engine_specs():
+                yield spec, {name: self.previous.files[name] for name in spec.files}
+        for path in self.bundle.glob(f"{_FINISHED}*"):
+            left = json.loads(path.read_bytes())
+            yield engine_spec(left["engine"]), {name: FileSpec(**spec) for name, spec in left["files"].items()}
+
+
+@contextlib.contextmanager
+def store(bundle: Path) -> Iterator[Store]:
+    """Hold the bundle folder alone; what a killed export left in it is removed. InputError where it is held already or cannot be a folder."""
+    try:
+        bundle.mkdir(parents=True, exist_ok=True)
+        handle = os.open(bundle, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise InputError(f"{bundle}: cannot be a bundle's folder ({error.strerror}); choose another place") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{bundle}: another export is writing here; wait for it or choose another folder") from error
+        for leftover in bundle.glob(f"{_DRAFT}*"):
+            shutil.rmtree(leftover)
+        with tempfile.TemporaryDirectory(dir=bundle, prefix=_DRAFT) as draft:
+            yield Store(bundle, Path(draft))
+    finally:
+        os.close(handle)

@@ -1,0 +1,54 @@
+"""A checkpoint with random weights: the shapes and the cost of the full-size model, for export and benchmarks where no trained weights are."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from trip_reference import checkpoint
+from trip_reference.demo_text import build_tokenizer
+from trip_reference.model import build_model
+from trip_reference.presets import PRESETS
+from trip_rt.command import CommandParser, main_of, note
+
+
+def save_random(preset: str, folder: Path, seed: int = 0) -> None:
+    """Write a checkpoint of the named preset in fp16; parameters that start at zero get small random values too, so that no path is dead.
+
+    Its tokenizer is the demo's: it knows the words of the prompts that parity uses.
+    """
+    torch.manual_seed(seed)
+    chosen = PRESETS[preset]
+    tokenizer = build_tokenizer(chosen.trip.text_length)
+    model = build_model(chosen, {"vocab_size": max(chosen.text_encoder.get("vocab_size", 0), tokenizer.get_vocab_size())}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.02)
+    checkpoint.save_pretrained(model.half(), tokenizer.to_str(pretty=True), folder, torch.float16)
+    note(f"{folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M random parameters")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        prog="python -m trip_reference.random_checkpoint",
+        description="Write a checkpoint with random weights.",
+        epilog="example: python -m trip_reference.random_checkpoint trip-256 -o checkpoints/random",
+    )
+    parser.add_argument("preset", choices=tuple(PRESETS))
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="CHECKPOINT", help="folder to write")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    save_random(args.preset, args.output, args.seed)
+    return 0
+
+
+main = main_of(build_parser, run)
+
+if __name__ == "__main__":
+    raise SystemExit(main())
