@@ -127,7 +127,7 @@ def test_json_and_every_option(animate, here, tiny_bundle):
     seconds = figures["seconds"]
     assert list(seconds) == ["total", "load", "denoise", "decode", "save"] and min(seconds.values()) > 0
     assert sum(seconds.values()) - seconds["total"] <= seconds["total"] + 0.01
-    assert (figures["backend"], figures["reason"], figures["contact_sheet"]) == ("onnxruntime", "asked for", "sheet.PNG")
+    assert (figures["backend"], figures["reason"], figures["contact_sheet"]) == ("onnxruntime", "asked for, on cpu", "sheet.PNG")
     with Image.open("sheet.PNG") as sheet:
         assert sheet.format == "PNG" and sheet.width > 5 * 48
     assert sorted(os.listdir()) == ["clip.webp", "photo.png", "sheet.PNG"]

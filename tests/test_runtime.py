@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from trip_rt import Animation, Animator, InputError, backends
+from trip_rt.backends import EngineOptions
 from trip_rt.tokenizer import MAX_CHARACTERS
 
 PROMPT = "a red ball rolls to the right"
@@ -85,10 +86,15 @@ def test_seeds(tiny_animator, picture, clip):
 
 
 def test_a_new_animator_repeats_the_clip(tiny_bundle, picture, clip):
-    with Animator(str(tiny_bundle), backend="onnxruntime", threads=1) as animator:
+    with Animator(str(tiny_bundle), backend="onnxruntime", options=EngineOptions(threads=1)) as animator:
         difference = animator(picture, PROMPT, seed=7).frames.astype(int) - clip.frames
         assert np.abs(difference).max() <= 1
-        assert animator.describe() == {"backend": "onnxruntime", "version": animator.describe()["version"], "device": "cpu", "reason": "asked for"}
+        assert animator.describe() == {
+            "backend": "onnxruntime",
+            "version": animator.describe()["version"],
+            "device": "cpu",
+            "reason": "asked for, on cpu",
+        }
 
 
 def test_prompts_and_pictures_matter(tiny_animator, picture, clip):

@@ -58,6 +58,7 @@ class Emulation:
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3
             options.intra_op_num_threads = threads or 0
+            options.enable_cpu_mem_arena = False  # it would keep what the largest call took
             # Constants are folded; no fusion can reach across a rounding.
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
             self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -22,6 +22,7 @@ from trip_export.components import Component
 OPSET = 18
 # What the exporter's trace writes where a shape was computed: none may be left, since engines want shapes that stand still.
 DYNAMIC_SHAPE_OPERATORS = frozenset({"Shape", "Size", "Range", "NonZero", "Loop", "If", "Scan", "SequenceAt", "SplitToSequence", "ConstantOfShape"})
+_LARGEST_MASK = 1 << 24  # bytes
 # Component modules wrap the networks (components.Call); these prefixes are theirs and say nothing.
 _WRAPPER = re.compile(r"^(function|owned\.0)(\.|$)")
 
@@ -50,11 +51,14 @@ def export_onnx(component: Component, path: Path) -> tuple[Counter[str], Counter
         program.optimize()
         passes.CommonSubexpressionEliminationPass()(model)
         passes.DeduplicateInitializersPass()(model)
+        _store_once(model)
         passes.RemoveUnusedNodesPass()(model)
         passes.ShapeInferencePass()(model)
     after = operators(model)
     if left := DYNAMIC_SHAPE_OPERATORS & set(after):
         raise ValueError(f"{component.name}: {', '.join(sorted(left))} left in the graph, expected static shapes; the exporter lost a constant")
+    for value, name in zip(model.graph.inputs, component.inputs, strict=True):
+        value.name = name  # an input that is passed through as the output was given another
     _name_nodes(model)
     ir.save(model, path, external_data=path.with_suffix(".weights").name, size_threshold_bytes=EXTERNAL_FROM)
     return before, after
@@ -63,6 +67,19 @@ def export_onnx(component: Component, path: Path) -> tuple[Counter[str], Counter
 def operators(model: ir.Model) -> Counter[str]:
     """How often each operator occurs."""
     return Counter(node.op_type for node in model.graph.all_nodes())
+
+
+def _store_once(model: ir.Model) -> None:
+    """Constants repeated for every clip, as attention masks are, to one that is broadcast: the weights of all batch sizes are then the same bytes."""
+    for value in list(model.graph.initializers.values()):
+        if value.const_value is None or value.const_value.nbytes > _LARGEST_MASK or not value.shape or value.shape[0] == 1:
+            continue
+        array = value.const_value.numpy()
+        others = [other for node, index in value.uses() for other in node.inputs[:index] + node.inputs[index + 1 :]]
+        added = all(node.op_type == "Add" for node in value.consumers())
+        if added and (array == array[:1]).all() and all(other and other.shape and other.shape[0] == array.shape[0] for other in others):
+            value.const_value = ir.tensor(array[:1].copy(), name=value.name)
+            value.shape = ir.Shape(array[:1].shape)
 
 
 def _name_nodes(model: ir.Model) -> None:

@@ -36,7 +36,7 @@ def record(model: TripModel, tokenizer_json: str, batch: int, decode_frames: int
         samples[name].append(Sample({key: value.numpy().copy() for key, value in inputs.items()}, output.numpy().copy()))
 
     with torch.no_grad():
-        ids, pixels = torch.from_numpy(tokenizer(prompts)), to_pixels(pictures)
+        ids, pixels = torch.from_numpy(tokenizer(prompts)), to_pixels(pictures).contiguous()  # GroupNorm of channels-last is less exact
         conditional, first_frame = model.encode_text(ids), model.encode_image(pixels)
         keep("text_encoder", {"input_ids": ids}, conditional)
         keep("vae_encoder", {"image": pixels}, first_frame)

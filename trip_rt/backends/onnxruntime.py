@@ -13,6 +13,8 @@ from trip_rt.backends.base import Device, Engine, EngineOptions
 from trip_rt.errors import InputError
 from trip_rt.manifest import EngineSpec
 
+_LONG_CALL = 100  # GFLOP, some tenths of a second on a CPU
+
 
 class OnnxRuntimeEngine(Engine):
     """One ONNX file in one session, its inputs and outputs bound to buffers of fixed address, as CUDA graphs need."""
@@ -52,6 +54,8 @@ class OnnxRuntimeEngine(Engine):
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 3  # errors only: warnings are about graphs that the user cannot change
         settings.intra_op_num_threads = options.threads or 0
+        # The arena never gives memory back: gigabytes for each large engine, where a call is long enough to ask the system anew.
+        settings.enable_cpu_mem_arena = spec.gflop < _LONG_CALL
         providers: list[Any] = ["CPUExecutionProvider"]
         if device == "cuda":
             providers = [("CUDAExecutionProvider", {"enable_cuda_graph": "1" if options.cuda_graph else "0"}), *providers]
