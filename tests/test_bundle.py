@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from trip_rt import Animator, manifest
 from trip_rt.bundle import MAX_MANIFEST_BYTES, open_bundle, read_manifest, verify_file
 from trip_rt.errors import InputError
-from trip_rt.manifest import COMPONENTS, FORMAT_VERSION, FileSpec, serialise
+from trip_rt.manifest import COMPONENTS, FORMAT_VERSION, FileSpec, schema, serialise
 
 
 def sealed(body: dict) -> bytes:
@@ -68,10 +69,18 @@ def test_round_trip(tiny_bundle, body):
         assert opened.engine_path(spec).stat().st_size == opened.manifest.files[spec.file].bytes
 
 
+def test_the_schema_is_one(body):
+    from jsonschema import Draft202012Validator
+
+    Draft202012Validator.check_schema(schema())
+    Draft202012Validator(schema()).validate(body)
+
+
 def test_every_flipped_byte_is_found(copied):
+    """TRIP_CORRUPTIONS sets how many."""
     rng = np.random.default_rng(0)
     files = sorted(copied.iterdir())
-    for _ in range(300):
+    for _ in range(int(os.environ.get("TRIP_CORRUPTIONS", "300"))):
         path = files[rng.integers(len(files))]
         good = path.read_bytes()
         bad = bytearray(good)

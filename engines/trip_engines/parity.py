@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from trip_engines.reference import Reference, Sample
 from trip_rt.animator import Animator
@@ -66,12 +67,16 @@ class Parity:
 def measure(animator: Animator, reference: Reference, precision: str, measured_on: str) -> Parity:
     """Compare `animator`'s engines with the recorded `reference`, to the bounds of `precision`."""
     figures = {name: component_parity(animator, name, samples) for name, samples in reference.samples.items()}
-    found = animator.latents(reference.pictures, reference.prompts, reference.seeds, num_inference_steps=reference.num_inference_steps)
+    steps = reference.num_inference_steps
+    with tqdm(total=steps, desc="parity", unit="step", disable=None, leave=False) as bar:
+        found = animator.latents(
+            reference.pictures, reference.prompts, reference.seeds, num_inference_steps=steps, on_step=lambda done, total: bar.update()
+        )
     frames = np.concatenate(list(animator.decode_pixels(found[0])))
     latents_psnr = psnr(found, reference.latents, float(np.ptp(reference.latents)))
     frames_psnr = psnr(frames, reference.frames, 2.0)
     passed = all(c.rms_error <= MAX_COMPONENT_RMS[precision] for c in figures.values()) and min(latents_psnr, frames_psnr) >= MIN_LOOP_PSNR[precision]
-    return Parity(precision, measured_on, figures, reference.num_inference_steps, round(latents_psnr, 2), round(frames_psnr, 2), passed)
+    return Parity(precision, measured_on, figures, steps, round(latents_psnr, 2), round(frames_psnr, 2), passed)
 
 
 def component_parity(animator: Animator, name: str, samples: Sequence[Sample]) -> ComponentParity:

@@ -7,6 +7,7 @@ from collections import defaultdict
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from trip_engines.reference import Reference, Sample
 from trip_reference import demo_world
@@ -45,6 +46,7 @@ def record(model: TripModel, tokenizer_json: str, batch: int, decode_frames: int
         recorded = {steps[i].timestep for i in np.linspace(0, len(steps) - 1, STEPS_RECORDED).round().astype(int)}
 
         def on_step(step: DDIMStep, latents: torch.Tensor, residual: torch.Tensor, noise: torch.Tensor) -> None:
+            bar.update()
             if step.timestep not in recorded:
                 return
             shared = {"latents": latents, "first_frame": clean, "timestep": torch.tensor([step.timestep])}
@@ -58,7 +60,8 @@ def record(model: TripModel, tokenizer_json: str, batch: int, decode_frames: int
 
         seeds = list(range(batch))
         noise = torch.from_numpy(initial_noise(seeds, (config.latent_channels, config.num_frames, config.latent_height, config.latent_width)))
-        latents = sample(model, first_frame, noise, text, steps, config.guidance_scale, on_step)
+        with tqdm(total=len(steps), desc="reference run", unit="step", disable=None, leave=False) as bar:
+            latents = sample(model, first_frame, noise, text, steps, config.guidance_scale, on_step)
         frames = []
         for chunk in latents[0].transpose(0, 1).split(decode_frames):
             frames.append(model.decode(chunk))

@@ -1,0 +1,100 @@
+"""Choosing a backend, and what each does on a machine without a GPU. TensorRT and Inductor have files of their own."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from trip_rt import InputError, backends
+from trip_rt.backends import EngineOptions, choose, engine_class
+from trip_rt.bundle import open_bundle
+
+
+@pytest.fixture
+def profile(tiny_bundle):
+    """The tiny bundle as if every backend had been exported."""
+    profile = open_bundle(tiny_bundle).manifest.profile()
+    engines = {name: dict.fromkeys(backends.NAMES, engines["onnxruntime"]) for name, engines in profile.engines.items()}
+    return dataclasses.replace(profile, engines=engines)
+
+
+def available(monkeypatch, devices):
+    """Let `devices[backend]` be where each backend would run, the others be refused."""
+
+    def engine_class(name):
+        class Stand:
+            @staticmethod
+            def probe(spec, options):
+                if name not in devices:
+                    raise InputError(f"{name}: is not here")
+                return devices[name]
+
+        return Stand
+
+    monkeypatch.setattr(backends, "engine_class", engine_class)
+
+
+@pytest.mark.parametrize(
+    ("devices", "best"),
+    [
+        ({"onnxruntime": "cpu"}, "onnxruntime"),
+        ({"onnxruntime": "cpu", "openvino": "cpu"}, "openvino"),
+        ({"onnxruntime": "cuda", "openvino": "cpu"}, "onnxruntime"),
+        ({"onnxruntime": "cuda", "openvino": "cpu", "tensorrt": "cuda"}, "tensorrt"),
+        ({"onnxruntime": "cpu", "inductor": "cuda"}, "onnxruntime"),
+    ],
+)
+def test_auto_prefers_a_gpu_and_says_why(monkeypatch, profile, devices, best):
+    available(monkeypatch, devices)
+    name, reason = choose(profile)
+    assert name == best
+    assert f"auto, on {devices[best]}" in reason
+    for other in backends.NAMES:
+        assert other == best or other in reason
+
+
+def test_nothing_that_runs_is_one_line_with_every_reason(monkeypatch, profile):
+    available(monkeypatch, {})
+    with pytest.raises(InputError, match="no engine of the bundle can run here") as caught:
+        choose(profile)
+    assert all(f"{name}: " in str(caught.value) for name in backends.NAMES)
+
+
+def test_a_backend_by_name_is_taken_or_refused(monkeypatch, profile):
+    available(monkeypatch, {"inductor": "cpu"})
+    assert choose(profile, "inductor") == ("inductor", "asked for, on cpu")
+    with pytest.raises(InputError, match="openvino: is not here"):
+        choose(profile, "openvino")
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_engines_of_one_file_agree_and_close(tiny_bundle, tiny_animator, name):
+    bundle = open_bundle(tiny_bundle)
+    spec = bundle.manifest.profile().engines["vae_decoder"]["onnxruntime"]
+    engine = engine_class(name).open(bundle.engine_path(spec), spec, EngineOptions(device="cpu", threads=1))
+    latents = np.random.default_rng(0).standard_normal(spec.inputs[0].shape, np.float32)
+    first = engine.run({"latents": latents})["image"]
+    kept = first.copy()
+    engine.run({"latents": latents[::-1]})  # not contiguous, and another answer
+    assert (first == kept).all()  # the first answer is the caller's own
+    expected = tiny_animator.engines["vae_decoder"].run({"latents": latents})["image"]
+    np.testing.assert_allclose(first, expected, atol=1e-4)
+    assert engine.describe()["backend"] == name and engine.describe()["device"] == "cpu"
+    engine.close()
+    engine.close()
+    with pytest.raises(RuntimeError, match="closed engine"):
+        engine.run({"latents": latents})
+
+
+@pytest.mark.parametrize(("name", "says"), [("onnxruntime", "expected CUDA"), ("openvino", "runs on a CPU")])
+def test_a_gpu_that_is_not_there(profile, name, says):
+    with pytest.raises(InputError, match=says):
+        choose(profile, name, EngineOptions(device="cuda"))
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_a_file_that_is_no_graph(tmp_path, profile, name):
+    (tmp_path / "engine.onnx").write_bytes(b"\x08\x09 nothing")
+    with pytest.raises(InputError, match="cannot open it") as caught:
+        engine_class(name).open(tmp_path / "engine.onnx", profile.engines["tnf"][name], EngineOptions())
+    assert "\n" not in str(caught.value)
