@@ -1,6 +1,8 @@
 """Choosing a backend, and what each does on a machine without a GPU. TensorRT and Inductor have files of their own."""
 
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -98,3 +100,26 @@ def test_a_file_that_is_no_graph(tmp_path, profile, name):
     with pytest.raises(InputError, match="cannot open it") as caught:
         engine_class(name).open(tmp_path / "engine.onnx", profile.engines["tnf"][name], EngineOptions())
     assert "\n" not in str(caught.value)
+
+
+def test_ctrl_c_arrives_after_openvino_has_run(tiny_bundle):
+    """OpenVINO leaves a signal stack behind; freed by another thread, it would turn Ctrl-C into a crash."""
+    code = """
+import gc, os, signal, sys, threading, time
+from trip_rt import Animator
+from trip_rt.backends import EngineOptions, engine_class
+from trip_rt.bundle import open_bundle
+bundle = open_bundle(sys.argv[1])
+spec = bundle.manifest.profile().engines["tnf"]["onnxruntime"]
+engines = [engine_class("openvino").open(bundle.engine_path(spec), spec, EngineOptions())]
+ending = threading.Thread(target=lambda: (engines.clear(), gc.collect()))
+ending.start()
+ending.join()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    ran = subprocess.run([sys.executable, "-c", code, str(tiny_bundle)], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "interrupted\n"), ran

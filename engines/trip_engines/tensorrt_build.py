@@ -72,10 +72,9 @@ def build_engine(graph: Path, plan: Path, options: BuildOptions, note: Callable[
         # TensorRT calls back from any thread, Ctrl-C reaches only the main one: that waits here and tells the builder through `cancelled`.
         ThreadPoolExecutor(1) as pool,
     ):
-        building = pool.submit(_build, trt, graph, options, _monitor(trt, bar, cancelled))
         try:
-            data, found = building.result()
-        except KeyboardInterrupt:
+            data, found = pool.submit(_build, trt, graph, options, _monitor(trt, bar, cancelled)).result()
+        except KeyboardInterrupt:  # even while the thread is being started
             cancelled.set()
             raise
         except InputError:

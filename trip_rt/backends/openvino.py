@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,12 @@ class OpenVINOEngine(Engine):
     @classmethod
     def open(cls, path: Path, spec: EngineSpec, options: EngineOptions) -> OpenVINOEngine:
         cls.probe(spec, options)
-        openvino = _library()
-        core = openvino.Core()
-        arithmetic = _arithmetic(core, spec.precision)
-        settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": arithmetic, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
-        if options.threads:
-            settings["INFERENCE_NUM_THREADS"] = options.threads
         try:
-            return cls(spec, openvino, core.compile_model(core.read_model(path), "CPU", settings), arithmetic)
+            # OpenVINO's CPU plugin gives the thread that starts it a signal stack and frees that in whichever thread ends it; were it the main
+            # thread's, Ctrl-C could crash afterwards. So a thread starts it that nothing is ever signalled to.
+            with ThreadPoolExecutor(1) as thread:
+                compiled, arithmetic = thread.submit(_compile, path, spec.precision, options.threads).result()
+            return cls(spec, _library(), compiled, arithmetic)
         except RuntimeError as error:
             raise InputError(f"{path}: OpenVINO cannot open it ({' '.join(str(error).split())[:200]}); export the bundle again") from error
 
@@ -58,10 +57,15 @@ class OpenVINOEngine(Engine):
         self._compiled = self._request = None
 
 
-def _arithmetic(core: Any, precision: str) -> str:
-    """What OpenVINO is told to compute in: a half precision where the CPU has instructions for it, else fp32 on half-precision weights."""
+def _compile(path: Path, precision: str, threads: int | None) -> tuple[Any, str]:
+    """The compiled model, and what it computes in: half precision where the CPU has instructions for it, else fp32 on half-precision weights."""
+    core = _library().Core()
     wanted = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}[precision]
-    return wanted if precision.upper() in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
+    arithmetic = wanted if precision.upper() in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": arithmetic, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+    if threads:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    return core.compile_model(core.read_model(path), "CPU", settings), arithmetic
 
 
 def _library() -> Any:
