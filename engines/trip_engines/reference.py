@@ -44,18 +44,18 @@ class Reference:
             for index, sample in enumerate(samples):
                 arrays |= {f"{name}/{index}/in/{tensor}": array for tensor, array in sample.inputs.items()}
                 arrays[f"{name}/{index}/out"] = sample.output
-        about = {"prompts": self.prompts, "seeds": self.seeds, "num_inference_steps": self.num_inference_steps}
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, {"key": key, "about": json.dumps(about)})
+        about = {"key": key, "prompts": self.prompts, "seeds": self.seeds, "num_inference_steps": self.num_inference_steps}
+        # One entry: safetensors writes several in any order, and the same recording should be the same bytes.
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, {"about": json.dumps(about)})
 
     @staticmethod
     def load(path: Path, key: str | None = None) -> Reference:
         """Read what `save` wrote; InputError for anything else, or where it was recorded from something else than `key`."""
         try:
             with safe_open(path, "np") as file:
-                metadata = file.metadata() or {}
-                if key not in (None, metadata.get("key")):
+                about = json.loads(file.metadata()["about"])
+                if key not in (about.pop("key"), None):
                     raise InputError(f"{path}: was recorded from something else; export the bundle again")
-                about = json.loads(metadata["about"])
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
             loop = {name: arrays.pop(f"loop/{name}") for name in ("pictures", "latents", "frames")}
             calls: dict[str, dict[int, dict[str, NDArray[Any]]]] = {}
