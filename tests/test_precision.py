@@ -126,8 +126,9 @@ def test_only_the_blocks_that_need_it_go_back_to_fp32(tmp_path):
     big, small = np.eye(8, dtype=np.float32) * 30000, np.eye(8, dtype=np.float32) / 30000
     names = ("net.blocks.0.a", "net.blocks.1.a", "net.blocks.1.b", "net.blocks.2.a")
     weights = [W / 3, big, small, W / 3]
-    nodes = [helper.make_node("MatMul", ["xhijk"[i], f"w{i}"], ["hijky"[i]], name=f"{name}/MatMul_{i}") for i, name in enumerate(names)]
-    nodes[-1].output[0] = "y"
+    nodes = [helper.make_node("MatMul", ["xhijk"[i], f"w{i}"], ["hijkl"[i]], name=f"{name}/MatMul_{i}") for i, name in enumerate(names)]
+    nodes[-1].output[0] = "l"
+    nodes.append(helper.make_node("Tanh", ["l"], ["y"], name="net.out/Tanh_4"))
     path = graph_of(nodes, tmp_path / "g.onnx", {f"w{i}": weight for i, weight in enumerate(weights)})
     samples = [Sample({"x": 10 * X}, fp32(path, 10 * X))]
     policy = choose_precision(path, "fp16", samples)

@@ -70,8 +70,8 @@ def choose_precision(graph: Path, precision: str, samples: Sequence[Sample], not
     """The policy with few fp32 groups that brings `graph` (fp32 ONNX) in `precision` well within its parity bound on `samples`.
 
     First each kind of node alone is put into half precision and its error measured, then all of them at once; while the error is too large or a
-    value overflows, the worst kind goes back to fp32: light ones whole, convolutions and matrix products block by block. Errors are measured by
-    trip_engines.emulation. EngineError naming the node where values overflow or are NaN even so.
+    value overflows, the worst goes back to fp32: light kinds whole, convolutions and matrix products block by block, and last of all unless they
+    overflow. Errors are measured by trip_engines.emulation. EngineError naming the node where values overflow or are NaN even so.
     """
     kinds = sorted({kind for kind, _ in _groups(ir.load(graph)).values() if kind not in ("movement", ALWAYS_FP32[0].kind)})
     samples = [samples[i] for i in sorted(set(np.linspace(0, len(samples) - 1, _SAMPLES).round().astype(int)))]
@@ -95,17 +95,30 @@ def choose_precision(graph: Path, precision: str, samples: Sequence[Sample], not
 
 
 def _candidates(graph: Path, kinds: Sequence[str], alone: Mapping[str, float], error_of: Callable[[Sequence[Group]], Policy]) -> Iterator[Group]:
-    """Groups in the order in which they go back to fp32."""
+    """Groups in the order in which they go back to fp32: what overflows by itself, then light kinds, then heavy ones, each from the worst on."""
     worst_first = sorted(kinds, key=lambda kind: -alone[kind])
+    later = []
+    for kind in (kind for kind in worst_first if kind in _HEAVY and alone[kind] >= NOT_A_NUMBER):
+        for group, error in _blocks(graph, kind, kinds, error_of):
+            if error < NOT_A_NUMBER:
+                later.append(group)
+            else:
+                yield group
     yield from (Group(kind) for kind in worst_first if kind not in _HEAVY)
-    for kind in (kind for kind in worst_first if kind in _HEAVY):
-        blocks = sorted({block for found, block in _groups(ir.load(graph)).values() if found == kind})
-        others = [Group(other) for other in kinds if other != kind]
-        errors = {}
-        for block in blocks:
-            rest = [Group(kind, other) for other in blocks if other != block]
-            errors[block] = error_of([*ALWAYS_FP32, *others, *rest]).error
-        yield from (Group(kind, block) for block in sorted(blocks, key=lambda block: -errors[block]))
+    yield from later
+    for kind in (kind for kind in worst_first if kind in _HEAVY and alone[kind] < NOT_A_NUMBER):
+        yield from (group for group, _ in _blocks(graph, kind, kinds, error_of))
+
+
+def _blocks(graph: Path, kind: str, kinds: Sequence[str], error_of: Callable[[Sequence[Group]], Policy]) -> list[tuple[Group, float]]:
+    """The blocks that have nodes of a kind, and the error of each alone in half precision, the worst first."""
+    blocks = sorted({block for found, block in _groups(ir.load(graph)).values() if found == kind})
+    others = [Group(other) for other in kinds if other != kind]
+    errors = []
+    for block in blocks:
+        rest = [Group(kind, other) for other in blocks if other != block]
+        errors.append((Group(kind, block), error_of([*ALWAYS_FP32, *others, *rest]).error))
+    return sorted(errors, key=lambda row: -row[1])
 
 
 def _measure(graph: Path, precision: str, fp32: tuple[Group, ...], samples: Sequence[Sample]) -> Policy:
