@@ -80,6 +80,14 @@ def test_a_checkpoint_of_other_weights_fails(tiny_bundle, tmp_path, capsys):
     assert "parity: FAILED" in capsys.readouterr().out
 
 
+def test_checking_a_bundle_needs_no_pytorch(tiny_bundle):
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['torch', 'diffusers', 'transformers']))"
+    code = f"{blocked}; from trip_export.command import export_main; sys.exit(export_main(['--check', sys.argv[1]]))"
+    ran = subprocess.run([sys.executable, "-c", code, str(tiny_bundle)], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.rstrip().endswith("passed")
+
+
 @pytest.mark.parametrize(
     ("main", "arguments", "message"),
     [
