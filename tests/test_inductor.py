@@ -37,6 +37,13 @@ from trip_rt.manifest import EngineSpec, TensorSpec
 
 COMPILER = os.environ.get("CXX") or "g++"
 needs_compiler = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"{COMPILER} is not installed, and inductor compiles C++")
+
+
+def compiles(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test that builds native code: it needs the compiler, and time."""
+    return pytest.mark.slow(needs_compiler(test))
+
+
 QUICK = {"cpp.vec_isa_ok": True, "aot_inductor.compile_wrapper_opt_level": "O0"}
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 HERE = {"torch": torch.__version__.split("+")[0], "device": "cpu", "machine": os.uname().machine, "cpu": ""}
@@ -134,7 +141,7 @@ def refused(path: Path, pattern: str) -> None:
 # What is compiled
 
 
-@needs_compiler
+@compiles
 @pytest.mark.parametrize(
     ("name", "precision", "least", "most"), [("convolutions", "fp32", 0, 1e-5), ("convolutions", "fp16", 1e-5, 4e-2), ("tnf", "bf16", 1e-5, 4e-2)]
 )
@@ -157,7 +164,7 @@ def test_an_engine_agrees_with_pytorch(build, temporary, name, precision, least,
     assert engine.describe() == {"backend": "inductor", "version": torch.__version__, "device": "cpu"}
 
 
-@needs_compiler
+@compiles
 def test_weights_are_converted_when_built(build):
     built = build("tnf", "bf16")
     linear = sum(isinstance(module, nn.Linear) for module in built.part.module.modules())
@@ -166,7 +173,7 @@ def test_weights_are_converted_when_built(build):
     assert len(frozen) >= linear
 
 
-@needs_compiler
+@compiles
 def test_what_a_build_leaves_behind(build):
     caches = {name: os.environ.get(name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
     folder = Path.cwd()
@@ -180,7 +187,7 @@ def test_what_a_build_leaves_behind(build):
         assert all(not name.startswith(("engine/data/weights", "engine/models")) for name in archive.namelist())
 
 
-@needs_compiler
+@compiles
 def test_the_target_is_this_machine(build):
     target = build("convolutions", "fp32").spec.target
     assert target == target_for("cpu")
@@ -188,7 +195,7 @@ def test_the_target_is_this_machine(build):
     assert all(torch.cpu.get_capabilities()[name] for name in target["cpu"].split())
 
 
-@needs_compiler
+@compiles
 def test_threads_hold_during_a_call(build):
     built = build("convolutions", "fp32")
     before = torch.get_num_threads()
@@ -207,7 +214,7 @@ def test_threads_hold_during_a_call(build):
     assert relative_rms(found, built.expected(built.inputs)) <= 1e-5
 
 
-@needs_compiler
+@compiles
 def test_closing(build):
     built = build("convolutions", "fp32")
     engine = built.open()
@@ -258,7 +265,7 @@ def test_a_missing_gpu_is_said_before_any_work(monkeypatch):
         target_for("cuda")
 
 
-@needs_compiler
+@compiles
 def test_a_cut_short_build_leaves_the_old_engine(monkeypatch, tmp_path):
     def cut_short(program, package_path):
         Path(package_path).write_bytes(b"half")
