@@ -159,7 +159,7 @@ def test_other_versions(refused, body, version, says):
 
 
 def test_a_newer_version_is_recognised_whatever_else_it_holds(refused):
-    assert "found format version 3" in refused(b'{"format_version": 3, "new": "things"}')
+    assert "found format version 4" in refused(b'{"format_version": 4, "new": "things"}')
 
 
 @pytest.mark.parametrize(
@@ -171,10 +171,10 @@ def test_a_newer_version_is_recognised_whatever_else_it_holds(refused):
         b"[1]",
         b'"format_version"',
         b"{}",
-        b'{"format_version": 2}',
+        b'{"format_version": 3}',
         b"[" * 200_000,
         b'{"a":' * 100_000,
-        b'{"format_version": 2, "manifest_sha256": "", "a": ' + b"[" * 600 + b"]" * 600 + b"}",
+        b'{"format_version": 3, "manifest_sha256": "", "a": ' + b"[" * 600 + b"]" * 600 + b"}",
         b'{"format_version": ' + b"9" * 5000 + b"}",
     ],
 )

@@ -14,7 +14,7 @@ from typing import Any
 from trip_rt.config import TripConfig, from_json, to_json
 from trip_rt.errors import InputError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 COMPONENTS = ("text_encoder", "vae_encoder", "unet", "tnf", "vae_decoder")
 
 
@@ -59,10 +59,42 @@ class EngineSpec:
 
 
 @dataclass(frozen=True)
+class Cubin:
+    """A kernel's machine code for one compute capability and how it is launched: a program of `warps` warps with `shared_bytes` of shared memory
+    serves `pixels` pixels of a clip. `registers` a thread are for people."""
+
+    file: str
+    pixels: int
+    warps: int
+    shared_bytes: int
+    registers: int
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """The fused step after the UNet, compiled for several GPUs.
+
+    `entry` is the function's name in every cubin. `parameters` are its own in order: names of the loop's buffers, of integers that the loop knows, or
+    of `tensors`, which says at what byte of the file `weights` each begins; "scratch" stands for a null pointer, which the compiler asks for.
+    """
+
+    key: str
+    entry: str
+    parameters: tuple[str, ...]
+    cubins: Mapping[str, Cubin]
+    weights: str
+    tensors: Mapping[str, int]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return self.weights, *(cubin.file for cubin in self.cubins.values())
+
+
+@dataclass(frozen=True)
 class Profile:
     """Engines of one set of static shapes: `engines[component][backend]`, run on `batch` clips and decoding `decode_frames` frames at a time.
 
-    `reference` is a file of the PyTorch model's own inputs and outputs, or "" where none were recorded; `parity[backend]` are the figures measured
+    `kernels[precision]` is the fused step for GPUs beside UNets of that precision; there may be none. `reference` is a file of the PyTorch model's own inputs and outputs, or "" where none were recorded; `parity[backend]` are the figures measured
     against it at export.
     """
 
@@ -72,6 +104,7 @@ class Profile:
     batch: int
     decode_frames: int
     engines: Mapping[str, Mapping[str, EngineSpec]]
+    kernels: Mapping[str, KernelSpec]
     reference: str
     parity: Mapping[str, Any]
 
@@ -190,7 +223,13 @@ def _validator() -> Any:
 
 def _profile(data: dict[str, Any]) -> Profile:
     engines = {component: {backend: engine_spec(spec) for backend, spec in specs.items()} for component, specs in data["engines"].items()}
-    return Profile(**(data | {"engines": engines}))
+    return Profile(**(data | {"engines": engines, "kernels": {precision: kernel_spec(spec) for precision, spec in data["kernels"].items()}}))
+
+
+def kernel_spec(data: dict[str, Any]) -> KernelSpec:
+    """A KernelSpec out of its JSON, which has passed the schema."""
+    cubins = {capability: Cubin(**cubin) for capability, cubin in data["cubins"].items()}
+    return KernelSpec(**(data | {"parameters": tuple(data["parameters"]), "cubins": cubins}))
 
 
 def engine_spec(data: dict[str, Any]) -> EngineSpec:
@@ -214,8 +253,12 @@ def _check_consistent(manifest: Manifest, where: str) -> None:
                 for found, wanted in zip((spec.inputs, spec.outputs), expected[component], strict=True):
                     if sorted(found, key=_name) != sorted(wanted, key=_name):
                         raise InputError(f"{where}: {component} for {backend} has tensors that are not this model's of {profile.name}; {again}")
+        spoken_of.update(name for kernel in profile.kernels.values() for name in kernel.files)
         if missing := sorted(spoken_of - set(manifest.files)):
             raise InputError(f"{where}: speaks of {', '.join(missing)[:200]}, which its table of files lacks; {again}")
+        for kernel in profile.kernels.values():
+            if outside := [name for name, start in kernel.tensors.items() if start >= manifest.files[kernel.weights].bytes]:
+                raise InputError(f"{where}: the kernel's {outside[0]} begins outside of {kernel.weights}; {again}")
 
 
 def _name(tensor: TensorSpec) -> str:

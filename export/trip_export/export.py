@@ -100,7 +100,7 @@ class _Export:
     def _merged(self, engines: dict[str, dict[str, EngineSpec]], kept: list[Profile]) -> Profile:
         """The profile asked for, with what one of the same shapes had for other backends."""
         config, reference = self.plan.config, self.plan.reference_name
-        profile = Profile(config.num_frames, config.height, config.width, self.options.batch, self.plan.decode_frames, engines, reference, {})
+        profile = Profile(config.num_frames, config.height, config.width, self.options.batch, self.plan.decode_frames, engines, {}, reference, {})
         before = next((other for other in kept if other.name == profile.name), None)
         if before is None:
             return profile
