@@ -94,8 +94,8 @@ class KernelSpec:
 class Profile:
     """Engines of one set of static shapes: `engines[component][backend]`, run on `batch` clips and decoding `decode_frames` frames at a time.
 
-    `kernels[precision]` is the fused step for GPUs beside UNets of that precision; there may be none. `reference` is a file of the PyTorch model's own
-    inputs and outputs, or "" where none were recorded; `parity[backend]` are the figures measured against it at export.
+    `kernels[precision]` is the fused step for GPUs beside UNets of that precision; there may be none. `reference` is a file of the PyTorch model's
+    own inputs and outputs, or "" where none were recorded; `parity[backend]` are the figures measured against it at export.
     """
 
     num_frames: int
