@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trip_kernels.timestep_embedding import sinusoids
 from trip_rt.config import TNFConfig
 
 
@@ -81,7 +80,7 @@ class TemporalNoiseFusion(nn.Module):
     def forward(self, prior: Tensor, residual: Tensor, timestep: Tensor) -> Tensor:
         """prior, residual: [B, C, F, H, W]; timestep: [B] or [1]. Returns [B, C, F, H, W]."""
         b, _, _, h, w = residual.shape
-        time = self.time(sinusoids(timestep, self.time_width))  # [B or 1, C]
+        time = self.time(sinusoids(timestep, self.time_width).to(residual.dtype))  # [B or 1, C]
         if len(time) > 1:
             time = time.repeat_interleave(h * w, 0)
         tokens = residual.permute(0, 3, 4, 2, 1).flatten(0, 2)  # [B·H·W, F, C]
@@ -90,10 +89,3 @@ class TemporalNoiseFusion(nn.Module):
         for layer in self.layers:
             x = layer(x, context, time)
         return self.out_proj(self.norm_out(x)).unflatten(0, (b, h, w)).permute(0, 4, 3, 1, 2)
-
-
-def sinusoids(timestep: Tensor, width: int) -> Tensor:
-    """Sine and cosine features of the timestep, fp32 [B, width] (Vaswani et al. 2017, sec. 3.5)."""
-    rates = torch.exp(-math.log(10000) / (width // 2) * torch.arange(width // 2, device=timestep.device, dtype=torch.float32))
-    angles = timestep.float()[:, None] * rates
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)

@@ -1,0 +1,132 @@
+"""ε̃ from the UNet's residual noise in one launch: prior, TNF and λ skip, of which nothing but ε̃ is written to memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trip_kernels.packing import WEIGHTS, TileShape, pack, tile_shape
+from trip_kernels.tiles import tile_of
+from trip_kernels.tnf_tile import fused_noise
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@triton.jit
+def fuse_noise_kernel(
+    p_latents, p_first_frame, p_residual_noise, p_noise, p_coefficients, p_modulation,
+    p_in_proj, p_frame_embedding, p_self_query, p_self_key, p_self_value, p_self_out, p_cross_query, p_cross_out, p_bias, p_out_proj, p_out_bias, p_gate,
+    pixels, shared_timestep,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, LAYERS: tl.constexpr, REAL_FRAMES: tl.constexpr,
+    CHANNELS_P: tl.constexpr, CONTEXT_P: tl.constexpr, WIDTH_P: tl.constexpr, HEAD_P: tl.constexpr, FRAMES: tl.constexpr,
+    PIXELS: tl.constexpr,
+):  # fmt: skip
+    """One program: PIXELS pixels of one clip. `p_coefficients` are signal, prior_scale and gate_sigma, [B, 3] or, as the modulation, shared."""
+    blocks = tl.cdiv(pixels, PIXELS)
+    clip = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.arange(0, PIXELS * FRAMES)
+    pixel, frame = (tl.program_id(0) % blocks) * PIXELS + row // FRAMES, row % FRAMES
+    inside = (pixel < pixels) & (frame < REAL_FRAMES)
+    step = clip * (1 - shared_timestep)
+    signal, prior_scale, gate_sigma = tl.load(p_coefficients + step * 3), tl.load(p_coefficients + step * 3 + 1), tl.load(p_coefficients + step * 3 + 2)
+    noise = fused_noise(
+        p_latents, p_first_frame, p_residual_noise, p_modulation + step * LAYERS * 4 * WIDTH_P,
+        p_in_proj, p_frame_embedding, p_self_query, p_self_key, p_self_value, p_self_out, p_cross_query, p_cross_out, p_bias, p_out_proj, p_out_bias, p_gate,
+        clip, pixel, frame, inside, pixels, signal, prior_scale, gate_sigma,
+        CHANNELS, WIDTH, HEADS, LAYERS, REAL_FRAMES, CHANNELS_P, CONTEXT_P, WIDTH_P, HEAD_P, FRAMES,
+    )  # fmt: skip
+    channel = tl.arange(0, CHANNELS_P)
+    offset = clip * CHANNELS * REAL_FRAMES * pixels + frame * pixels + pixel
+    tl.store(p_noise + offset[:, None] + channel[None, :] * REAL_FRAMES * pixels, noise, mask=inside[:, None] & (channel < CHANNELS)[None, :])
+
+
+def fuse_noise(
+    fusion: nn.Module,
+    latents: Tensor,
+    first_frame: Tensor,
+    residual_noise: Tensor,
+    sqrt_alpha_bar: Tensor,
+    sqrt_one_minus_alpha_bar: Tensor,
+    timestep: Tensor,
+    compute: torch.dtype | None = None,
+) -> Tensor:
+    """What the `trip_reference.fusion.NoiseFusion` `fusion`, which is this op's reference, makes of the same arguments, in one launch.
+
+    latents, residual_noise: [B, C, F, H, W]; first_frame: [B, C, H, W]; the rest [B] or [1]; fp32, fp16 or bf16 in any mixture. TNF's matrix products
+    take operands of `compute` (the weights' own dtype), all else is fp32. Returns ε̃, [B, C, F, H, W], of residual_noise's dtype. The gradient is the
+    reference's. ValueError for shapes that do not belong together.
+    """
+    inputs = latents, first_frame, residual_noise, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, timestep
+    b, c, _, h, w = latents.shape
+    if residual_noise.shape != latents.shape or first_frame.shape != (b, c, h, w) or any(t.shape not in ((1,), (b,)) for t in inputs[3:]):
+        raise ValueError(f"found shapes {[list(t.shape) for t in inputs]}, expected [B, C, F, H, W], [B, C, H, W], [B, C, F, H, W] and [B] or [1]")
+    compute = compute or next(fusion.parameters(), residual_noise).dtype
+    return _FuseNoise.apply(fusion, compute, *inputs, *fusion.parameters())
+
+
+class _FuseNoise(torch.autograd.Function):
+    """The kernel forward; backward, the reference is run anew and differentiated, so no activation is held in between."""
+
+    @staticmethod
+    def forward(ctx: Any, fusion: nn.Module, compute: torch.dtype, *tensors: Tensor) -> Tensor:
+        ctx.fusion = fusion
+        ctx.save_for_backward(*tensors[:6])
+        return _launch(fusion, compute, *tensors[:6])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[2:]
+        inputs = [tensor.detach().requires_grad_(need) for tensor, need in zip(ctx.saved_tensors, needed, strict=False)]
+        with torch.enable_grad():
+            noise = ctx.fusion(*inputs)
+        sources = [tensor for tensor, need in zip((*inputs, *ctx.fusion.parameters()), needed, strict=True) if need]
+        found = iter(torch.autograd.grad(noise, sources, gradient, allow_unused=True))
+        return None, None, *(next(found) if need else None for need in needed)
+
+
+def _launch(
+    fusion: nn.Module,
+    compute: torch.dtype,
+    latents: Tensor,
+    first_frame: Tensor,
+    residual_noise: Tensor,
+    sqrt_alpha_bar: Tensor,
+    sqrt_one_minus_alpha_bar: Tensor,
+    timestep: Tensor,
+) -> Tensor:
+    b, _, frames, h, w = latents.shape
+    shape = shape_of(fusion, latents.shape[1], frames)
+    steps = max(t.shape[0] for t in (sqrt_alpha_bar, sqrt_one_minus_alpha_bar, timestep))
+    sigma, one = sqrt_one_minus_alpha_bar.float(), torch.ones_like(sqrt_one_minus_alpha_bar, dtype=torch.float32)
+    columns = (sqrt_alpha_bar.float(), one, sigma) if fusion.normalize_prior else (sqrt_alpha_bar.float(), 1 / sigma, one)
+    packed = pack(fusion.state_dict(), shape, compute, timestep.expand(steps))
+    noise = torch.empty_like(residual_noise, memory_format=torch.contiguous_format)
+    tile = tile_of(shape, compute, branches=1)
+    fuse_noise_kernel[(b * triton.cdiv(h * w, tile.pixels),)](
+        latents.contiguous(),
+        first_frame.contiguous(),
+        residual_noise.contiguous(),
+        noise,
+        torch.stack([column.expand(steps) for column in columns], 1),
+        packed["modulation"],
+        *(packed[name] for name in WEIGHTS),
+        h * w,
+        int(steps == 1),
+        **shape.constants(),
+        PIXELS=tile.pixels,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return noise
+
+
+def shape_of(fusion: nn.Module, channels: int, num_frames: int) -> TileShape:
+    """The sizes of a NoiseFusion over clips of so many channels and frames."""
+    if fusion.tnf is None:
+        return tile_shape(channels, num_frames, width=0, heads=0, layers=0)
+    return tile_shape(channels, num_frames, fusion.tnf.in_proj.out_features, fusion.tnf.layers[0].self_attention.heads, len(fusion.tnf.layers))
