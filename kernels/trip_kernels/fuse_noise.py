@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trip_kernels.packing import WEIGHTS, TileShape, pack, tile_shape
-from trip_kernels.tiles import tile_of
+from trip_kernels.packing import WEIGHTS, TileShape, pack, parts_of, tile_shape
+from trip_kernels.tiles import tiles
 from trip_kernels.tnf_tile import fused_noise
 
 if TYPE_CHECKING:
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 @triton.jit
 def fuse_noise_kernel(
     p_latents, p_first_frame, p_residual_noise, p_noise, p_coefficients, p_modulation,
-    p_in_proj, p_frame_embedding, p_self_query, p_self_key, p_self_value, p_self_out, p_cross_query, p_cross_out, p_bias, p_out_proj, p_out_bias, p_gate,
+    p_in_proj, p_frame_embedding, p_self_qkv, p_self_out, p_cross_query, p_cross_out, p_bias, p_out_proj, p_out_bias, p_gate,
     pixels, shared_timestep,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, LAYERS: tl.constexpr, REAL_FRAMES: tl.constexpr,
-    CHANNELS_P: tl.constexpr, CONTEXT_P: tl.constexpr, WIDTH_P: tl.constexpr, HEAD_P: tl.constexpr, FRAMES: tl.constexpr,
+    CHANNELS_P: tl.constexpr, CONTEXT_P: tl.constexpr, WIDTH_P: tl.constexpr, HEAD_P: tl.constexpr, FRAMES: tl.constexpr, PARTS: tl.constexpr,
     PIXELS: tl.constexpr,
 ):  # fmt: skip
     """One program: PIXELS pixels of one clip. `p_coefficients` are signal, prior_scale and gate_sigma, [B, 3] or, as the modulation, shared."""
@@ -33,12 +33,16 @@ def fuse_noise_kernel(
     pixel, frame = (tl.program_id(0) % blocks) * PIXELS + row // FRAMES, row % FRAMES
     inside = (pixel < pixels) & (frame < REAL_FRAMES)
     step = clip * (1 - shared_timestep)
-    signal, prior_scale, gate_sigma = tl.load(p_coefficients + step * 3), tl.load(p_coefficients + step * 3 + 1), tl.load(p_coefficients + step * 3 + 2)
+    signal, prior_scale, gate_sigma = (
+        tl.load(p_coefficients + step * 3),
+        tl.load(p_coefficients + step * 3 + 1),
+        tl.load(p_coefficients + step * 3 + 2),
+    )
     noise = fused_noise(
         p_latents, p_first_frame, p_residual_noise, p_modulation + step * LAYERS * 4 * WIDTH_P,
-        p_in_proj, p_frame_embedding, p_self_query, p_self_key, p_self_value, p_self_out, p_cross_query, p_cross_out, p_bias, p_out_proj, p_out_bias, p_gate,
+        p_in_proj, p_frame_embedding, p_self_qkv, p_self_out, p_cross_query, p_cross_out, p_bias, p_out_proj, p_out_bias, p_gate,
         clip, pixel, frame, inside, pixels, signal, prior_scale, gate_sigma,
-        CHANNELS, WIDTH, HEADS, LAYERS, REAL_FRAMES, CHANNELS_P, CONTEXT_P, WIDTH_P, HEAD_P, FRAMES,
+        CHANNELS, WIDTH, HEADS, LAYERS, REAL_FRAMES, CHANNELS_P, CONTEXT_P, WIDTH_P, HEAD_P, FRAMES, PARTS,
     )  # fmt: skip
     channel = tl.arange(0, CHANNELS_P)
     offset = clip * CHANNELS * REAL_FRAMES * pixels + frame * pixels + pixel
@@ -106,7 +110,7 @@ def _launch(
     columns = (sqrt_alpha_bar.float(), one, sigma) if fusion.normalize_prior else (sqrt_alpha_bar.float(), 1 / sigma, one)
     packed = pack(fusion.state_dict(), shape, compute, timestep.expand(steps))
     noise = torch.empty_like(residual_noise, memory_format=torch.contiguous_format)
-    tile = tile_of(shape, compute, branches=1)
+    tile = tiles(shape, compute)[0]
     fuse_noise_kernel[(b * triton.cdiv(h * w, tile.pixels),)](
         latents.contiguous(),
         first_frame.contiguous(),
@@ -118,6 +122,7 @@ def _launch(
         h * w,
         int(steps == 1),
         **shape.constants(),
+        PARTS=parts_of(compute),
         PIXELS=tile.pixels,
         num_warps=tile.warps,
         num_stages=tile.stages,

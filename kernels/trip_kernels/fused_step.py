@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from trip_kernels.fuse_noise import shape_of
-from trip_kernels.packing import WEIGHTS, pack
-from trip_kernels.tiles import tile_of
+from trip_kernels.packing import WEIGHTS, pack, parts_of
+from trip_kernels.tiles import tiles
 from trip_kernels.tnf_tile import fused_noise, load_tile
 
 if TYPE_CHECKING:
@@ -25,13 +25,13 @@ COLUMNS = tl.constexpr(10)
 @triton.jit
 def fused_step_kernel(
     p_latents, p_first_frame, p_first_noise, p_residual_noise, p_timestep, p_table, p_step, p_done, p_modulation,
-    p_in_proj, p_frame_embedding, p_self_query, p_self_key, p_self_value, p_self_out, p_cross_query, p_cross_out, p_bias, p_out_proj, p_out_bias, p_gate,
+    p_in_proj, p_frame_embedding, p_self_qkv, p_self_out, p_cross_query, p_cross_out, p_bias, p_out_proj, p_out_bias, p_gate,
     batch, pixels,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, LAYERS: tl.constexpr, REAL_FRAMES: tl.constexpr,
-    CHANNELS_P: tl.constexpr, CONTEXT_P: tl.constexpr, WIDTH_P: tl.constexpr, HEAD_P: tl.constexpr, FRAMES: tl.constexpr,
+    CHANNELS_P: tl.constexpr, CONTEXT_P: tl.constexpr, WIDTH_P: tl.constexpr, HEAD_P: tl.constexpr, FRAMES: tl.constexpr, PARTS: tl.constexpr,
     PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """One program: PIXELS pixels of one clip, their unconditional and conditional halves as rows of one tile.
+    """One program: PIXELS pixels of one clip, the unconditional half first.
 
     The last program to finish moves the loop on: `p_done` counts them, and is zero again afterwards.
     """
@@ -39,25 +39,23 @@ def fused_step_kernel(
     p_row = p_table + step * COLUMNS
     blocks = tl.cdiv(pixels, PIXELS)
     clip = (tl.program_id(0) // blocks).to(tl.int64)
-    first_pixel = (tl.program_id(0) % blocks) * PIXELS
-    row = tl.arange(0, 2 * PIXELS * FRAMES)
-    branch, pixel, frame = row // (PIXELS * FRAMES), first_pixel + row // FRAMES % PIXELS, row % FRAMES
-    inside = (pixel < pixels) & (frame < REAL_FRAMES)
-    noise = fused_noise(
-        p_latents, p_first_frame, p_residual_noise, p_modulation + tl.load(p_row + TIMESTEP).to(tl.int64) * LAYERS * 4 * WIDTH_P,
-        p_in_proj, p_frame_embedding, p_self_query, p_self_key, p_self_value, p_self_out, p_cross_query, p_cross_out, p_bias, p_out_proj, p_out_bias, p_gate,
-        branch * batch.to(tl.int64) + clip, pixel, frame, inside, pixels,
-        tl.load(p_row + SIGNAL), tl.load(p_row + PRIOR_SCALE), tl.load(p_row + GATE_SIGMA),
-        CHANNELS, WIDTH, HEADS, LAYERS, REAL_FRAMES, CHANNELS_P, CONTEXT_P, WIDTH_P, HEAD_P, FRAMES,
-    )  # fmt: skip
-    halves = tl.reshape(noise, [2, PIXELS * FRAMES, CHANNELS_P])
-    unconditional, conditional = tl.split(tl.permute(halves, (1, 2, 0)))
-    guided = unconditional + tl.load(p_row + GUIDANCE) * (conditional - unconditional)
-
     row = tl.arange(0, PIXELS * FRAMES)
-    pixel, frame = first_pixel + row // FRAMES, row % FRAMES
+    pixel, frame = (tl.program_id(0) % blocks) * PIXELS + row // FRAMES, row % FRAMES
+    inside = (pixel < pixels) & (frame < REAL_FRAMES)
+    guided = tl.zeros([PIXELS * FRAMES, CHANNELS_P], tl.float32)
+    for branch in tl.range(2, disable_licm=True):
+        noise = fused_noise(
+            p_latents, p_first_frame, p_residual_noise, p_modulation + tl.load(p_row + TIMESTEP).to(tl.int64) * LAYERS * 4 * WIDTH_P,
+            p_in_proj, p_frame_embedding, p_self_qkv, p_self_out, p_cross_query, p_cross_out, p_bias, p_out_proj, p_out_bias, p_gate,
+            clip + branch * batch, pixel, frame, inside, pixels,
+            tl.load(p_row + SIGNAL), tl.load(p_row + PRIOR_SCALE), tl.load(p_row + GATE_SIGMA),
+            CHANNELS, WIDTH, HEADS, LAYERS, REAL_FRAMES, CHANNELS_P, CONTEXT_P, WIDTH_P, HEAD_P, FRAMES, PARTS,
+        )  # fmt: skip
+        guidance = tl.load(p_row + GUIDANCE)
+        guided += noise * tl.where(branch == 1, guidance, 1 - guidance)
+
     channel = tl.arange(0, CHANNELS_P)
-    real = ((pixel < pixels) & (frame < REAL_FRAMES))[:, None] & (channel < CHANNELS)[None, :]
+    real = inside[:, None] & (channel < CHANNELS)[None, :]
     channel_stride = REAL_FRAMES * pixels
     offset = clip * CHANNELS * channel_stride + frame * pixels + pixel
     latents = tl.load(p_row + A) * load_tile(p_latents, channel, offset, channel_stride, real) + tl.load(p_row + B) * guided
@@ -96,7 +94,7 @@ def fused_step(
     shape = shape_of(fusion, channels, frames)
     used = int(table[:, 0].max()) + 1
     packed = pack(fusion.state_dict(), shape, compute, torch.arange(used, device=latents.device))
-    tile = tile_of(shape, compute, branches=2)
+    tile = tiles(shape, compute)[0]
     buffers = latents, first_frame, first_noise, residual_noise, timestep, table, step, torch.zeros_like(step)
     fused_step_kernel[(batch * triton.cdiv(h * w, tile.pixels),)](
         *buffers,
@@ -105,6 +103,7 @@ def fused_step(
         batch,
         h * w,
         **shape.constants(),
+        PARTS=parts_of(compute),
         PIXELS=tile.pixels,
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -113,7 +112,14 @@ def fused_step(
 
 @torch.no_grad()
 def fused_step_ref(
-    fusion: nn.Module, latents: Tensor, first_frame: Tensor, first_noise: Tensor, residual_noise: Tensor, timestep: Tensor, table: Tensor, step: Tensor
+    fusion: nn.Module,
+    latents: Tensor,
+    first_frame: Tensor,
+    first_noise: Tensor,
+    residual_noise: Tensor,
+    timestep: Tensor,
+    table: Tensor,
+    step: Tensor,
 ) -> None:
     """One step after the UNet in plain torch, in place.
 

@@ -1,4 +1,4 @@
-"""A NoiseFusion's weights as the kernels want them: projections folded where that saves work, padded to tensor cores' tiles, layers and heads stacked."""
+"""A NoiseFusion's weights as the kernels want them: folded where that saves work, padded to tensor cores' tiles, layers and heads stacked."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from trip_kernels.timestep_embedding import sinusoids
 
 # In the order of the kernels' parameters; `modulation` comes before them all.
 WEIGHTS = (
-    "in_proj", "frame_embedding", "self_query", "self_key", "self_value", "self_out", "cross_query", "cross_out", "bias", "out_proj", "out_bias", "gate",
+    "in_proj", "frame_embedding", "self_qkv", "self_out", "cross_query", "cross_out", "bias", "out_proj", "out_bias", "gate",
 )  # fmt: skip
-_SINGLE = {"frame_embedding", "bias", "out_bias", "gate", "modulation"}  # added, not multiplied: always fp32
+SINGLE = {"frame_embedding", "bias", "out_bias", "gate", "modulation"}  # added, not multiplied: always fp32
 
 
 @dataclass(frozen=True)
@@ -45,22 +45,37 @@ def tile_shape(channels: int, num_frames: int, width: int, heads: int, layers: i
     if layers == 0:
         width, heads = 16, 1
     frames = _padded(num_frames) if layers else _power_of_two(num_frames)
-    return TileShape(channels, width, heads, layers, num_frames, _padded(channels), _padded(2 * channels), _padded(width), _padded(width // heads), frames)
+    return TileShape(
+        channels, width, heads, layers, num_frames, _padded(channels), _padded(2 * channels), _padded(width), _padded(width // heads), frames
+    )
 
 
 def pack(fusion: Mapping[str, Tensor], shape: TileShape, dtype: torch.dtype, timesteps: Tensor) -> dict[str, Tensor]:
-    """The kernels' weights by name, of a `trip_reference.fusion.NoiseFusion`'s state `fusion`, folded in fp64 and rounded to `dtype` once.
+    """The kernels' weights by name, of a `trip_reference.fusion.NoiseFusion`'s state `fusion`, folded in fp64 and rounded to `dtype` once (fp32: to two parts, [..., 2, rows, columns]).
 
     `modulation` [len(timesteps), layers, 2, 2, width_p] are the adaptive LayerNorms' (1 + scale) and shift at `timesteps` int64 [n].
     """
     state = {name: tensor.detach().double() for name, tensor in fusion.items()}
     gate = state["gate"].sigmoid() if "gate" in state else torch.zeros(shape.real_frames, dtype=torch.float64)
     # Without TNF, the kernel reads the gate alone.
-    packed = {name: torch.zeros(16, dtype=torch.float64, device=gate.device) for name in (*WEIGHTS, "modulation")}
+    packed = {name: torch.zeros(1, 16, dtype=torch.float64, device=gate.device) for name in (*WEIGHTS, "modulation")}
     if shape.layers:
         packed |= _pack_tnf({name.removeprefix("tnf."): tensor for name, tensor in state.items()}, shape, timesteps)
     packed["gate"] = _pad(gate, shape.frames)
-    return {name: tensor.to(torch.float32 if name in _SINGLE else dtype).contiguous() for name, tensor in packed.items()}
+    return {name: _as_operand(tensor, dtype) if name not in SINGLE else tensor.float().contiguous() for name, tensor in packed.items()}
+
+
+def parts_of(dtype: torch.dtype) -> int:
+    """How many half-precision numbers stand for one operand of a matrix product in `dtype`: fp32's are the sum of two fp16 numbers."""
+    return 2 if dtype == torch.float32 else 1
+
+
+def _as_operand(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """[..., rows, columns] → [..., parts, rows, columns]."""
+    if parts_of(dtype) == 1:
+        return matrices.to(dtype).contiguous()
+    high = matrices.half()
+    return torch.stack([high, (matrices - high.double()).half()], -3)
 
 
 def _pack_tnf(tnf: Mapping[str, Tensor], shape: TileShape, timesteps: Tensor) -> dict[str, Tensor]:
@@ -78,14 +93,14 @@ def _pack_tnf(tnf: Mapping[str, Tensor], shape: TileShape, timesteps: Tensor) ->
 
     # softmax(x) is 2^(x · log₂ e), normalised: the scores' scale and the change of base go into the query.
     scale = math.log2(math.e) / math.sqrt(shape.width // shape.heads)
+    qkv = torch.stack([torch.stack([heads(x[f"self_attention.to_{part}.weight"]).mT for part in "qkv"], 1) for x in layers])
+    qkv[:, :, 0] *= scale
     query, key, value = (stacked(f"cross_attention.to_{part}.weight") for part in "qkv")
     norm, project = tnf["norm_out.weight"], tnf["out_proj.weight"]
     return {
         "in_proj": _pad(torch.cat([torch.zeros_like(tnf["in_proj.weight"].T), tnf["in_proj.weight"].T]), context, width),
         "frame_embedding": _pad(tnf["frame_embedding"] + tnf["in_proj.bias"], shape.frames, width),
-        "self_query": _pad(torch.stack(stacked("self_attention.to_q.weight")).mT * scale, width, head),
-        "self_key": _pad(torch.stack(stacked("self_attention.to_k.weight")).mT, width, head),
-        "self_value": _pad(torch.stack(stacked("self_attention.to_v.weight")).mT, width, head),
+        "self_qkv": _pad(qkv, width, head),
         "self_out": _pad(torch.stack(out("self_attention.to_out.weight")), head, width),
         # q·kᵀ = (W_q x)·(W_k c)ᵀ = (W_kᵀ W_q x)·cᵀ, and W_o (p·W_v c) = (W_o W_v)(p·c)
         "cross_query": _pad(torch.stack([q.mT @ k for q, k in zip(query, key, strict=True)]) * scale, width, context),

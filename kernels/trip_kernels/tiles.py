@@ -1,4 +1,4 @@
-"""How many pixels a program takes and how many warps work on them."""
+"""How the kernels are cut into programs: the choices, best first."""
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ class Tile:
     stages: int
 
 
-def tile_of(shape: TileShape, dtype: torch.dtype, branches: int) -> Tile:
-    rows = 64
-    return Tile(max(1, rows // (branches * shape.frames)), 4, 2)
+def tiles(shape: TileShape, dtype: torch.dtype) -> list[Tile]:
+    """Tiles to try in this order until one needs no more registers than there are: which that is depends on the GPU.
+
+    64 rows are what Hopper's and Blackwell's tensor cores want at least. An operand of fp32 takes two registers where one of half precision takes one,
+    so its tiles are smaller.
+    """
+
+    def tile(rows: int, warps: int, stages: int) -> Tile:
+        return Tile(max(1, rows // shape.frames), warps, stages)
+
+    if dtype == torch.float32:
+        return [tile(16, 4, 2), tile(16, 8, 2), tile(16, 4, 1), tile(16, 8, 1)]
+    return [tile(64, 4, 2), tile(64, 8, 2), tile(32, 4, 2), tile(32, 8, 2), tile(16, 4, 1)]

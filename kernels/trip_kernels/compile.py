@@ -1,0 +1,129 @@
+"""The fused step as machine code for GPUs that need not be here: Triton to cubin, launched later without Triton."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from trip_kernels.packing import SINGLE, WEIGHTS, TileShape, parts_of
+from trip_kernels.tiles import Tile, tiles
+
+# Compute capabilities and the shared memory that one program may have there, in bytes (CUDA C++ Programming Guide, technical specifications).
+SHARED_BYTES = {"8.0": 166912, "8.6": 101376, "8.9": 101376, "9.0": 232448, "10.0": 232448, "12.0": 101376}
+CAPABILITIES = tuple(SHARED_BYTES)
+_TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp16"}  # an fp32 operand is two fp16 numbers
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """The fused step for one compute capability. `parameters` are its own in launch order, "scratch" being a pointer that stays null."""
+
+    capability: str
+    entry: str
+    parameters: tuple[str, ...]
+    cubin: bytes
+    tile: Tile
+    shared_bytes: int
+    registers: int
+    spilled_bytes: int
+
+    def describe(self) -> str:
+        """One line for people."""
+        return (
+            f"compute capability {self.capability}: {self.registers} registers, {self.spilled_bytes} bytes spilled, "
+            f"{self.shared_bytes / 1024:.0f} KiB shared, {self.tile.warps} warps for {self.tile.pixels} pixels, {len(self.cubin) / 1024:.0f} KiB"
+        )
+
+
+def compile_fused_step(
+    shape: TileShape, dtype: torch.dtype, capabilities: Sequence[str] = CAPABILITIES, note: Callable[[str], None] = lambda text: None
+) -> list[CompiledStep]:
+    """Compile `fused_step_kernel` for fp32 buffers and TNF's products in `dtype`; no GPU is needed.
+
+    RuntimeError where every tile of `trip_kernels.tiles` would spill registers to memory or needs more shared memory than the GPU has.
+    """
+    # In processes of their own: there are several to compile, and an interpreter of kernels in this one would be in the way.
+    with ProcessPoolExecutor(min(len(capabilities), os.cpu_count() or 1), get_context("spawn"), _prepare) as workers:
+        compiled = []
+        for step in workers.map(_compile, [shape] * len(capabilities), [dtype] * len(capabilities), capabilities):
+            note(f"fused step: {step.describe()}")
+            compiled.append(step)
+    return compiled
+
+
+def _prepare() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # a·b + c in one rounding, whatever a later Triton's default
+
+
+def _compile(shape: TileShape, dtype: torch.dtype, capability: str) -> CompiledStep:
+    with tempfile.TemporaryDirectory(prefix="trip-") as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        refused = []
+        for tile in tiles(shape, dtype):
+            step = _compile_tile(shape, dtype, capability, tile, Path(folder))
+            if step.spilled_bytes == 0 and step.shared_bytes <= SHARED_BYTES[capability]:
+                return step
+            refused.append(f"{tile.pixels} pixels and {tile.warps} warps: {step.spilled_bytes} bytes spilled, {step.shared_bytes} bytes shared")
+    raise RuntimeError(
+        f"fused step for compute capability {capability}: found no tile without spills and within {SHARED_BYTES[capability]} bytes of shared memory "
+        f"({'; '.join(refused)}); add one to trip_kernels/tiles.py"
+    )
+
+
+def _compile_tile(shape: TileShape, dtype: torch.dtype, capability: str, tile: Tile, folder: Path) -> CompiledStep:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from trip_kernels.fused_step import fused_step_kernel
+
+    names = fused_step_kernel.arg_names
+    source = ASTSource(
+        fused_step_kernel,
+        {name: _type(name, dtype) for name in names},
+        shape.constants() | {"PIXELS": tile.pixels, "PARTS": parts_of(dtype)},
+        {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name.startswith("p_")},
+    )
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    target = GPUTarget("cuda", int(capability.replace(".", "")), 32)
+    kernel = triton.compile(source, target=target, options=options)
+    own = [name.removeprefix("p_") for name in names if not name.isupper()]
+    widths = re.findall(r"\.param \.(\w+)[^,)]*?" + kernel.metadata.name + r"_param_\d+", kernel.asm["ptx"])
+    scratch = ["scratch"] * (len(widths) - len(own))
+    expected = ["u32" if name in ("batch", "pixels") else "u64" for name in (*own, *scratch)]
+    if widths != expected or kernel.metadata.global_scratch_size or kernel.metadata.profile_scratch_size:
+        raise RuntimeError(
+            f"Triton {triton.__version__}: the kernel takes {widths}, expected {expected} and no scratch memory; pin an earlier Triton"
+        )
+    registers, spilled = _resources(kernel.asm["cubin"], folder)
+    return CompiledStep(capability, kernel.metadata.name, (*own, *scratch), kernel.asm["cubin"], tile, kernel.metadata.shared, registers, spilled)
+
+
+def _type(name: str, dtype: torch.dtype) -> str:
+    """Of a parameter, in Triton's words."""
+    if name.isupper():
+        return "constexpr"
+    integers = {"p_timestep": "*i64", "p_step": "*i32", "p_done": "*i32", "batch": "i32", "pixels": "i32"}
+    operands = {f"p_{weight}": _TYPES[dtype] for weight in WEIGHTS if weight not in SINGLE}
+    return (integers | operands).get(name, "*fp32")
+
+
+def _resources(cubin: bytes, folder: Path) -> tuple[int, int]:
+    """Registers a thread, and the bytes of its stack: the kernel has no arrays, so what lies there was spilled."""
+    from triton import knobs
+
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    usage = subprocess.run([knobs.nvidia.cuobjdump.path, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
