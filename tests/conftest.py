@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, which some of the following do
 
 from trip_export.export import ExportResult, export_bundle
 from trip_reference import checkpoint

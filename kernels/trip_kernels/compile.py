@@ -49,8 +49,11 @@ def compile_fused_step(
 ) -> list[CompiledStep]:
     """Compile `fused_step_kernel` for fp32 buffers and TNF's products in `dtype`; no GPU is needed.
 
-    RuntimeError where every tile of `trip_kernels.tiles` would spill registers to memory or needs more shared memory than the GPU has.
+    ValueError for a capability that is not of CAPABILITIES; RuntimeError where every tile of `trip_kernels.tiles` would spill registers to memory or
+    needs more shared memory than the GPU has.
     """
+    if unknown := [capability for capability in capabilities if capability not in SHARED_BYTES]:
+        raise ValueError(f"compute capability: found {', '.join(unknown)}, expected some of {', '.join(CAPABILITIES)}")
     # In processes of their own: there are several to compile, and an interpreter of kernels in this one would be in the way.
     with ProcessPoolExecutor(min(len(capabilities), os.cpu_count() or 1), get_context("spawn"), _prepare) as workers:
         compiled = []

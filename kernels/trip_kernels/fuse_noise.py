@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trip_kernels.packing import WEIGHTS, TileShape, pack, parts_of, tile_shape
-from trip_kernels.tiles import tiles
+from trip_kernels.tiles import Tile, tiles
 from trip_kernels.tnf_tile import fused_noise
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def fuse_noise(
     sqrt_one_minus_alpha_bar: Tensor,
     timestep: Tensor,
     compute: torch.dtype | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
     """What the `trip_reference.fusion.NoiseFusion` `fusion`, which is this op's reference, makes of the same arguments, in one launch.
 
@@ -70,32 +71,33 @@ def fuse_noise(
     if residual_noise.shape != latents.shape or first_frame.shape != (b, c, h, w) or any(t.shape not in ((1,), (b,)) for t in inputs[3:]):
         raise ValueError(f"found shapes {[list(t.shape) for t in inputs]}, expected [B, C, F, H, W], [B, C, H, W], [B, C, F, H, W] and [B] or [1]")
     compute = compute or next(fusion.parameters(), residual_noise).dtype
-    return _FuseNoise.apply(fusion, compute, *inputs, *fusion.parameters())
+    return _FuseNoise.apply(fusion, compute, tile, *inputs, *fusion.parameters())
 
 
 class _FuseNoise(torch.autograd.Function):
     """The kernel forward; backward, the reference is run anew and differentiated, so no activation is held in between."""
 
     @staticmethod
-    def forward(ctx: Any, fusion: nn.Module, compute: torch.dtype, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, fusion: nn.Module, compute: torch.dtype, tile: Tile | None, *tensors: Tensor) -> Tensor:
         ctx.fusion = fusion
         ctx.save_for_backward(*tensors[:6])
-        return _launch(fusion, compute, *tensors[:6])
+        return _launch(fusion, compute, tile, *tensors[:6])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[2:]
+        needed = ctx.needs_input_grad[3:]
         inputs = [tensor.detach().requires_grad_(need) for tensor, need in zip(ctx.saved_tensors, needed, strict=False)]
         with torch.enable_grad():
             noise = ctx.fusion(*inputs)
         sources = [tensor for tensor, need in zip((*inputs, *ctx.fusion.parameters()), needed, strict=True) if need]
         found = iter(torch.autograd.grad(noise, sources, gradient, allow_unused=True))
-        return None, None, *(next(found) if need else None for need in needed)
+        return None, None, None, *(next(found) if need else None for need in needed)
 
 
 def _launch(
     fusion: nn.Module,
     compute: torch.dtype,
+    tile: Tile | None,
     latents: Tensor,
     first_frame: Tensor,
     residual_noise: Tensor,
@@ -110,7 +112,7 @@ def _launch(
     columns = (sqrt_alpha_bar.float(), one, sigma) if fusion.normalize_prior else (sqrt_alpha_bar.float(), 1 / sigma, one)
     packed = pack(fusion.state_dict(), shape, compute, timestep.expand(steps))
     noise = torch.empty_like(residual_noise, memory_format=torch.contiguous_format)
-    tile = tiles(shape, compute)[0]
+    tile = tile or tiles(shape, compute)[0]
     fuse_noise_kernel[(b * triton.cdiv(h * w, tile.pixels),)](
         latents.contiguous(),
         first_frame.contiguous(),

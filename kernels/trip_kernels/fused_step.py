@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trip_kernels.fuse_noise import shape_of
 from trip_kernels.packing import WEIGHTS, pack, parts_of
-from trip_kernels.tiles import tiles
+from trip_kernels.tiles import Tile, tiles
 from trip_kernels.tnf_tile import fused_noise, load_tile
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def fused_step(
     table: Tensor,
     step: Tensor,
     compute: torch.dtype | None = None,
+    tile: Tile | None = None,
 ) -> None:
     """Move `latents`, `timestep` and `step` on by one step, in place, as `fused_step_ref` does."""
     _, channels, frames, h, w = latents.shape
@@ -94,7 +95,7 @@ def fused_step(
     shape = shape_of(fusion, channels, frames)
     used = int(table[:, 0].max()) + 1
     packed = pack(fusion.state_dict(), shape, compute, torch.arange(used, device=latents.device))
-    tile = tiles(shape, compute)[0]
+    tile = tile or tiles(shape, compute)[0]
     buffers = latents, first_frame, first_noise, residual_noise, timestep, table, step, torch.zeros_like(step)
     fused_step_kernel[(batch * triton.cdiv(h * w, tile.pixels),)](
         *buffers,
@@ -126,8 +127,8 @@ def fused_step_ref(
     latents, residual_noise: [2B, C, F, H, W], the unconditional half first, both halves of latents equal; first_frame [2B, C, H, W], clean;
     first_noise [B, C, H, W], frame 1's own; timestep int64 [1]; table fp32 [rows, 10] and step int32 [1], the row in it (trip_rt/schedule.py).
     """
-    t, signal, _, _, a, b, guidance, next_timestep, next_signal, next_sigma = table[int(step)].to(latents.dtype)
-    sigma = (1 - signal.double() ** 2).sqrt()  # table holds it where the prior is normalised only
+    t, signal, prior_scale, gate_sigma, a, b, guidance, next_timestep, next_signal, next_sigma = table[int(step)].to(latents.dtype)
+    sigma = gate_sigma if fusion.normalize_prior else 1 / prior_scale
     noise = fusion(latents, first_frame, residual_noise, signal[None], sigma[None], t[None].long())
     unconditional, conditional = noise.chunk(2)
     following = a * latents.chunk(2)[0] + b * (unconditional + guidance * (conditional - unconditional))

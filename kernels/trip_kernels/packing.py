@@ -45,13 +45,14 @@ def tile_shape(channels: int, num_frames: int, width: int, heads: int, layers: i
     if layers == 0:
         width, heads = 16, 1
     frames = _padded(num_frames) if layers else _power_of_two(num_frames)
-    return TileShape(
-        channels, width, heads, layers, num_frames, _padded(channels), _padded(2 * channels), _padded(width), _padded(width // heads), frames
-    )
+    padded = _padded(channels), _padded(2 * channels), _padded(width), _padded(width // heads)
+    return TileShape(channels, width, heads, layers, num_frames, *padded, frames)
 
 
 def pack(fusion: Mapping[str, Tensor], shape: TileShape, dtype: torch.dtype, timesteps: Tensor) -> dict[str, Tensor]:
-    """The kernels' weights by name, of a `trip_reference.fusion.NoiseFusion`'s state `fusion`, folded in fp64 and rounded to `dtype` once (fp32: to two parts, [..., 2, rows, columns]).
+    """The kernels' weights by name, of a `trip_reference.fusion.NoiseFusion`'s state `fusion`, folded in fp64 and rounded to `dtype` once.
+
+    Matrices are [..., parts, rows, columns] of `dtype`, or where that is fp32 of fp16.
 
     `modulation` [len(timesteps), layers, 2, 2, width_p] are the adaptive LayerNorms' (1 + scale) and shift at `timesteps` int64 [n].
     """

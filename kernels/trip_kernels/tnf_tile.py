@@ -32,7 +32,7 @@ def parts(x):
 @triton.jit
 def dot(a, b, T: tl.constexpr):
     """a·b of operands rounded to T with fp32 sums. fp32 operands go through tensor cores in two parts: a·b = a_hi·b_hi + a_hi·b_lo + a_lo·b_hi."""
-    if T == tl.float32:
+    if tl.float32 == T:
         a_high, a_low = parts(a)
         b_high, b_low = parts(b)
         result = product(a_high, b_high, product(a_low, b_high, product(a_high, b_low)))
@@ -49,8 +49,7 @@ def matrix(p, index, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def times(x, p_weight, index, COLUMNS: tl.constexpr, PARTS: tl.constexpr, onto=None):
-    """x·W, added `onto` where given, of the `index`-th of the weights [n, PARTS, x's columns, COLUMNS]: as `dot`, an fp32 weight lying there in its two
-    parts."""
+    """x·W, added `onto` where given, of the `index`-th of the weights [n, PARTS, x's columns, COLUMNS]; as in `dot`, an fp32 weight is two parts."""
     ROWS: tl.constexpr = x.shape[1]
     weight = matrix(p_weight, index * PARTS, ROWS, COLUMNS)
     if PARTS == 1:
