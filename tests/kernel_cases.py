@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trip_reference.fusion import NoiseFusion
 from trip_reference.presets import DEMO
 from trip_rt.config import TNFConfig
-from trip_rt.schedule import ddim_steps
+from trip_rt.schedule import ddim_steps, step_table
 
 # The largest RMS error by what TNF's products are taken in; bf16 rounds 8 times as coarsely as fp16.
 BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+STEPS = ddim_steps(DEMO.trip.schedule, 4)
 
 
 def fusion_of(hidden_size: int = 16, num_heads: int = 4, num_layers: int = 2, **changes: object) -> NoiseFusion:
@@ -44,28 +46,12 @@ def rms_ratio(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).square().mean().sqrt() / expected.double().square().mean().sqrt())
 
 
-def table_of(fusion: nn.Module, timesteps: list[int], guidance_scale: float = 2.5, beginning: bool = False) -> Tensor:
-    """Rows of the step table through `timesteps`, fp32 [n, 10], or the row before the first of them."""
-    steps = {step.timestep: step for step in ddim_steps(DEMO.trip.schedule, 1000)}
-    rows = []
-    for timestep, following in zip(timesteps, [*timesteps[1:], None], strict=True):
-        step, after = steps[timestep], steps.get(following)
-        sigma = step.sqrt_one_minus_alpha_bar
-        scales = [1.0, sigma] if fusion.normalize_prior else [1 / sigma, 1.0]
-        landing = [after.timestep, after.sqrt_alpha_bar, after.sqrt_one_minus_alpha_bar] if after else [0, 1, 0]
-        if beginning:
-            return torch.tensor([[timestep, step.sqrt_alpha_bar, *scales, 1, 0, guidance_scale, timestep, step.sqrt_alpha_bar, sigma]])
-        a = landing[1] / step.sqrt_alpha_bar
-        rows.append([timestep, step.sqrt_alpha_bar, *scales, a, landing[2] - a * sigma, guidance_scale, *landing])
-    return torch.tensor(rows)
-
-
-def step_buffers(batch: int, channels: int, frames: int, height: int, width: int, fusion: nn.Module) -> dict[str, Tensor]:
-    """The arguments of `fused_step` for the four steps 999, 749, 499 and 249, at the first of them; fp32 buffers lie between NaNs."""
+def step_buffers(batch: int, channels: int, frames: int, height: int, width: int) -> dict[str, Tensor]:
+    """The arguments of `fused_step` for STEPS, at the first of them; fp32 buffers lie between NaNs."""
     generator = torch.Generator().manual_seed(0)
     latents, residual = (torch.randn(n, channels, frames, height, width, generator=generator) for n in (batch, 2 * batch))
     first, first_noise = (torch.randn(batch, channels, height, width, generator=generator) for _ in range(2))
     buffers = dict(latents=torch.cat([latents, latents]), first_frame=torch.cat([first, first]), first_noise=first_noise, residual_noise=residual)
     return {name: guarded(tensor) for name, tensor in buffers.items()} | dict(
-        timestep=torch.tensor([999]), table=table_of(fusion, [999, 749, 499, 249]), step=torch.zeros(1, dtype=torch.int32)
+        timestep=torch.tensor([999]), table=torch.from_numpy(step_table(STEPS, 2.5)), step=torch.ones(1, dtype=torch.int32)
     )

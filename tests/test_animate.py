@@ -256,8 +256,8 @@ def test_one_flipped_byte(refuse, bundle_copy, pattern):
 
 def test_newer_bundle(refuse, bundle_copy):
     path = bundle_copy / "manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 3'))
-    assert "found format version 3" in refuse(bundle_copy, "photo.png", PROMPT, "-o", "clip.mp4")
+    path.write_text(path.read_text().replace('"format_version": 3', '"format_version": 4'))
+    assert "found format version 4" in refuse(bundle_copy, "photo.png", PROMPT, "-o", "clip.mp4")
 
 
 GOOD = {"image": "photo.png", "prompt": PROMPT, "output": "a.mp4"}

@@ -16,6 +16,9 @@ from PIL import Image
 
 from trip_rt import Animation, Animator, InputError, backends
 from trip_rt.backends import EngineOptions
+from trip_rt.devices import open_device
+from trip_rt.manifest import tensors
+from trip_rt.pipeline import Pipeline
 from trip_rt.tokenizer import MAX_CHARACTERS
 
 PROMPT = "a red ball rolls to the right"
@@ -94,6 +97,8 @@ def test_a_new_animator_repeats_the_clip(tiny_bundle, picture, clip):
             "version": animator.describe()["version"],
             "device": "cpu",
             "reason": "asked for, on cpu",
+            "after_unet": "the engine of tnf",
+            "cuda_graph": False,
         }
 
 
@@ -136,13 +141,28 @@ def test_stream_gives_the_same_frames(tiny_animator, picture, clip):
     assert (np.stack(list(tiny_animator.stream(picture, PROMPT, seed=7))) == clip.frames).all()
 
 
-class ForBatches:
+class StandIn(backends.Engine):
+    """An engine made of another one."""
+
+    backend = "stand-in"
+    probe = open = describe = close = None
+
+    def __init__(self, engine, spec):
+        super().__init__(spec)
+        self.engine = engine
+
+
+StandIn.__abstractmethods__ = frozenset()
+
+
+class ForBatches(StandIn):
     """An engine for several clips, run one at a time by one for a single clip; `halves` are those of guidance."""
 
-    def __init__(self, engine, batch, halves):
-        self.engine, self.batch, self.halves = engine, batch, halves
+    def __init__(self, engine, spec, batch, halves):
+        super().__init__(engine, spec)
+        self.batch, self.halves = batch, halves
 
-    def run(self, inputs):
+    def _run(self, inputs):
         outputs = None
         for clip in range(self.batch):
             rows = [half * self.batch + clip for half in range(self.halves)]
@@ -153,13 +173,25 @@ class ForBatches:
         return outputs
 
 
+def remade(animator, profile, **engines):
+    """`animator` with another profile and other engines."""
+    other = copy.copy(animator)
+    other.profile, other.engines = profile, animator.engines | engines
+    other._pipeline = Pipeline(open_device("cpu"), animator.config, profile, other.engines, Path("unused"), cuda_graph=True)
+    return other
+
+
+def with_tensors(animator, name, batch, decode_frames):
+    """That engine's spec, for another batch or chunk."""
+    inputs, outputs = tensors(animator.config, batch, decode_frames)[name]
+    return dataclasses.replace(animator.engines[name].spec, inputs=inputs, outputs=outputs)
+
+
 def batched(animator, batch):
     """`animator` as if its bundle had been exported for `batch` clips at a time."""
-    other = copy.copy(animator)
-    other.profile = dataclasses.replace(animator.profile, batch=batch)
     halves = {"text_encoder": 1, "vae_encoder": 1, "unet": 2, "tnf": 2}
-    other.engines = animator.engines | {name: ForBatches(animator.engines[name], batch, n) for name, n in halves.items()}
-    return other
+    engines = {name: ForBatches(animator.engines[name], with_tensors(animator, name, batch, 1), batch, n) for name, n in halves.items()}
+    return remade(animator, dataclasses.replace(animator.profile, batch=batch), **engines)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 4])
@@ -178,24 +210,19 @@ def test_batch_seeds_count_up_and_an_empty_batch_is_empty(tiny_animator, picture
     assert tiny_animator.batch([], []) == []
 
 
-class InChunks:
-    """The decoder of `size` frames at a time, run by one of more."""
+class InChunks(StandIn):
+    """The decoder of fewer frames at a time, run by one of more."""
 
-    def __init__(self, engine, size):
-        self.engine, self.size = engine, size
-
-    def run(self, inputs):
-        (frames,) = (tensor.shape[0] for tensor in self.engine.spec.inputs)
-        assert len(inputs["latents"]) == self.size
-        padded = np.concatenate([inputs["latents"], np.zeros((frames - self.size, *inputs["latents"].shape[1:]), np.float32)])
-        return {name: array[: self.size] for name, array in self.engine.run({"latents": padded}).items()}
+    def _run(self, inputs):
+        (frames,), size = (tensor.shape[0] for tensor in self.engine.spec.inputs), len(inputs["latents"])
+        padded = np.concatenate([inputs["latents"], np.zeros((frames - size, *inputs["latents"].shape[1:]), np.float32)])
+        return {name: array[:size] for name, array in self.engine.run({"latents": padded}).items()}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_decoding_in_chunks_changes_nothing(tiny_animator, picture, clip, size):
-    chunked = copy.copy(tiny_animator)
-    chunked.profile = dataclasses.replace(tiny_animator.profile, decode_frames=size)
-    chunked.engines = tiny_animator.engines | {"vae_decoder": InChunks(tiny_animator.engines["vae_decoder"], size)}
+    decoder = InChunks(tiny_animator.engines["vae_decoder"], with_tensors(tiny_animator, "vae_decoder", 1, size))
+    chunked = remade(tiny_animator, dataclasses.replace(tiny_animator.profile, decode_frames=size), vae_decoder=decoder)
     frames = chunked(picture, PROMPT, seed=7).frames
     assert frames.shape == clip.frames.shape and np.abs(frames.astype(int) - clip.frames).max() <= 1
 

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from trip_reference.presets import DEMO, TRIP_256
 from trip_rt import InputError
-from trip_rt.sampler import ddim_loop
-from trip_rt.schedule import alpha_bars, ddim_steps, inference_timesteps
+from trip_rt.schedule import STEP_COLUMNS, alpha_bars, ddim_steps, inference_timesteps, step_table
 
 
 def diffusers_scheduler(config):
@@ -61,8 +60,26 @@ def test_the_true_noise_leads_back_to_the_clean_latents(config):
 
     steps = ddim_steps(config, 50)
     start = steps[0].sqrt_alpha_bar * clean + steps[0].sqrt_one_minus_alpha_bar * noise
-    result = ddim_loop(lambda z, step: true_noise(z, step).astype(np.float32), clean[:, :, 0], start, steps, 1.0)
-    np.testing.assert_allclose(result[:, :, 1:], clean[:, :, 1:], atol=2e-4)
+    latents = start
+    for step in steps:
+        latents = (step.a * latents + step.b * true_noise(latents, step)).astype(np.float32)
+    np.testing.assert_allclose(latents[:, :, 1:], clean[:, :, 1:], atol=2e-4)
+
+
+@pytest.mark.parametrize("config", SCHEDULES)
+@pytest.mark.parametrize("count", [1, 7, 1000])
+def test_the_step_table_holds_every_step_and_where_it_lands(config, count):
+    steps, table = ddim_steps(config, count), step_table(ddim_steps(config, count), 2.5)
+    assert table.shape == (count + 1, len(STEP_COLUMNS)) and table.dtype == np.float32
+    columns = dict(zip(STEP_COLUMNS, table.T, strict=True))
+    for name in ("timestep", "sqrt_alpha_bar", "sqrt_one_minus_alpha_bar"):
+        values = np.array([getattr(step, name) for step in steps], np.float32)
+        assert (columns[name][1:] == values).all() and columns[name][0] == values[0]
+        assert (columns[f"next_{name}"][:-1] == values).all()
+    assert table[-1, -3:].tolist() == [0, 1, 0]  # frame 1 ends as the given latent
+    for name, beginning in (("a", 1), ("b", 0)):
+        assert columns[name].tolist() == [beginning, *np.float32([getattr(step, name) for step in steps]).tolist()]
+    assert (columns["guidance_scale"] == 2.5).all()
 
 
 def test_the_linear_schedule_starts_and_ends_where_the_paper_says():

@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from trip_rt import backends, images, video
 from trip_rt.bundle import Bundle, open_bundle
 from trip_rt.config import TripConfig
+from trip_rt.devices import open_device
 from trip_rt.errors import InputError
 from trip_rt.manifest import COMPONENTS
-from trip_rt.sampler import Array, ddim_loop, initial_noise
+from trip_rt.pipeline import Pipeline
+from trip_rt.sampler import Array, initial_noise
 from trip_rt.schedule import DDIMStep, ddim_steps
 from trip_rt.tokenizer import PromptTokenizer
 
@@ -81,11 +83,13 @@ class Animator:
         else:
             self.backend, self.backend_reason, cls = backend.backend, "a class of one's own", backend
         self._tokenizer = PromptTokenizer(opened.tokenizer_json, self.config.text_length)
+        self._device = open_device(cls.probe(self.profile.engines["unet"][self.backend], options))
         self.engines: dict[str, backends.Engine] = {}
         try:
             for name in COMPONENTS:
                 spec = self.profile.engines[name][self.backend]
-                self.engines[name] = cls.open(opened.engine_path(spec), spec, options)
+                self.engines[name] = cls.open(opened.engine_path(spec), spec, options, self._device)
+            self._pipeline = Pipeline(self._device, self.config, self.profile, self.engines, opened.folder, options.cuda_graph)
         except BaseException:
             self.close()
             raise
@@ -115,23 +119,33 @@ class Animator:
         if not len(pictures) == len(prompts) == len(seeds):
             raise InputError(f"batch: found {len(pictures)} pictures, {len(prompts)} prompts and {len(seeds)} seeds, expected as many of each")
         loaded = [images.load_image(picture, self.config.height, self.config.width, fit) for picture in pictures]
-        latents = self.latents(
-            np.stack(loaded) if loaded else np.zeros((0, self.config.height, self.config.width, 3), np.uint8),
-            prompts,
-            seeds,
-            negative_prompt=negative_prompt,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            on_step=on_step,
-        )
-        clips = [np.concatenate(list(self.decode(clip))) for clip in latents]
-        return [Animation(clip, self.config.fps, prompt, seed) for clip, prompt, seed in zip(clips, prompts, seeds, strict=True)]
+        fitted = np.stack(loaded) if loaded else np.zeros((0, self.config.height, self.config.width, 3), np.uint8)
+        settings = sampling(self.config, num_inference_steps, guidance_scale)
+        clips: list[Animation] = []
+        for rows in self._denoised(fitted, prompts, seeds, negative_prompt, *settings, on_step):
+            for clip, row in enumerate(rows):
+                frames = np.concatenate([images.to_frames(pixels) for pixels in self._pipeline.decode(clip)])
+                clips.append(Animation(frames, self.config.fps, prompts[row], seeds[row]))
+        return clips
 
-    def stream(self, image: Picture, prompt: str, *, seed: int = 0, fit: images.Fit = "crop", **settings: Any) -> Iterator[NDArray[np.uint8]]:
+    def stream(
+        self,
+        image: Picture,
+        prompt: str,
+        *,
+        seed: int = 0,
+        negative_prompt: str = "",
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        fit: images.Fit = "crop",
+        on_step: OnStep | None = None,
+    ) -> Iterator[NDArray[np.uint8]]:
         """One clip's frames, uint8 [H, W, 3] each, as they are decoded; settings as in `batch`."""
         picture = images.load_image(image, self.config.height, self.config.width, fit)
-        for chunk in self.decode(self.latents(picture[None], [prompt], [seed], **settings)[0]):
-            yield from chunk
+        settings = sampling(self.config, num_inference_steps, guidance_scale)
+        for _ in self._denoised(picture[None], [prompt], [seed], negative_prompt, *settings, on_step):
+            for pixels in self._pipeline.decode(0):
+                yield from images.to_frames(pixels)
 
     def latents(
         self,
@@ -145,23 +159,8 @@ class Animator:
         on_step: OnStep | None = None,
     ) -> Array:
         """The denoised latents float32 [n, C, F, h, w] of fitted pictures uint8 [n, H, W, 3]."""
-        steps, guidance = sampling(self.config, num_inference_steps, guidance_scale)
-        check_seeds(seeds)
-        batch = self.profile.batch
-        groups: list[Array] = []
-        total = len(steps) * math.ceil(len(pictures) / batch)
-        for start in range(0, len(pictures), batch):
-            rows = np.arange(start, start + batch).clip(max=len(pictures) - 1)  # the last group repeats its last clip
-            text = self._encode_text([negative_prompt] * batch + [prompts[row] for row in rows])
-            first_frame = self._encode_images(pictures[rows])
-            noise = initial_noise([seeds[row] for row in rows], self._latent_shape)
-
-            def report(done: int, _: int, before: int = len(groups) * len(steps)) -> None:
-                if on_step:
-                    on_step(before + done, total)
-
-            group = ddim_loop(self._noise_predictor(first_frame, text), first_frame, noise, steps, guidance, report)
-            groups.append(group[: len(pictures) - start])
+        settings = sampling(self.config, num_inference_steps, guidance_scale)
+        groups = [self._pipeline.latents()[: len(rows)] for rows in self._denoised(pictures, prompts, seeds, negative_prompt, *settings, on_step)]
         return np.concatenate(groups) if groups else np.zeros((0, *self._latent_shape), np.float32)
 
     def decode(self, latents: Array) -> Iterator[NDArray[np.uint8]]:
@@ -171,19 +170,45 @@ class Animator:
 
     def decode_pixels(self, latents: Array) -> Iterator[Array]:
         """As `decode`, but the decoder's own float32 [n, 3, H, W], about −1 to 1."""
-        frames, chunk = latents.shape[1], self.profile.decode_frames
-        for start in range(0, frames, chunk):
-            rows = np.arange(start, start + chunk).clip(max=frames - 1)
-            batch = np.ascontiguousarray(latents[:, rows].swapaxes(0, 1))
-            yield self.engines["vae_decoder"].run({"latents": batch})["image"][: frames - start]
+        self._pipeline.load_latents(latents)
+        yield from self._pipeline.decode(0)
+
+    def _denoised(
+        self,
+        pictures: NDArray[np.uint8],
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        negative_prompt: str,
+        steps: list[DDIMStep],
+        guidance_scale: float,
+        on_step: OnStep | None,
+    ) -> Iterator[range]:
+        """Denoise `profile.batch` pictures at a time: yields which they are, while the pipeline holds their latents."""
+        check_seeds(seeds)
+        batch = self.profile.batch
+        total = len(steps) * math.ceil(len(pictures) / batch)
+        for start in range(0, len(pictures), batch):
+            rows = [min(row, len(pictures) - 1) for row in range(start, start + batch)]  # the last group repeats its last clip
+
+            def report(done: int, _: int, before: int = start // batch * len(steps)) -> None:
+                if on_step:
+                    on_step(before + done, total)
+
+            unconditional, conditional = self._tokenizer([negative_prompt] * batch), self._tokenizer([prompts[row] for row in rows])
+            self._pipeline.encode(unconditional, conditional, images.to_model(pictures[rows]))
+            noise = initial_noise([seeds[row] for row in rows], self._latent_shape)
+            self._pipeline.denoise(noise, steps, guidance_scale, report)
+            yield range(start, min(start + batch, len(pictures)))
 
     def describe(self) -> dict[str, Any]:
-        """The backend in use, why, and what it runs on."""
-        return {**self.engines["unet"].describe(), "reason": self.backend_reason}
+        """The backend in use, why, what it runs on, and how the loop runs there."""
+        loop = {"after_unet": self._pipeline.after_unet.name, "cuda_graph": self._pipeline.graph}
+        return {**self.engines["unet"].describe(), "reason": self.backend_reason, **loop}
 
     def close(self) -> None:
         for engine in self.engines.values():
             engine.close()
+        self._device.close()
 
     def __enter__(self) -> Animator:
         return self
@@ -195,27 +220,3 @@ class Animator:
     def _latent_shape(self) -> tuple[int, int, int, int]:
         config = self.config
         return config.latent_channels, config.num_frames, config.latent_height, config.latent_width
-
-    def _encode_text(self, prompts: Sequence[str]) -> Array:
-        batch = self.profile.batch
-        ids = self._tokenizer(prompts)
-        return np.concatenate([self.engines["text_encoder"].run({"input_ids": ids[i : i + batch]})["text"] for i in range(0, len(ids), batch)])
-
-    def _encode_images(self, pictures: NDArray[np.uint8]) -> Array:
-        latent: Array = self.engines["vae_encoder"].run({"image": images.to_model(pictures)})["latent"]
-        return latent
-
-    def _noise_predictor(self, first_frame: Array, text: Array) -> Callable[[Array, DDIMStep], Array]:
-        clean = np.concatenate([first_frame, first_frame])
-
-        def predict(latents: Array, step: DDIMStep) -> Array:
-            shared = {"latents": latents, "first_frame": clean, "timestep": np.array([step.timestep], np.int64)}
-            residual = self.engines["unet"].run(shared | {"text": text})["residual_noise"]
-            coefficients = {
-                "sqrt_alpha_bar": np.array([step.sqrt_alpha_bar], np.float32),
-                "sqrt_one_minus_alpha_bar": np.array([step.sqrt_one_minus_alpha_bar], np.float32),
-            }
-            noise: Array = self.engines["tnf"].run(shared | {"residual_noise": residual} | coefficients)["noise"]
-            return noise
-
-        return predict

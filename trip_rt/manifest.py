@@ -146,6 +146,11 @@ class Manifest:
             for engines in profile.engines.values():
                 yield from engines.values()
 
+    def kernel_specs(self) -> Iterator[KernelSpec]:
+        """Every kernel of every profile."""
+        for profile in self.profiles:
+            yield from profile.kernels.values()
+
     def config_of(self, profile: Profile) -> TripConfig:
         """The model's config with the profile's shapes."""
         return dataclasses.replace(self.config, num_frames=profile.num_frames, height=profile.height, width=profile.width)

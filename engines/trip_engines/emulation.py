@@ -17,7 +17,8 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from trip_rt.backends import EngineOptions
-from trip_rt.backends.base import Device, Engine
+from trip_rt.backends.base import Engine
+from trip_rt.devices import Device, Kind
 from trip_rt.manifest import EngineSpec
 
 # Data movement has no arithmetic: it runs in whatever precision its data has, and rounds nothing.
@@ -86,11 +87,11 @@ class EmulatedEngine(Engine):
         self._emulation: Emulation | None = emulation
 
     @classmethod
-    def probe(cls, spec: EngineSpec, options: EngineOptions) -> Device:
+    def probe(cls, spec: EngineSpec, options: EngineOptions) -> Kind:
         return "cpu"
 
     @classmethod
-    def open(cls, path: Path, spec: EngineSpec, options: EngineOptions) -> EmulatedEngine:
+    def open(cls, path: Path, spec: EngineSpec, options: EngineOptions, device: Device | None = None) -> EmulatedEngine:
         return cls(spec, Emulation(path, options.threads))
 
     def _run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

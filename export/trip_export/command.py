@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import resource
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,12 @@ def build_export_parser() -> argparse.ArgumentParser:
     parser.add_argument("--add", action="store_true", help="keep what the bundle already holds: other backends, other shapes")
     parser.add_argument("--parity-steps", type=int, metavar="N", help="denoising steps that parity compares, 0 for none (the model's own number)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="what inductor compiles for (a GPU where there is one)")
+    parser.add_argument(
+        "--gpus",
+        type=_gpus,
+        metavar="LIST",
+        help="compute capabilities to compile the fused kernel for, such as 8.0,9.0; all or none (all, with triton)",
+    )
     tensorrt = parser.add_argument_group("TensorRT")
     tensorrt.add_argument("--workspace", type=float, metavar="GB", help="memory the builder may try tactics in (%(default)s)", default=8.0)
     tensorrt.add_argument("--optimization-level", type=int, default=3, metavar="0-5", help="higher builds longer for faster engines (%(default)s)")
@@ -97,6 +104,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         batch=args.batch,
         frames=args.frames,
         size=args.size,
+        gpus=_gpus("all" if find_spec("triton") else "none") if args.gpus is None else args.gpus,
         add=args.add,
         parity_steps=args.parity_steps,
         device=args.device or ("cuda" if is_available() else "cpu"),
@@ -159,6 +167,14 @@ def run_parity(args: argparse.Namespace) -> int:
         parity = measure(animator, reference, precision_of(profile, backend), measured_on)
     report(args, parity.to_json(), parity.table())
     return 0 if parity.passed else 1
+
+
+def _gpus(text: str) -> tuple[str, ...]:
+    if text == "all":
+        from trip_kernels.compile import CAPABILITIES
+
+        return CAPABILITIES
+    return () if text == "none" else tuple(dict.fromkeys(text.split(",")))
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -25,6 +25,7 @@ from trip_engines.reference import Reference, Sample
 from trip_engines.tensorrt_build import build_engine
 from trip_engines.tensorrt_operators import unsupported
 from trip_export.components import PARTS, Component, component
+from trip_export.kernels import build_kernel
 from trip_export.onnx_export import OPSET, export_onnx
 from trip_export.plan import ExportOptions, Plan
 from trip_export.recording import record
@@ -32,7 +33,7 @@ from trip_export.store import Store, store
 from trip_reference import checkpoint
 from trip_rt.bundle import MANIFEST, TOKENIZER, Bundle
 from trip_rt.errors import InputError
-from trip_rt.manifest import COMPONENTS, EngineSpec, Manifest, Profile, serialise, tensors
+from trip_rt.manifest import COMPONENTS, EngineSpec, KernelSpec, Manifest, Profile, serialise, tensors
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class _Export:
         if self.options.precision != "fp32":
             _ = self.reference  # by which it is chosen what stays fp32
         engines = {name: {backend: self._engine(name, backend) for backend in self.options.backends} for name in COMPONENTS}
-        profile = self._merged(engines, kept)
+        profile = self._merged(engines, self._kernels(), kept)
         self.store.write(TOKENIZER, self.plan.tokenizer_json.encode())
         if self.plan.steps:
             bundle = Bundle(self.store.bundle, self._manifest([profile]), self.plan.tokenizer_json)
@@ -97,16 +98,19 @@ class _Export:
         self.store.files |= previous.files
         return list(previous.profiles)
 
-    def _merged(self, engines: dict[str, dict[str, EngineSpec]], kept: list[Profile]) -> Profile:
+    def _merged(self, engines: dict[str, dict[str, EngineSpec]], kernels: dict[str, KernelSpec], kept: list[Profile]) -> Profile:
         """The profile asked for, with what one of the same shapes had for other backends."""
         config, reference = self.plan.config, self.plan.reference_name
-        profile = Profile(config.num_frames, config.height, config.width, self.options.batch, self.plan.decode_frames, engines, {}, reference, {})
+        profile = Profile(
+            config.num_frames, config.height, config.width, self.options.batch, self.plan.decode_frames, engines, kernels, reference, {}
+        )
         before = next((other for other in kept if other.name == profile.name), None)
         if before is None:
             return profile
         return dataclasses.replace(
             profile,
             engines={name: {**before.engines[name], **engines[name]} for name in COMPONENTS},
+            kernels={**before.kernels, **kernels},
             parity=before.parity if before.reference == reference else {},
         )
 
@@ -120,10 +124,29 @@ class _Export:
             built_with=self.plan.versions | {"python": platform.python_version()},
             source=self.plan.hashes,
         )
-        spoken_of = {TOKENIZER, *(profile.reference for profile in profiles), *(name for spec in manifest.engine_specs() for name in spec.files)} - {
-            ""
-        }
+        specs = (*manifest.engine_specs(), *manifest.kernel_specs())
+        spoken_of = {TOKENIZER, *(profile.reference for profile in profiles), *(name for spec in specs for name in spec.files)} - {""}
         return dataclasses.replace(manifest, files={name: self.store.files[name] for name in spoken_of})
+
+    def _kernels(self) -> dict[str, KernelSpec]:
+        """The fused step for GPUs, in the export's precision, built if it has to be."""
+        if not self.options.gpus:
+            return {}
+        key = self.plan.kernel_key
+        if spec := self.store.finished(key):
+            self.result.reused.append("fused step")
+            self.note("fused step: unchanged, reused")
+            return {self.options.precision: spec}
+        began = time.monotonic()
+        fusion = checkpoint.from_pretrained(self.plan.source, only=PARTS["tnf"]).fusion
+        try:
+            spec = build_kernel(fusion, self.plan.config, self.options.precision, self.options.gpus, key, self.store.bundle, self.note)
+        except RuntimeError as error:
+            raise InputError(f"{error}; or leave that GPU out of --gpus, which then runs the engine of tnf") from error
+        self.store.finish(spec)
+        self.result.seconds["fused step"] = round(time.monotonic() - began, 1)
+        self.note(f"fused step: compiled for {len(spec.cubins)} kinds of GPU in {self.result.seconds['fused step']:.1f} s")
+        return {self.options.precision: spec}
 
     def _engine(self, name: str, backend: str) -> EngineSpec:
         """The engine of a component for a backend, built if it has to be."""

@@ -30,8 +30,9 @@ class ExportOptions:
     """What to export: engines for `backends` in `precision`, run on `batch` clips of `frames` frames of `size` (height, width), by default the
     checkpoint's.
 
-    `add` keeps what the bundle already holds of the same checkpoint. `parity_steps` is how many denoising steps parity compares (the model's own
-    number by default; 0: none). `device` is what inductor compiles for.
+    `gpus` are the compute capabilities that the fused step is compiled for, whether there is a GPU here or not. `add` keeps what the bundle already
+    holds of the same checkpoint. `parity_steps` is how many denoising steps parity compares (the model's own number by default; 0: none). `device` is
+    what inductor compiles for.
     """
 
     backends: tuple[str, ...] = ("onnxruntime",)
@@ -39,6 +40,7 @@ class ExportOptions:
     batch: int = 1
     frames: int | None = None
     size: tuple[int, int] | None = None
+    gpus: tuple[str, ...] = ()
     add: bool = False
     parity_steps: int | None = None
     device: str = "cpu"
@@ -65,6 +67,8 @@ class Plan:
             raise InputError(f"parity steps: found 0, expected at least 1, since {options.precision} is chosen by measured error")
         if missing := [name for name in ("onnxruntime", "openvino") if name in options.backends and not importlib.util.find_spec(name)]:
             raise InputError(f"{missing[0]}: the package is not installed, parity is measured with it; pip install {missing[0]}")
+        if options.gpus:
+            self._check_gpus()
         if "tensorrt" in options.backends:
             self.tensorrt = cache_key(options.tensorrt)
         if "inductor" in options.backends:
@@ -74,6 +78,26 @@ class Plan:
         self.tokenizer_json = checkpoint.load_tokenizer_json(source)
         self.versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
         self.hashes = {path.relative_to(source).as_posix(): file_sha256(path) for path in _checkpoint_files(source)}
+
+    def _check_gpus(self) -> None:
+        if not importlib.util.find_spec("triton"):
+            raise InputError("gpus: the package triton is not installed, kernels are compiled with it; pip install triton, or take --gpus none")
+        from trip_kernels.compile import CAPABILITIES
+
+        if unknown := [name for name in self.options.gpus if name not in CAPABILITIES]:
+            raise InputError(f"gpus: found {', '.join(unknown)}, expected all, none, or some of {','.join(CAPABILITIES)}")
+
+    @cached_property
+    def kernel_key(self) -> str:
+        """The hash of all that the fused step's files are built from."""
+        from trip_export.kernels import shape_of, sources_sha256
+
+        fusion = {path: digest for path, digest in self.hashes.items() if path.startswith(f"{PARTS['tnf']}/")}
+        compiler = [importlib.metadata.version("triton"), sources_sha256(), *self.options.gpus]
+        schedule = self.config.schedule.num_train_timesteps
+        return self.key(
+            kernel=to_json(shape_of(self.config)), weights=fusion, timesteps=schedule, precision=self.options.precision, compiler=compiler
+        )
 
     def key(self, **ingredients: Any) -> str:
         """The hash of everything a file is built from."""

@@ -10,11 +10,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from trip_rt.bundle import file_spec, read_manifest
 from trip_rt.config import to_json
 from trip_rt.errors import InputError
-from trip_rt.manifest import EngineSpec, FileSpec, Manifest, engine_spec
+from trip_rt.manifest import EngineSpec, FileSpec, KernelSpec, Manifest, engine_spec, kernel_spec
 
 _DRAFT = ".exporting-"
 _FINISHED = ".finished-"
@@ -41,14 +42,17 @@ class Store:
         os.replace(self.draft / name, self.bundle / name)
         self.files[name] = file_spec(self.bundle / name)
 
-    def finish(self, spec: EngineSpec) -> None:
-        """Take up a finished engine's files, and leave word of them for the rerun, should this export be cut short before its manifest."""
+    def finish(self, spec: EngineSpec | KernelSpec) -> None:
+        """Take up a finished engine's or kernel's files, and leave word of them for the rerun, should this export be cut short before its end."""
         self.files |= {name: file_spec(self.bundle / name) for name in spec.files}
-        note = {"engine": to_json(spec), "files": {name: to_json(self.files[name]) for name in spec.files}}
+        note = {
+            "engine" if isinstance(spec, EngineSpec) else "kernel": to_json(spec),
+            "files": {name: to_json(self.files[name]) for name in spec.files},
+        }
         self.write(f"{_FINISHED}{spec.key[:16]}.json", json.dumps(note).encode())
 
-    def finished(self, key: str) -> EngineSpec | None:
-        """The engine of that key, if all its files are whole: one that the manifest speaks of, or one that a cut-short export left."""
+    def finished(self, key: str) -> Any:
+        """The EngineSpec or KernelSpec of that key, where all its files are whole: one that the manifest speaks of, or that a cut-short export left."""
         for spec, files in self._known():
             if spec.key == key and all((self.bundle / name).is_file() and file_spec(self.bundle / name) == files[name] for name in spec.files):
                 self.files |= files
@@ -62,18 +66,19 @@ class Store:
 
     def remove_others(self, files: set[str]) -> None:
         """Remove engines of earlier exports and the word left of finished ones; anything else in the folder is not ours."""
-        for pattern in ("*.onnx", "*.weights", "*.plan", "*.pt2", "reference-*.safetensors", f"{_FINISHED}*"):
+        for pattern in ("*.onnx", "*.weights", "*.plan", "*.pt2", "*.cubin", "reference-*.safetensors", f"{_FINISHED}*"):
             for path in self.bundle.glob(pattern):
                 if path.name not in files:
                     path.unlink()
 
-    def _known(self) -> Iterator[tuple[EngineSpec, dict[str, FileSpec]]]:
+    def _known(self) -> Iterator[tuple[EngineSpec | KernelSpec, dict[str, FileSpec]]]:
         if self.previous:
-            for spec in self.previous.engine_specs():
+            for spec in (*self.previous.engine_specs(), *self.previous.kernel_specs()):
                 yield spec, {name: self.previous.files[name] for name in spec.files}
         for path in self.bundle.glob(f"{_FINISHED}*"):
             left = json.loads(path.read_bytes())
-            yield engine_spec(left["engine"]), {name: FileSpec(**spec) for name, spec in left["files"].items()}
+            spec = engine_spec(left["engine"]) if "engine" in left else kernel_spec(left["kernel"])
+            yield spec, {name: FileSpec(**file) for name, file in left["files"].items()}
 
 
 @contextlib.contextmanager

@@ -22,27 +22,23 @@ def fuse_noise_kernel(
     p_latents, p_first_frame, p_residual_noise, p_noise, p_coefficients, p_modulation,
     p_in_proj, p_frame_embedding, p_self_qkv, p_self_out, p_cross_query, p_cross_out, p_bias, p_out_proj, p_out_bias, p_gate,
     pixels, shared_timestep,
-    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, LAYERS: tl.constexpr, REAL_FRAMES: tl.constexpr,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, LAYERS: tl.constexpr, REAL_FRAMES: tl.constexpr, NORMALIZE_PRIOR: tl.constexpr,
     CHANNELS_P: tl.constexpr, CONTEXT_P: tl.constexpr, WIDTH_P: tl.constexpr, HEAD_P: tl.constexpr, FRAMES: tl.constexpr, PARTS: tl.constexpr,
     PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """One program: PIXELS pixels of one clip. `p_coefficients` are signal, prior_scale and gate_sigma, [B, 3] or, as the modulation, shared."""
+    """One program: PIXELS pixels of one clip. `p_coefficients` are sqrt(ᾱ_t) and sqrt(1−ᾱ_t), [B, 2] or, as the modulation, shared."""
     blocks = tl.cdiv(pixels, PIXELS)
     clip = (tl.program_id(0) // blocks).to(tl.int64)
     row = tl.arange(0, PIXELS * FRAMES)
     pixel, frame = (tl.program_id(0) % blocks) * PIXELS + row // FRAMES, row % FRAMES
     inside = (pixel < pixels) & (frame < REAL_FRAMES)
     step = clip * (1 - shared_timestep)
-    signal, prior_scale, gate_sigma = (
-        tl.load(p_coefficients + step * 3),
-        tl.load(p_coefficients + step * 3 + 1),
-        tl.load(p_coefficients + step * 3 + 2),
-    )
+    signal, sigma = tl.load(p_coefficients + step * 2), tl.load(p_coefficients + step * 2 + 1)
     noise = fused_noise(
         p_latents, p_first_frame, p_residual_noise, p_modulation + step * LAYERS * 4 * WIDTH_P,
         p_in_proj, p_frame_embedding, p_self_qkv, p_self_out, p_cross_query, p_cross_out, p_bias, p_out_proj, p_out_bias, p_gate,
-        clip, pixel, frame, inside, pixels, signal, prior_scale, gate_sigma,
-        CHANNELS, WIDTH, HEADS, LAYERS, REAL_FRAMES, CHANNELS_P, CONTEXT_P, WIDTH_P, HEAD_P, FRAMES, PARTS,
+        clip, pixel, frame, inside, pixels, signal, sigma,
+        CHANNELS, WIDTH, HEADS, LAYERS, REAL_FRAMES, NORMALIZE_PRIOR, CHANNELS_P, CONTEXT_P, WIDTH_P, HEAD_P, FRAMES, PARTS,
     )  # fmt: skip
     channel = tl.arange(0, CHANNELS_P)
     offset = clip * CHANNELS * REAL_FRAMES * pixels + frame * pixels + pixel
@@ -108,8 +104,7 @@ def _launch(
     b, _, frames, h, w = latents.shape
     shape = shape_of(fusion, latents.shape[1], frames)
     steps = max(t.shape[0] for t in (sqrt_alpha_bar, sqrt_one_minus_alpha_bar, timestep))
-    sigma, one = sqrt_one_minus_alpha_bar.float(), torch.ones_like(sqrt_one_minus_alpha_bar, dtype=torch.float32)
-    columns = (sqrt_alpha_bar.float(), one, sigma) if fusion.normalize_prior else (sqrt_alpha_bar.float(), 1 / sigma, one)
+    coefficients = torch.stack([value.float().expand(steps) for value in (sqrt_alpha_bar, sqrt_one_minus_alpha_bar)], 1)
     packed = pack(fusion.state_dict(), shape, compute, timestep.expand(steps))
     noise = torch.empty_like(residual_noise, memory_format=torch.contiguous_format)
     tile = tile or tiles(shape, compute)[0]
@@ -118,7 +113,7 @@ def _launch(
         first_frame.contiguous(),
         residual_noise.contiguous(),
         noise,
-        torch.stack([column.expand(steps) for column in columns], 1),
+        coefficients,
         packed["modulation"],
         *(packed[name] for name in WEIGHTS),
         h * w,
@@ -135,5 +130,6 @@ def _launch(
 def shape_of(fusion: nn.Module, channels: int, num_frames: int) -> TileShape:
     """The sizes of a NoiseFusion over clips of so many channels and frames."""
     if fusion.tnf is None:
-        return tile_shape(channels, num_frames, width=0, heads=0, layers=0)
-    return tile_shape(channels, num_frames, fusion.tnf.in_proj.out_features, fusion.tnf.layers[0].self_attention.heads, len(fusion.tnf.layers))
+        return tile_shape(channels, num_frames, fusion.normalize_prior, width=0, heads=0, layers=0)
+    tnf = fusion.tnf
+    return tile_shape(channels, num_frames, fusion.normalize_prior, tnf.in_proj.out_features, tnf.layers[0].self_attention.heads, len(tnf.layers))

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 # Columns of the step table (trip_rt/schedule.py).
-TIMESTEP, SIGNAL, PRIOR_SCALE, GATE_SIGMA, A, B, GUIDANCE, NEXT_TIMESTEP, NEXT_SIGNAL, NEXT_SIGMA = (tl.constexpr(i) for i in range(10))
-COLUMNS = tl.constexpr(10)
+TIMESTEP, SIGNAL, SIGMA, A, B, GUIDANCE, NEXT_TIMESTEP, NEXT_SIGNAL, NEXT_SIGMA = (tl.constexpr(i) for i in range(9))
+COLUMNS = tl.constexpr(9)
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def fused_step_kernel(
     p_latents, p_first_frame, p_first_noise, p_residual_noise, p_timestep, p_table, p_step, p_done, p_modulation,
     p_in_proj, p_frame_embedding, p_self_qkv, p_self_out, p_cross_query, p_cross_out, p_bias, p_out_proj, p_out_bias, p_gate,
     batch, pixels,
-    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, LAYERS: tl.constexpr, REAL_FRAMES: tl.constexpr,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, LAYERS: tl.constexpr, REAL_FRAMES: tl.constexpr, NORMALIZE_PRIOR: tl.constexpr,
     CHANNELS_P: tl.constexpr, CONTEXT_P: tl.constexpr, WIDTH_P: tl.constexpr, HEAD_P: tl.constexpr, FRAMES: tl.constexpr, PARTS: tl.constexpr,
     PIXELS: tl.constexpr,
 ):  # fmt: skip
@@ -48,8 +48,8 @@ def fused_step_kernel(
             p_latents, p_first_frame, p_residual_noise, p_modulation + tl.load(p_row + TIMESTEP).to(tl.int64) * LAYERS * 4 * WIDTH_P,
             p_in_proj, p_frame_embedding, p_self_qkv, p_self_out, p_cross_query, p_cross_out, p_bias, p_out_proj, p_out_bias, p_gate,
             clip + branch * batch, pixel, frame, inside, pixels,
-            tl.load(p_row + SIGNAL), tl.load(p_row + PRIOR_SCALE), tl.load(p_row + GATE_SIGMA),
-            CHANNELS, WIDTH, HEADS, LAYERS, REAL_FRAMES, CHANNELS_P, CONTEXT_P, WIDTH_P, HEAD_P, FRAMES, PARTS,
+            tl.load(p_row + SIGNAL), tl.load(p_row + SIGMA),
+            CHANNELS, WIDTH, HEADS, LAYERS, REAL_FRAMES, NORMALIZE_PRIOR, CHANNELS_P, CONTEXT_P, WIDTH_P, HEAD_P, FRAMES, PARTS,
         )  # fmt: skip
         guidance = tl.load(p_row + GUIDANCE)
         guided += noise * tl.where(branch == 1, guidance, 1 - guidance)
@@ -125,10 +125,9 @@ def fused_step_ref(
     """One step after the UNet in plain torch, in place.
 
     latents, residual_noise: [2B, C, F, H, W], the unconditional half first, both halves of latents equal; first_frame [2B, C, H, W], clean;
-    first_noise [B, C, H, W], frame 1's own; timestep int64 [1]; table fp32 [rows, 10] and step int32 [1], the row in it (trip_rt/schedule.py).
+    first_noise [B, C, H, W], frame 1's own; timestep int64 [1]; table fp32 [rows, 9] and step int32 [1], the row in it (trip_rt/schedule.py).
     """
-    t, signal, prior_scale, gate_sigma, a, b, guidance, next_timestep, next_signal, next_sigma = table[int(step)].to(latents.dtype)
-    sigma = gate_sigma if fusion.normalize_prior else 1 / prior_scale
+    t, signal, sigma, a, b, guidance, next_timestep, next_signal, next_sigma = table[int(step)].to(latents.dtype)
     noise = fusion(latents, first_frame, residual_noise, signal[None], sigma[None], t[None].long())
     unconditional, conditional = noise.chunk(2)
     following = a * latents.chunk(2)[0] + b * (unconditional + guidance * (conditional - unconditional))

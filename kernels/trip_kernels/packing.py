@@ -29,6 +29,7 @@ class TileShape:
     heads: int
     layers: int
     real_frames: int
+    normalize_prior: bool
     channels_p: int
     context_p: int
     width_p: int
@@ -37,16 +38,16 @@ class TileShape:
 
     def constants(self) -> dict[str, int]:
         """By the names of the kernels' constexpr parameters."""
-        return {name.upper(): value for name, value in asdict(self).items()}
+        return {name.upper(): int(value) for name, value in asdict(self).items()}
 
 
-def tile_shape(channels: int, num_frames: int, width: int, heads: int, layers: int) -> TileShape:
+def tile_shape(channels: int, num_frames: int, normalize_prior: bool, width: int, heads: int, layers: int) -> TileShape:
     """The TileShape of a model's fusion; with no layers, of its skip alone."""
     if layers == 0:
         width, heads = 16, 1
     frames = _padded(num_frames) if layers else _power_of_two(num_frames)
     padded = _padded(channels), _padded(2 * channels), _padded(width), _padded(width // heads)
-    return TileShape(channels, width, heads, layers, num_frames, *padded, frames)
+    return TileShape(channels, width, heads, layers, num_frames, normalize_prior, *padded, frames)
 
 
 def pack(fusion: Mapping[str, Tensor], shape: TileShape, dtype: torch.dtype, timesteps: Tensor) -> dict[str, Tensor]:

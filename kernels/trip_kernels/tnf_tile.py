@@ -143,14 +143,18 @@ def add_cross_attention(
 def fused_noise(
     p_latents, p_first_frame, p_residual_noise, p_modulation,
     p_in_proj, p_frame_embedding, p_self_qkv, p_self_out, p_cross_query, p_cross_out, p_bias, p_out_proj, p_out_bias, p_gate,
-    clip, pixel, frame, inside, pixels, signal, prior_scale, gate_sigma,
-    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, LAYERS: tl.constexpr, REAL_FRAMES: tl.constexpr,
+    clip, pixel, frame, inside, pixels, signal, sigma,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, LAYERS: tl.constexpr, REAL_FRAMES: tl.constexpr, NORMALIZE_PRIOR: tl.constexpr,
     CHANNELS_P: tl.constexpr, CONTEXT_P: tl.constexpr, WIDTH_P: tl.constexpr, HEAD_P: tl.constexpr, FRAMES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """ε̃ fp32 [rows, CHANNELS_P] of the tokens at `clip`, `pixel` and `frame` [rows]; `p_modulation` is this timestep's [LAYERS, 2, 2, WIDTH_P].
 
-    ε̃ = λ·prior + (1 − λ·gate_sigma)·Δε̃ + TNF([prior, Δε̃]); the three coefficients are those of the step table (trip_rt/schedule.py).
+    ε̃ = λ·prior + (1 − λ·σ_t)·Δε̃ + TNF([prior, Δε̃]) with the prior in its normalised form σ_t·ε^{i→1}, or in the paper's raw one and 1 for σ_t.
     """
+    if NORMALIZE_PRIOR:
+        prior_scale, gate_sigma = 1.0, sigma
+    else:
+        prior_scale, gate_sigma = 1 / sigma, 1.0
     channel_stride = REAL_FRAMES * pixels  # of [B, C, F, H, W]
     offset = clip * CHANNELS * channel_stride + frame * pixels + pixel
     first_offset = clip * CHANNELS * pixels + pixel

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 
-from trip_rt.backends.base import Device, Engine, EngineOptions
+from trip_rt.backends.base import Engine, EngineOptions
+from trip_rt.devices import Kind
 from trip_rt.errors import InputError
 from trip_rt.manifest import COMPONENTS, Profile
 
@@ -18,7 +19,7 @@ _BACKENDS = {
 NAMES = tuple(_BACKENDS)
 # Their engines are native code that runs with the process's own rights: a hash says that a file is the one meant, not that it means well.
 ONLY_BY_NAME = ("inductor",)
-__all__ = ["NAMES", "Device", "Engine", "EngineOptions", "choose", "engine_class"]
+__all__ = ["NAMES", "Engine", "EngineOptions", "choose", "engine_class"]
 
 
 def choose(profile: Profile, backend: str = "auto", options: EngineOptions | None = None) -> tuple[str, str]:
@@ -36,7 +37,7 @@ def choose(profile: Profile, backend: str = "auto", options: EngineOptions | Non
                 f"backend: the bundle has engines for {', '.join(in_bundle) or 'none'}, not for {backend}; export it with --backend {backend} --add"
             )
         return backend, f"asked for, on {_probe(profile, backend, options)}"
-    devices: dict[str, Device] = {}
+    devices: dict[str, Kind] = {}
     refused: dict[str, str] = {}
     for name in in_bundle:
         if name in ONLY_BY_NAME:
@@ -59,7 +60,7 @@ def engine_class(backend: str) -> type[Engine]:
     return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 
 
-def _probe(profile: Profile, backend: str, options: EngineOptions) -> Device:
+def _probe(profile: Profile, backend: str, options: EngineOptions) -> Kind:
     for component in COMPONENTS:
         device = engine_class(backend).probe(profile.engines[component][backend], options)
     return device

@@ -10,12 +10,12 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from trip_rt.backends.base import Device, Engine, EngineOptions
+from trip_rt.backends.base import Engine, EngineOptions
+from trip_rt.devices import Buffer, Device, Kind, open_device
+from trip_rt.devices.base import Work
 from trip_rt.errors import EngineError, InputError
 from trip_rt.manifest import EngineSpec
 
@@ -38,22 +38,15 @@ class InductorEngine(Engine):
     """
 
     backend = "inductor"
+    capturable = True
 
     def __init__(self, spec: EngineSpec, library: Any, loader: Any, device: Device, options: EngineOptions):
-        super().__init__(spec)
-        self._torch, self._loader, self._device, self._threads = library, loader, device, options.threads
-        # Fixed addresses, as a CUDA graph needs. On a CPU `to` makes no copy: the engine reads where the caller's arrays are written.
-        self._host = {t.name: library.zeros(t.shape, dtype=getattr(library, t.dtype), pin_memory=device == "cuda") for t in spec.inputs}
-        self._inputs = [buffer.to(device) for buffer in self._host.values()]
-        self._graph: Any = None
-        self._outputs: list[Any] = []
-        if device == "cuda":
-            with library.no_grad(), full_fp32(library):
-                self._warm_up(options.cuda_graph)
+        super().__init__(spec, device)
+        self._torch, self._loader, self._threads = library, loader, options.threads
 
     @classmethod
-    def probe(cls, spec: EngineSpec, options: EngineOptions) -> Device:
-        device: Device = "cuda" if spec.target.get("device") == "cuda" else "cpu"
+    def probe(cls, spec: EngineSpec, options: EngineOptions) -> Kind:
+        device: Kind = "cuda" if spec.target.get("device") == "cuda" else "cpu"
         if options.device not in ("auto", device):
             asked = options.device
             raise InputError(f"inductor: found that {asked} was asked for, the engine was compiled for {device}; export it for {asked}")
@@ -73,61 +66,79 @@ class InductorEngine(Engine):
         return device
 
     @classmethod
-    def open(cls, path: Path, spec: EngineSpec, options: EngineOptions) -> InductorEngine:
-        device = cls.probe(spec, options)
+    def open(cls, path: Path, spec: EngineSpec, options: EngineOptions, device: Device | None = None) -> InductorEngine:
+        kind = cls.probe(spec, options)
         torch = _library()
         with tempfile.TemporaryDirectory(prefix="trip-") as folder:
             _unpack(path, Path(folder))
             try:
                 # Of a folder; torch's own unpacking of a .pt2 follows its members' names wherever they lead. Single-threaded for CUDA graphs.
                 loader = torch._C._aoti.AOTIModelPackageLoader(folder, "model", True, 1, -1)
-                return cls(spec, torch, loader, device, options)
+                return cls(spec, torch, loader, device or open_device(kind), options)
             except RuntimeError as error:
                 why = " ".join(str(error).split())[:200]
                 raise InputError(f"{path}: torch cannot load it ({why}); export the bundle again, or set TMPDIR to where code may run") from error
 
-    def _run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        if self._loader is None:
-            raise self._closed()
-        for name, buffer in self._host.items():
-            np.copyto(buffer.numpy(), inputs[name])
+    def bind(self, buffers: Mapping[str, Buffer]) -> Work:
+        self.check(buffers, (*self.spec.inputs, *self.spec.outputs))
+        torch = self._torch
+        inputs = [self._tensor(buffers[tensor.name]) for tensor in self.spec.inputs]
+        outputs = [self._tensor(buffers[tensor.name]) for tensor in self.spec.outputs]
+
+        def work() -> None:
+            if self._loader is None:
+                raise self._closed()
+            try:
+                with torch.no_grad(), _threads(torch, self._threads), self._on_stream():
+                    for output, made in zip(outputs, self._loader.run(inputs), strict=True):
+                        output.copy_(made)
+            except RuntimeError as error:
+                raise EngineError(f"{self.spec.file}: failed while it ran ({' '.join(str(error).split())[:200]}); export the bundle again") from error
+
+        return work
+
+    def capture(self, body: Work) -> Work:
+        """Through torch, whose allocator then keeps the memory of the recorded work for it alone."""
+        torch = self._torch
+        body()  # loads the kernels from their files
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
         try:
-            with self._torch.no_grad(), _threads(self._torch, self._threads):
-                # Copied on a CPU too: an output may be a view of an input's buffer.
-                outputs = [np.array(value.cpu().numpy(), order="C") for value in self._call()]
+            with torch.cuda.graph(graph, stream=self._stream()):
+                body()
         except RuntimeError as error:
-            raise EngineError(f"{self.spec.file}: failed while it ran ({' '.join(str(error).split())[:200]}); export the bundle again") from error
-        return dict(zip((tensor.name for tensor in self.spec.outputs), outputs, strict=True))
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{self.spec.file}: cannot be replayed as a CUDA graph ({reason}); open the bundle without CUDA graphs") from error
 
-    def _call(self) -> list[Any]:
-        if self._device == "cpu":
-            return list(self._loader.run(self._inputs))
-        for buffer, host in zip(self._inputs, self._host.values(), strict=True):
-            buffer.copy_(host)
-        if self._graph is not None:
-            self._graph.replay()
-            return self._outputs
-        with full_fp32(self._torch):
-            return list(self._loader.run(self._inputs))
+        def replay() -> None:
+            with torch.cuda.stream(self._stream()):
+                graph.replay()
 
-    def _warm_up(self, cuda_graph: bool) -> None:
-        """Run once, which loads the kernels from their files; then record a run as the graph that `_call` replays."""
-        stream = self._torch.cuda.Stream()
-        stream.wait_stream(self._torch.cuda.current_stream())
-        with self._torch.cuda.stream(stream):
-            self._loader.run(self._inputs)
-        self._torch.cuda.synchronize()
-        if cuda_graph:
-            self._graph = self._torch.cuda.CUDAGraph()
-            with self._torch.cuda.graph(self._graph):
-                self._outputs = self._loader.run(self._inputs)
+        return replay
+
+    def _tensor(self, buffer: Buffer) -> Any:
+        """torch's view of a buffer."""
+        if buffer.array is not None:
+            return self._torch.from_numpy(buffer.array)
+        description = {"shape": buffer.shape, "typestr": buffer.dtype.str, "data": (buffer.address, False), "version": 3}
+        return self._torch.as_tensor(SimpleNamespace(__cuda_array_interface__=description), device="cuda")
+
+    def _stream(self) -> Any:
+        return self._torch.cuda.ExternalStream(getattr(self.device, "stream", 0))
+
+    @contextlib.contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        if self.device.kind == "cpu":
+            yield
+            return
+        with self._torch.cuda.stream(self._stream()), full_fp32(self._torch):
+            yield
 
     def describe(self) -> dict[str, Any]:
-        return {"backend": self.backend, "version": self._torch.__version__, "device": self._device}
+        return {"backend": self.backend, "version": self._torch.__version__, "device": self.device.kind}
 
     def close(self) -> None:
-        self._graph = self._loader = None
-        self._host, self._inputs, self._outputs = {}, [], []
+        self._loader = self._own = None
 
 
 def _same(name: str, found: str, spec: EngineSpec, remedy: str) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from trip_rt.backends.base import Device, Engine, EngineOptions
+from trip_rt.backends.base import Engine, EngineOptions
+from trip_rt.devices import Buffer, Device, Kind, open_device
+from trip_rt.devices.base import Work
 from trip_rt.errors import InputError
 from trip_rt.manifest import EngineSpec
 
@@ -17,23 +18,20 @@ _LONG_CALL = 100  # GFLOP, some tenths of a second on a CPU
 
 
 class OnnxRuntimeEngine(Engine):
-    """One ONNX file in one session, its inputs and outputs bound to buffers of fixed address, as CUDA graphs need."""
+    """One ONNX file in one session, bound to its device's buffers by their addresses."""
 
     backend = "onnxruntime"
 
     def __init__(self, spec: EngineSpec, library: Any, session: Any, device: Device):
-        super().__init__(spec)
-        self._library, self._session, self._device = library, session, device
-        self._inputs = {tensor.name: self._buffer(tensor.dtype, tensor.shape) for tensor in spec.inputs}
-        self._outputs = {tensor.name: self._buffer(tensor.dtype, tensor.shape) for tensor in spec.outputs}
-        self._binding = session.io_binding()
-        for name, value in self._inputs.items():
-            self._binding.bind_ortvalue_input(name, value)
-        for name, value in self._outputs.items():
-            self._binding.bind_ortvalue_output(name, value)
+        super().__init__(spec, device)
+        self._library, self._session = library, session
+        self._settings = library.RunOptions()
+        if device.kind == "cuda":
+            # It only queues: whoever reads the outputs waits for the stream.
+            self._settings.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     @classmethod
-    def probe(cls, spec: EngineSpec, options: EngineOptions) -> Device:
+    def probe(cls, spec: EngineSpec, options: EngineOptions) -> Kind:
         onnxruntime = _library()
         # The package may know CUDA on a machine that has none; whether a session takes it shows when it opens.
         if options.device != "cpu" and "CUDAExecutionProvider" in onnxruntime.get_available_providers() and _has_gpu(onnxruntime):
@@ -48,20 +46,20 @@ class OnnxRuntimeEngine(Engine):
         return "cpu"
 
     @classmethod
-    def open(cls, path: Path, spec: EngineSpec, options: EngineOptions) -> OnnxRuntimeEngine:
+    def open(cls, path: Path, spec: EngineSpec, options: EngineOptions, device: Device | None = None) -> OnnxRuntimeEngine:
         onnxruntime = _library()
-        device = cls.probe(spec, options)
+        device = device or open_device(cls.probe(spec, options))
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 3  # errors only: warnings are about graphs that the user cannot change
         settings.intra_op_num_threads = options.threads or 0
         # The arena never gives memory back: gigabytes for each large engine, where a call is long enough to ask the system anew.
         settings.enable_cpu_mem_arena = spec.gflop < _LONG_CALL
         providers: list[Any] = ["CPUExecutionProvider"]
-        if device == "cuda":
-            providers = [("CUDAExecutionProvider", {"enable_cuda_graph": "1" if options.cuda_graph else "0"}), *providers]
+        if device.kind == "cuda":
+            providers = [("CUDAExecutionProvider", {"user_compute_stream": str(getattr(device, "stream", 0))}), *providers]
         try:
             session = onnxruntime.InferenceSession(path, settings, providers=providers)
-            if device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
+            if device.kind == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
                 raise InputError(f"{path}: ONNX Runtime could not start CUDA; check the driver and its CUDA and cuDNN libraries, or use the CPU")
             return cls(spec, onnxruntime, session, device)
         except InputError:
@@ -69,23 +67,30 @@ class OnnxRuntimeEngine(Engine):
         except Exception as error:  # each failure has its own type, under no common one
             raise InputError(f"{path}: ONNX Runtime cannot open it ({' '.join(str(error).split())[:200]}); export the bundle again") from error
 
-    def _run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def bind(self, buffers: Mapping[str, Buffer]) -> Work:
+        self.check(buffers, (*self.spec.inputs, *self.spec.outputs))
+        binding = self._opened().io_binding()
+        for tensors, bind in (self.spec.inputs, binding.bind_input), (self.spec.outputs, binding.bind_output):
+            for tensor in tensors:
+                buffer = buffers[tensor.name]
+                bind(tensor.name, self.device.kind, 0, buffer.dtype.type, list(buffer.shape), buffer.address)
+
+        def work() -> None:
+            assert buffers  # and so the memory lives as long as this
+            self._opened().run_with_iobinding(binding, self._settings)
+
+        return work
+
+    def _opened(self) -> Any:
         if self._session is None:
             raise self._closed()
-        for name, value in self._inputs.items():
-            value.update_inplace(np.ascontiguousarray(inputs[name]))
-        self._session.run_with_iobinding(self._binding)
-        return {name: np.array(value.numpy()) for name, value in self._outputs.items()}  # copied: the buffer is the next call's too
+        return self._session
 
     def describe(self) -> dict[str, Any]:
-        return {"backend": self.backend, "version": self._library.__version__, "device": self._device}
+        return {"backend": self.backend, "version": self._library.__version__, "device": self.device.kind}
 
     def close(self) -> None:
-        self._session = self._binding = None
-        self._inputs, self._outputs = {}, {}
-
-    def _buffer(self, dtype: str, shape: tuple[int, ...]) -> Any:
-        return self._library.OrtValue.ortvalue_from_shape_and_type(list(shape), np.dtype(dtype).type, self._device, 0)
+        self._session = self._own = None
 
 
 def _has_gpu(onnxruntime: Any) -> bool:

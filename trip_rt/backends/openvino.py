@@ -7,10 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from trip_rt.backends.base import Device, Engine, EngineOptions
+from trip_rt.backends.base import Engine, EngineOptions
+from trip_rt.devices import Buffer, Device, Kind
+from trip_rt.devices.base import Work
 from trip_rt.errors import InputError
 from trip_rt.manifest import EngineSpec
 
@@ -20,41 +19,51 @@ class OpenVINOEngine(Engine):
 
     backend = "openvino"
 
-    def __init__(self, spec: EngineSpec, library: Any, compiled: Any, arithmetic: str):
-        super().__init__(spec)
+    def __init__(self, spec: EngineSpec, library: Any, compiled: Any, arithmetic: str, device: Device | None = None):
+        super().__init__(spec, device)
         self._library, self._compiled, self._arithmetic = library, compiled, arithmetic
-        self._request = compiled.create_infer_request()
 
     @classmethod
-    def probe(cls, spec: EngineSpec, options: EngineOptions) -> Device:
+    def probe(cls, spec: EngineSpec, options: EngineOptions) -> Kind:
         if options.device == "cuda":
             raise InputError("openvino: runs on a CPU, found that cuda was asked for; use tensorrt or onnxruntime")
         _library()
         return "cpu"
 
     @classmethod
-    def open(cls, path: Path, spec: EngineSpec, options: EngineOptions) -> OpenVINOEngine:
+    def open(cls, path: Path, spec: EngineSpec, options: EngineOptions, device: Device | None = None) -> OpenVINOEngine:
         cls.probe(spec, options)
         try:
             # OpenVINO's CPU plugin gives the thread that starts it a signal stack and frees that in whichever thread ends it; were it the main
             # thread's, Ctrl-C could crash afterwards. So a thread starts it that nothing is ever signalled to.
             with ThreadPoolExecutor(1) as thread:
                 compiled, arithmetic = thread.submit(_compile, path, spec.precision, options.threads).result()
-            return cls(spec, _library(), compiled, arithmetic)
+            return cls(spec, _library(), compiled, arithmetic, device)
         except RuntimeError as error:
             raise InputError(f"{path}: OpenVINO cannot open it ({' '.join(str(error).split())[:200]}); export the bundle again") from error
 
-    def _run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        if self._request is None:
+    def bind(self, buffers: Mapping[str, Buffer]) -> Work:
+        self.check(buffers, (*self.spec.inputs, *self.spec.outputs))
+        request = self._opened().create_infer_request()
+        for tensor in (*self.spec.inputs, *self.spec.outputs):
+            request.set_tensor(tensor.name, self._library.Tensor(buffers[tensor.name].array, shared_memory=True))
+
+        def work() -> None:
+            self._opened()
+            request.infer()
+
+        return work
+
+    def _opened(self) -> Any:
+        if self._compiled is None:
             raise self._closed()
-        self._request.infer({name: np.ascontiguousarray(array) for name, array in inputs.items()})
-        return {tensor.name: self._request.get_tensor(tensor.name).data.copy() for tensor in self.spec.outputs}
+        return self._compiled
 
     def describe(self) -> dict[str, Any]:
         return {"backend": self.backend, "version": self._library.__version__.split("-")[0], "device": "cpu", "arithmetic": self._arithmetic}
 
     def close(self) -> None:
-        self._compiled = self._request = None
+        self._compiled = self._own = None
 
 
 def _compile(path: Path, precision: str, threads: int | None) -> tuple[Any, str]:

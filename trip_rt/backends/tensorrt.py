@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import platform
 import re
@@ -12,12 +11,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from trip_rt.backends.base import Device, Engine, EngineOptions
+from trip_rt.backends.base import Engine, EngineOptions
+from trip_rt.devices import Buffer, Device, Kind, open_device
+from trip_rt.devices.base import Work
+from trip_rt.devices.cuda import call, gpu, memory_error
 from trip_rt.errors import EngineError, InputError
-from trip_rt.manifest import EngineSpec, TensorSpec
+from trip_rt.manifest import EngineSpec
 
 PLATFORM = f"{platform.system()}-{platform.machine()}".lower()  # such as linux-x86_64
 OUT_OF_MEMORY = re.compile(r"out ?of ?memory|bad_alloc|MEM_ALLOC_FAILED", re.IGNORECASE)
@@ -37,38 +36,32 @@ class Machine:
 
 
 class TensorRTEngine(Engine):
-    """One plan in one execution context, on a stream of its own, with device and pinned host buffers of fixed address."""
+    """One plan in one execution context, on the device's stream."""
 
     backend = "tensorrt"
+    capturable = True
 
-    def __init__(self, spec: EngineSpec, trt: Any, machine: Machine):
-        super().__init__(spec)
+    def __init__(self, spec: EngineSpec, trt: Any, machine: Machine, device: Device):
+        super().__init__(spec, device)
         self._trt, self._machine, self._logger = trt, machine, _logger(trt)
         self._runtime: Any = None
         self._engine: Any = None
         self._context: Any = None
-        self._stream: Any = None
-        self._graph: Any = None
-        self._host: dict[str, int] = {}
-        self._device: dict[str, int] = {}
-        self._arrays: dict[str, NDArray[Any]] = {}  # views of the pinned memory
 
     @classmethod
-    def probe(cls, spec: EngineSpec, options: EngineOptions) -> Device:
+    def probe(cls, spec: EngineSpec, options: EngineOptions) -> Kind:
         if options.device == "cpu":
             raise InputError("tensorrt: found that the CPU was asked for, expected a GPU; use onnxruntime or openvino, or leave the device out")
         check_target(spec.file, spec.target, this_machine(_library()))
         return "cuda"
 
     @classmethod
-    def open(cls, path: Path, spec: EngineSpec, options: EngineOptions) -> TensorRTEngine:
+    def open(cls, path: Path, spec: EngineSpec, options: EngineOptions, device: Device | None = None) -> TensorRTEngine:
         cls.probe(spec, options)  # before all else: a Runtime made without a usable driver crashes the process when it is freed
         trt = _library()
-        opened = cls(spec, trt, this_machine(trt))
+        opened = cls(spec, trt, this_machine(trt), device or open_device("cuda"))
         try:
             opened._load(path)
-            if options.cuda_graph:
-                opened._capture()
         except BaseException:
             opened.close()
             raise
@@ -85,11 +78,6 @@ class TensorRTEngine(Engine):
         self._context = self._engine.create_execution_context()
         if self._context is None:
             raise self._failed("has no execution context for the plan")
-        self._stream = _call("cudaStreamCreateWithFlags", _cuda().cudaStreamNonBlocking)
-        for tensor in (*self.spec.inputs, *self.spec.outputs):
-            self._allocate(tensor)
-            if not self._context.set_tensor_address(tensor.name, self._device[tensor.name]):
-                raise self._failed(f"takes no address for {tensor.name}")
 
     def _check_tensors(self) -> None:
         trt, engine = self._trt, self._engine
@@ -108,59 +96,24 @@ class TensorRTEngine(Engine):
                 there, wanted = found.get(name, f"no {name}"), expected.get(name, f"no {name}")
                 raise InputError(f"{self.spec.file}: found {there}, expected {wanted}; the plan is not this manifest's, export the bundle again")
 
-    def _allocate(self, tensor: TensorSpec) -> None:
-        size = int(np.prod(tensor.shape)) * np.dtype(tensor.dtype).itemsize
-        self._host[tensor.name] = address = _call("cudaMallocHost", size)
-        self._device[tensor.name] = _call("cudaMalloc", size)
-        memory: Any = (ctypes.c_char * size).from_address(address)
-        array = np.frombuffer(memory, tensor.dtype).reshape(tensor.shape)
-        array[...] = 0  # what lies there may be an index out of range to the run before capture
-        self._arrays[tensor.name] = array
+    def bind(self, buffers: Mapping[str, Buffer]) -> Work:
+        self.check(buffers, (*self.spec.inputs, *self.spec.outputs))
 
-    def _capture(self) -> None:
-        """Run once, as TensorRT initialises itself in the first run, then record a run as the graph that `_run` replays."""
-        self._enqueue()
-        _call("cudaStreamSynchronize", self._stream)
-        try:
-            _call("cudaStreamBeginCapture", self._stream, _cuda().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
-            try:
-                self._enqueue()
-            finally:
-                recorded = _call("cudaStreamEndCapture", self._stream)
-            self._graph = _call("cudaGraphInstantiate", recorded, 0)
-            _call("cudaGraphDestroy", recorded)
-        except EngineError as error:
-            reason = str(error).partition(";")[0]
-            raise InputError(f"{self.spec.file}: cannot be replayed as a CUDA graph ({reason}); open the bundle without CUDA graphs") from error
+        def work() -> None:
+            if self._context is None:
+                raise self._closed()
+            for name, buffer in buffers.items():
+                if not self._context.set_tensor_address(name, buffer.address):
+                    raise self._failed(f"takes no address for {name}")
+            if not self._context.execute_async_v3(getattr(self.device, "stream", 0)):
+                raise self._failed("cannot run the plan", EngineError)
 
-    def _run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        if self._context is None:
-            raise self._closed()
-        for name, array in inputs.items():
-            self._arrays[name][...] = array
-        if self._graph is None:
-            self._enqueue()
-        else:
-            _call("cudaGraphLaunch", self._graph, self._stream)
-        _call("cudaStreamSynchronize", self._stream)
-        return {tensor.name: self._arrays[tensor.name].copy() for tensor in self.spec.outputs}
-
-    def _enqueue(self) -> None:
-        """Queue on the stream: inputs to the device, the engine, outputs back."""
-        kinds = _cuda().cudaMemcpyKind
-        for tensor in self.spec.inputs:
-            size = self._arrays[tensor.name].nbytes
-            _call("cudaMemcpyAsync", self._device[tensor.name], self._host[tensor.name], size, kinds.cudaMemcpyHostToDevice, self._stream)
-        if not self._context.execute_async_v3(int(self._stream)):
-            raise self._failed("cannot run the plan", EngineError)
-        for tensor in self.spec.outputs:
-            size = self._arrays[tensor.name].nbytes
-            _call("cudaMemcpyAsync", self._host[tensor.name], self._device[tensor.name], size, kinds.cudaMemcpyDeviceToHost, self._stream)
+        return work
 
     def _failed(self, what: str, kind: type[Exception] = InputError) -> Exception:
         reason = self._logger.take() or "it gave no reason"
         if OUT_OF_MEMORY.search(reason):
-            return _memory_error(f"TensorRT {what}")
+            return memory_error(f"TensorRT {what}")
         return kind(f"{self.spec.file}: TensorRT {what} ({reason}); export the bundle again on this machine")
 
     def describe(self) -> dict[str, Any]:
@@ -168,20 +121,7 @@ class TensorRTEngine(Engine):
         return {"backend": self.backend, "version": self._machine.tensorrt, "library": self._trt.__name__, "device": "cuda", **there}
 
     def close(self) -> None:
-        # Results are not looked at: after a lost CUDA context nothing can be freed, and the driver does it when the process ends.
-        if self._stream is not None:
-            _cuda().cudaStreamSynchronize(self._stream)
-        if self._graph is not None:
-            _cuda().cudaGraphExecDestroy(self._graph)
-        self._graph = self._context = self._engine = self._runtime = None  # in this order: each lives in the next
-        self._arrays = {}
-        while self._device:
-            _cuda().cudaFree(self._device.popitem()[1])
-        while self._host:
-            _cuda().cudaFreeHost(self._host.popitem()[1])
-        if self._stream is not None:
-            _cuda().cudaStreamDestroy(self._stream)
-            self._stream = None
+        self._own = self._context = self._engine = self._runtime = None  # in this order: each lives in the next
 
 
 def check_target(file: str, target: Mapping[str, str], machine: Machine) -> None:
@@ -211,21 +151,10 @@ def check_target(file: str, target: Mapping[str, str], machine: Machine) -> None
         raise InputError(f"{file}: found compute capability {there} ({machine.gpu}), expected {wanted}; export the bundle again on this machine")
 
 
-def gpu() -> tuple[str, str]:
-    """Name and compute capability ("9.0") of the GPU in use; InputError where there is none, or no driver recent enough."""
-    cuda = _cuda()
-    error, count = cuda.cudaGetDeviceCount()
-    if error != cuda.cudaError_t.cudaSuccess or not count:
-        found = _message(error) if error != cuda.cudaError_t.cudaSuccess else "no device"
-        raise InputError(f"tensorrt: found no usable GPU ({found}), expected an NVIDIA GPU; install or update its driver, or use another backend")
-    properties = _call("cudaGetDeviceProperties", _call("cudaGetDevice"))
-    return properties.name.decode(errors="replace"), f"{properties.major}.{properties.minor}"
-
-
 def this_machine(trt: Any) -> Machine:
     """This machine with that TensorRT package; InputError without a GPU and driver that it can use."""
     machine = Machine(trt.__version__, trt.__name__ != "tensorrt", *gpu())
-    driver = _call("cudaDriverGetVersion")  # 13000 for CUDA 13.0; cuda-bindings may be content with less than TensorRT is
+    driver = call("cudaDriverGetVersion")  # 13000 for CUDA 13.0; cuda-bindings may be content with less than TensorRT is
     if version_numbers(machine.tensorrt) >= (11,) and driver < 13000:
         found = f"{driver // 1000}.{driver % 1000 // 10}"
         raise InputError(f"tensorrt: found a driver for CUDA {found}, expected 13.0 for TensorRT {machine.tensorrt}; install driver 580 or newer")
@@ -262,36 +191,6 @@ def _logger(trt: Any) -> Any:
             return "; ".join(errors)[:300]
 
     return Logger()
-
-
-def _cuda() -> Any:
-    try:
-        return importlib.import_module("cuda.bindings.runtime")
-    except ImportError as error:
-        raise InputError("tensorrt: found no cuda-bindings, expected them beside TensorRT; pip install trip-rt[tensorrt]") from error
-
-
-def _call(name: str, *arguments: Any) -> Any:
-    """The value of a CUDA runtime function; InputError where memory ran out, EngineError for every other failure."""
-    cuda = _cuda()
-    error, *values = getattr(cuda, name)(*arguments)
-    if error == cuda.cudaError_t.cudaErrorMemoryAllocation:
-        cuda.cudaGetLastError()  # forgotten, or TensorRT's next call reports it as its own
-        raise _memory_error(name)
-    if error != cuda.cudaError_t.cudaSuccess:
-        raise EngineError(f"{name} failed ({_message(error)}); start the process again, as the GPU's context may be lost")
-    return values[0] if values else None
-
-
-def _message(error: Any) -> str:
-    text: bytes = _cuda().cudaGetErrorString(error)[1]
-    return text.decode(errors="replace")
-
-
-def _memory_error(where: str) -> InputError:
-    return InputError(
-        f"tensorrt: found too little memory ({where}), expected room for the engine; close what else uses the GPU or take a smaller profile"
-    )
 
 
 def version_numbers(version: str) -> tuple[int, ...]:

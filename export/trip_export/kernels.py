@@ -1,0 +1,61 @@
+"""The fused step's machine code and weights as files of a bundle."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+import trip_kernels
+from trip_kernels.compile import compile_fused_step
+from trip_kernels.packing import TileShape, pack, tile_shape
+from trip_reference.fusion import NoiseFusion
+from trip_rt.config import TripConfig
+from trip_rt.manifest import Cubin, KernelSpec
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_ALIGNMENT = 256  # bytes, as cudaMalloc aligns: the kernel is compiled for at least 16
+
+
+def build_kernel(
+    fusion: NoiseFusion, config: TripConfig, precision: str, gpus: Sequence[str], key: str, folder: Path, note: Callable[[str], None]
+) -> KernelSpec:
+    """Compile the fused step of `config`'s fusion for `gpus` (compute capabilities) and write it, with its weights, to `folder`.
+
+    RuntimeError where it cannot be compiled without spilling registers.
+    """
+    shape = shape_of(config)
+    compiled = compile_fused_step(shape, DTYPES[precision], gpus, note)
+    cubins = {}
+    for step in compiled:
+        file = f"fused_step-{step.capability}-{key[:16]}.cubin"
+        (folder / file).write_bytes(step.cubin)
+        cubins[step.capability] = Cubin(file, step.tile.pixels, step.tile.warps, step.shared_bytes, step.registers)
+    weights = f"fused_step-{key[:16]}.weights"
+    blob, starts = _blob(pack(fusion.state_dict(), shape, DTYPES[precision], torch.arange(config.schedule.num_train_timesteps)))
+    (folder / weights).write_bytes(blob)
+    return KernelSpec(key, compiled[0].entry, compiled[0].parameters, cubins, weights, starts)
+
+
+def shape_of(config: TripConfig) -> TileShape:
+    """The sizes that the kernels are compiled for."""
+    layers = config.tnf.num_layers if config.fusion == "tnf" else 0
+    return tile_shape(config.latent_channels, config.num_frames, config.normalize_prior, config.tnf.hidden_size, config.tnf.num_heads, layers)
+
+
+def sources_sha256() -> str:
+    """The hash of the kernels' own source."""
+    files = sorted(path for folder in trip_kernels.__path__ for path in Path(folder).glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def _blob(tensors: dict[str, torch.Tensor]) -> tuple[bytes, dict[str, int]]:
+    """All tensors' bytes, little-endian, one after the other, and where each begins."""
+    blob, starts = bytearray(), {}
+    for name, tensor in tensors.items():
+        blob += bytes(-len(blob) % _ALIGNMENT)
+        starts[name] = len(blob)
+        blob += tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return bytes(blob), starts
