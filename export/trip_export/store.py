@@ -52,7 +52,7 @@ class Store:
         self.write(f"{_FINISHED}{spec.key[:16]}.json", json.dumps(note).encode())
 
     def finished(self, key: str) -> Any:
-        """The EngineSpec or KernelSpec of that key, where all its files are whole: one that the manifest speaks of, or that a cut-short export left."""
+        """The EngineSpec or KernelSpec of that key, if all its files are whole: one of the manifest's, or one that a cut-short export left."""
         for spec, files in self._known():
             if spec.key == key and all((self.bundle / name).is_file() and file_spec(self.bundle / name) == files[name] for name in spec.files):
                 self.files |= files

@@ -218,10 +218,9 @@ def call(name: str, *arguments: Any) -> Any:
 
 
 def _message(error: Any) -> str:
-    if type(error).__name__ == "CUresult":
-        text: bytes = driver().cuGetErrorString(error)[1] or str(error).encode()
-    else:
-        text = cuda().cudaGetErrorString(error)[1]
+    if type(error).__name__ == "CUresult":  # the driver's, whose own words say no more
+        return str(error.name)
+    text: bytes = cuda().cudaGetErrorString(error)[1]
     return text.decode(errors="replace")
 
 
