@@ -204,6 +204,7 @@ class _Library:
             inspect.signature(real).bind(*arguments)
             self._fake.calls.append(name)
             if name in self._fake.failing:
+                self._fake.recording = None  # an error ends a capture
                 return self._fake.failing[name], None
             made = getattr(self._fake, name)(*arguments)
             good = self.cudaError_t.cudaSuccess if self._prefix == "cuda" else self.CUresult.CUDA_SUCCESS

@@ -56,7 +56,8 @@ class OnTheFake(OnnxRuntimeEngine):
         return cls(spec, inner, device)
 
     def __init__(self, spec, inner, device):
-        self.spec, self._inner, self._device, self._own = spec, inner, device, None
+        super(OnnxRuntimeEngine, self).__init__(spec, device)
+        self._inner = inner
 
     def bind(self, buffers):
         self.check(buffers, (*self.spec.inputs, *self.spec.outputs))

@@ -104,6 +104,7 @@ class EmulatedEngine(Engine):
 
     def close(self) -> None:
         self._emulation = None
+        super().close()
 
 
 def _emulate(model: ir.Model) -> list[tuple[str, str]]:

@@ -38,10 +38,11 @@ class Engine(ABC):
     backend: ClassVar[str]
     capturable: ClassVar[bool] = False
 
-    def __init__(self, spec: EngineSpec, device: Device | None = None):
+    def __init__(self, spec: EngineSpec, device: Device | None = None, owns_device: bool = False):
         self.spec = spec
-        self._device = device
+        self._device, self._owns_device = device, owns_device
         self._own: tuple[dict[str, Buffer], Work] | None = None
+        self._is_closed = False
 
     @classmethod
     @abstractmethod
@@ -76,6 +77,8 @@ class Engine(ABC):
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Outputs by name from inputs by name; ValueError where a name, dtype or shape is not the manifest's. The arrays are the caller's own."""
+        if self._is_closed:
+            raise self._closed()
         self.check(inputs, self.spec.inputs)
         return self._run(inputs)
 
@@ -113,7 +116,10 @@ class Engine(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Free the engine; calling it again does nothing, running it afterwards raises RuntimeError."""
+        """Free the engine, and its device if that is its own; calling it again does nothing, running it afterwards raises RuntimeError."""
+        self._own, self._is_closed = None, True
+        if self._owns_device and self._device:
+            self._device.close()
 
     def _closed(self) -> RuntimeError:
         return RuntimeError(f"{self.spec.file}: found a closed engine, expected an open one; open the bundle again")

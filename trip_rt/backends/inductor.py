@@ -40,8 +40,8 @@ class InductorEngine(Engine):
     backend = "inductor"
     capturable = True
 
-    def __init__(self, spec: EngineSpec, library: Any, loader: Any, device: Device, options: EngineOptions):
-        super().__init__(spec, device)
+    def __init__(self, spec: EngineSpec, library: Any, loader: Any, device: Device, options: EngineOptions, owns_device: bool):
+        super().__init__(spec, device, owns_device)
         self._torch, self._loader, self._threads = library, loader, options.threads
 
     @classmethod
@@ -74,7 +74,7 @@ class InductorEngine(Engine):
             try:
                 # Of a folder; torch's own unpacking of a .pt2 follows its members' names wherever they lead. Single-threaded for CUDA graphs.
                 loader = torch._C._aoti.AOTIModelPackageLoader(folder, "model", True, 1, -1)
-                return cls(spec, torch, loader, device or open_device(kind), options)
+                return cls(spec, torch, loader, device or open_device(kind), options, owns_device=device is None)
             except RuntimeError as error:
                 why = " ".join(str(error).split())[:200]
                 raise InputError(f"{path}: torch cannot load it ({why}); export the bundle again, or set TMPDIR to where code may run") from error
@@ -138,7 +138,8 @@ class InductorEngine(Engine):
         return {"backend": self.backend, "version": self._torch.__version__, "device": self.device.kind}
 
     def close(self) -> None:
-        self._loader = self._own = None
+        self._loader = None
+        super().close()
 
 
 def _same(name: str, found: str, spec: EngineSpec, remedy: str) -> None:

@@ -22,8 +22,8 @@ class OnnxRuntimeEngine(Engine):
 
     backend = "onnxruntime"
 
-    def __init__(self, spec: EngineSpec, library: Any, session: Any, device: Device):
-        super().__init__(spec, device)
+    def __init__(self, spec: EngineSpec, library: Any, session: Any, device: Device, owns_device: bool):
+        super().__init__(spec, device, owns_device)
         self._library, self._session = library, session
         self._settings = library.RunOptions()
         if device.kind == "cuda":
@@ -48,7 +48,7 @@ class OnnxRuntimeEngine(Engine):
     @classmethod
     def open(cls, path: Path, spec: EngineSpec, options: EngineOptions, device: Device | None = None) -> OnnxRuntimeEngine:
         onnxruntime = _library()
-        device = device or open_device(cls.probe(spec, options))
+        owns_device, device = device is None, device or open_device(cls.probe(spec, options))
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 3  # errors only: warnings are about graphs that the user cannot change
         settings.intra_op_num_threads = options.threads or 0
@@ -61,7 +61,7 @@ class OnnxRuntimeEngine(Engine):
             session = onnxruntime.InferenceSession(path, settings, providers=providers)
             if device.kind == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
                 raise InputError(f"{path}: ONNX Runtime could not start CUDA; check the driver and its CUDA and cuDNN libraries, or use the CPU")
-            return cls(spec, onnxruntime, session, device)
+            return cls(spec, onnxruntime, session, device, owns_device)
         except InputError:
             raise
         except Exception as error:  # each failure has its own type, under no common one
@@ -90,7 +90,8 @@ class OnnxRuntimeEngine(Engine):
         return {"backend": self.backend, "version": self._library.__version__, "device": self.device.kind}
 
     def close(self) -> None:
-        self._session = self._own = None
+        self._session = None
+        super().close()
 
 
 def _has_gpu(onnxruntime: Any) -> bool:

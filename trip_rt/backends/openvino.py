@@ -63,7 +63,8 @@ class OpenVINOEngine(Engine):
         return {"backend": self.backend, "version": self._library.__version__.split("-")[0], "device": "cpu", "arithmetic": self._arithmetic}
 
     def close(self) -> None:
-        self._compiled = self._own = None
+        self._compiled = None
+        super().close()
 
 
 def _compile(path: Path, precision: str, threads: int | None) -> tuple[Any, str]:

@@ -41,8 +41,8 @@ class TensorRTEngine(Engine):
     backend = "tensorrt"
     capturable = True
 
-    def __init__(self, spec: EngineSpec, trt: Any, machine: Machine, device: Device):
-        super().__init__(spec, device)
+    def __init__(self, spec: EngineSpec, trt: Any, machine: Machine, device: Device, owns_device: bool):
+        super().__init__(spec, device, owns_device)
         self._trt, self._machine, self._logger = trt, machine, _logger(trt)
         self._runtime: Any = None
         self._engine: Any = None
@@ -59,7 +59,7 @@ class TensorRTEngine(Engine):
     def open(cls, path: Path, spec: EngineSpec, options: EngineOptions, device: Device | None = None) -> TensorRTEngine:
         cls.probe(spec, options)  # before all else: a Runtime made without a usable driver crashes the process when it is freed
         trt = _library()
-        opened = cls(spec, trt, this_machine(trt), device or open_device("cuda"))
+        opened = cls(spec, trt, this_machine(trt), device or open_device("cuda"), owns_device=device is None)
         try:
             opened._load(path)
         except BaseException:
@@ -121,7 +121,8 @@ class TensorRTEngine(Engine):
         return {"backend": self.backend, "version": self._machine.tensorrt, "library": self._trt.__name__, "device": "cuda", **there}
 
     def close(self) -> None:
-        self._own = self._context = self._engine = self._runtime = None  # in this order: each lives in the next
+        self._context = self._engine = self._runtime = None  # in this order: each lives in the next
+        super().close()
 
 
 def check_target(file: str, target: Mapping[str, str], machine: Machine) -> None:

@@ -75,12 +75,14 @@ class CudaDevice(Device):
                 body()
             finally:
                 recorded = call("cudaStreamEndCapture", self._stream)
-            graph = call("cudaGraphInstantiate", recorded, 0)
+            try:
+                graph = call("cudaGraphInstantiate", recorded, 0)
+            finally:
+                call("cudaGraphDestroy", recorded)
         except EngineError as error:
             reason = str(error).partition(";")[0]
             raise InputError(f"cuda: the step cannot be replayed as a CUDA graph ({reason}); open the bundle without CUDA graphs") from error
         self._graphs.append(graph)
-        call("cudaGraphDestroy", recorded)
         return lambda: call("cudaGraphLaunch", graph, self._stream)
 
     def pace(self) -> None:
