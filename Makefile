@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 CHECKPOINT := checkpoints/demo
 BUNDLE := out/demo-bundle
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint gpu clean
 
 demo: $(READY)
 	mkdir -p out
@@ -20,6 +20,12 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# On a machine whose own python has torch for its GPU, that one is used as it is.
+gpu:
+	@if $(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; \
+	then export PYTHONPATH=.:kernels:export:engines; $(PYTHON) -m pytest --confcutdir tests/gpu tests/gpu && $(PYTHON) bench/gpu.py; \
+	else $(MAKE) --no-print-directory $(READY) && $(BIN)/python bench/gpu.py; fi
 
 $(READY): pyproject.toml requirements/constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(None if sys.version_info >= (3, 11) else f"trip-rt needs Python 3.11 or newer, found {v}; name one with PYTHON=python3.12")'

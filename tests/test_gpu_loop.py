@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from trip_rt.backends.onnxruntime import OnnxRuntimeEngine
 from trip_rt.bundle import open_bundle
 from trip_rt.devices import Buffer, open_device
 from trip_rt.errors import EngineError
+from trip_rt.manifest import parse, serialise
 
 PROMPT = "a red ball rolls to the right"
 PIXELS = 16  # a program
@@ -221,3 +223,28 @@ def test_a_kernel_is_compiled_once(tiny_checkpoint, bundle):
     assert len(before) == 3
     again = export_bundle(tiny_checkpoint, bundle, ExportOptions(gpus=("8.0", "9.0"), parity_steps=2))
     assert "fused step" in again.reused and before == {path: path.stat().st_mtime_ns for path in bundle.glob("fused_step*")}
+
+
+def test_kernels_are_kept_where_asked_and_removed_with_their_profile(tiny_checkpoint, bundle, tmp_path):
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    export_bundle(tiny_checkpoint, copy, ExportOptions(add=True, parity_steps=2))
+    assert list(open_bundle(copy).manifest.profile().kernels["fp32"].cubins) == ["8.0", "9.0"]
+    export_bundle(tiny_checkpoint, copy, ExportOptions(parity_steps=2))
+    assert not list(copy.glob("fused_step*")) and not open_bundle(copy).manifest.profile().kernels
+
+
+def test_gpus_that_nothing_is_compiled_for_are_refused(tiny_checkpoint, tmp_path):
+    with pytest.raises(InputError, match=r"gpus: found 7\.5, expected all, none, or some of 8\.0,8\.6"):
+        export_bundle(tiny_checkpoint, tmp_path / "bundle", ExportOptions(gpus=("9.0", "7.5")))
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_weights_that_begin_beyond_their_file_are_refused(bundle):
+    manifest = open_bundle(bundle).manifest
+    profile = manifest.profile()
+    kernel = profile.kernels["fp32"]
+    beyond = dataclasses.replace(kernel, tensors={**kernel.tensors, "gate": manifest.files[kernel.weights].bytes + 16 & ~15})
+    changed = dataclasses.replace(manifest, profiles=(dataclasses.replace(profile, kernels={"fp32": beyond}),))
+    with pytest.raises(InputError, match="the kernel's gate begins outside of fused_step"):
+        parse(serialise(changed), "manifest.json")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEMO
+from conftest import DEMO, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import BOUNDS, fusion_of, guarded, rms_ratio, step_buffers
@@ -123,6 +123,18 @@ def test_the_gradient_is_the_references():
         gradients.append([residual.grad, *(parameter.grad for parameter in fusion.parameters())])
     for expected, found in zip(*gradients, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_model_trains_through_the_kernel():
+    model = tiny_model(num_frames=3, height=16, width=16)
+    latents, first, _, signal, sigma, timestep = inputs(1, 8, 3, 2, 2, [300])
+    text = torch.zeros(1, model.config.text_length, model.config.text_width)
+    gradients = []
+    for model.fused in (False, True):
+        model.zero_grad()
+        model.predict_noise(latents, first, timestep, text, signal, sigma).square().mean().backward()
+        gradients.append(model.residual_unet.unet.conv_out.weight.grad)
+    assert rms_ratio(gradients[1], gradients[0]) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)

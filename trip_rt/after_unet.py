@@ -75,7 +75,7 @@ class KernelStep:
     def __init__(self, device: CudaDevice, buffers: LoopBuffers, folder: Path, spec: KernelSpec, capability: str):
         cubin = spec.cubins[capability]
         self.name = f"the fused kernel for compute capability {capability}"
-        self._device, self._cubin = device, cubin
+        self._device, self._cubin, self.buffers = device, cubin, buffers
         batch, pixels = clips(buffers), int(np.prod(buffers.first_frame.shape[2:]))
         self._programs = batch * -(-pixels // cubin.pixels)
         blob = np.fromfile(folder / spec.weights, np.uint8)

@@ -29,7 +29,7 @@ class Pipeline:
         self._device, self._batch = device, profile.batch
         self._text, self._image, self._decoder = (_Bound(device, engines[name]) for name in ("text_encoder", "vae_encoder", "vae_decoder"))
         self._frames = device.read_back(self._decoder.output)
-        self._buffers = buffers = loop_buffers(device, config, profile.batch)
+        self.buffers = buffers = loop_buffers(device, config, profile.batch)
         unet_engine = engines["unet"]
         unet = unet_engine.bind({tensor.name: getattr(buffers, tensor.name) for tensor in (*unet_engine.spec.inputs, *unet_engine.spec.outputs)})
         self.after_unet = after_unet(device, buffers, engines["tnf"], folder, profile.kernels.get(unet_engine.spec.precision))
@@ -43,7 +43,7 @@ class Pipeline:
 
     def encode(self, unconditional: NDArray[np.int64], conditional: NDArray[np.int64], pixels: Array) -> None:
         """Token ids [B, L] of both halves and pictures [B, 3, H, W], −1 to 1, to the loop's `text` and `first_frame`."""
-        device, buffers, batch = self._device, self._buffers, self._batch
+        device, buffers, batch = self._device, self.buffers, self._batch
         for half, ids in (buffers.text[:batch], unconditional), (buffers.text[batch:], conditional):
             device.write(self._text.input, ids)
             self._text.run()
@@ -55,20 +55,20 @@ class Pipeline:
 
     def denoise(self, noise: Array, steps: Sequence[DDIMStep], guidance_scale: float, on_step: Callable[[int, int], None] | None = None) -> None:
         """The loop on what `encode` left, from `noise` [B, C, F, h, w]."""
-        denoise(self._device, self._buffers, self._denoising_step, self.after_unet, noise, steps, guidance_scale, on_step)
+        denoise(self._device, self.buffers, self._denoising_step, self.after_unet, noise, steps, guidance_scale, on_step)
 
     def latents(self) -> Array:
         """The loop's result so far, [B, C, F, h, w]."""
-        return self._device.read(self._buffers.latents[: self._batch])
+        return self._device.read(self.buffers.latents[: self._batch])
 
     def load_latents(self, latents: Array) -> None:
         """Put one clip [C, F, h, w] where `decode(0)` finds it."""
-        self._device.write(self._buffers.latents.row(0), latents)
+        self._device.write(self.buffers.latents.row(0), latents)
 
     def decode(self, clip: int) -> Iterator[Array]:
         """A clip's frames float32 [≤ decode_frames, 3, H, W], about −1 to 1, chunk by chunk so that memory stays flat; on a GPU the next chunk is
         being decoded while the caller has this one."""
-        latents = self._buffers.latents.row(clip)
+        latents = self.buffers.latents.row(clip)
         frames, chunk = latents.shape[1], self._decoder.input.shape[0]
         self._frames.drop()  # what an abandoned decode left
         waiting: list[int] = []

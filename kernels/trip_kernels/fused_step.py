@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trip_kernels.fuse_noise import shape_of
-from trip_kernels.packing import WEIGHTS, pack, parts_of
+from trip_kernels.packing import WEIGHTS, TileShape, pack, parts_of
 from trip_kernels.tiles import Tile, tiles
 from trip_kernels.tnf_tile import fused_noise, load_tile
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # Columns of the step table (trip_rt/schedule.py).
 TIMESTEP, SIGNAL, SIGMA, A, B, GUIDANCE, NEXT_TIMESTEP, NEXT_SIGNAL, NEXT_SIGMA = (tl.constexpr(i) for i in range(9))
 COLUMNS = tl.constexpr(9)
+BUFFERS = ("latents", "first_frame", "first_noise", "residual_noise", "timestep", "table", "step")  # as the kernel takes them
 
 
 @triton.jit
@@ -89,26 +90,26 @@ def fused_step(
     tile: Tile | None = None,
 ) -> None:
     """Move `latents`, `timestep` and `step` on by one step, in place, as `fused_step_ref` does."""
-    _, channels, frames, h, w = latents.shape
-    batch = len(latents) // 2
+    buffers = dict(latents=latents, first_frame=first_frame, first_noise=first_noise, residual_noise=residual_noise)
+    buffers |= dict(timestep=timestep, table=table, step=step)
     compute = compute or next(fusion.parameters(), residual_noise).dtype
-    shape = shape_of(fusion, channels, frames)
-    used = int(table[:, 0].max()) + 1
-    packed = pack(fusion.state_dict(), shape, compute, torch.arange(used, device=latents.device))
+    arguments, constants, shape = step_arguments(fusion, buffers, compute)
     tile = tile or tiles(shape, compute)[0]
-    buffers = latents, first_frame, first_noise, residual_noise, timestep, table, step, torch.zeros_like(step)
-    fused_step_kernel[(batch * triton.cdiv(h * w, tile.pixels),)](
-        *buffers,
-        packed["modulation"],
-        *(packed[name] for name in WEIGHTS),
-        batch,
-        h * w,
-        **shape.constants(),
-        PARTS=parts_of(compute),
-        PIXELS=tile.pixels,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+    batch, pixels = arguments[-2:]
+    fused_step_kernel[(batch * triton.cdiv(pixels, tile.pixels),)](
+        *arguments, **constants, PIXELS=tile.pixels, num_warps=tile.warps, num_stages=tile.stages
     )
+
+
+def step_arguments(fusion: nn.Module, buffers: dict[str, Tensor], compute: torch.dtype) -> tuple[list[Any], dict[str, int], TileShape]:
+    """The kernel's arguments in order, ending in batch and pixels, all its constants but PIXELS, and its sizes."""
+    latents, table, step = buffers["latents"], buffers["table"], buffers["step"]
+    _, channels, frames, h, w = latents.shape
+    shape = shape_of(fusion, channels, frames)
+    packed = pack(fusion.state_dict(), shape, compute, torch.arange(int(table[:, 0].max()) + 1, device=latents.device))
+    weights = (packed[name] for name in ("modulation", *WEIGHTS))
+    arguments = [*(buffers[name] for name in BUFFERS), torch.zeros_like(step), *weights, len(latents) // 2, h * w]
+    return arguments, shape.constants() | {"PARTS": parts_of(compute)}, shape
 
 
 @torch.no_grad()
