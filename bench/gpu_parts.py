@@ -107,6 +107,7 @@ def kernel(context: Context) -> dict[str, Any]:
     for precision, dtype in DTYPES.items():
         fusion = _fusion(config, context.device)
         tensors = _step_tensors(config, 1, context.device)
+        tensors["table"] = _standing_still(tensors["table"])
         rivals: dict[str, Callable[[], object]] = {}
         half = _fusion(config, context.device).to(dtype)
         eager = partial(_reference_step, half, tensors | {"residual_noise": tensors["residual_noise"].to(dtype)})
@@ -128,6 +129,7 @@ def kernel(context: Context) -> dict[str, Any]:
                 figures.setdefault("tiles left out", {})[f"{name}, {precision}"] = f"{type(error).__name__}: {str(error)[:80]}"
         if not context.dry:
             device, step = _kernel_step(context, fusion, config, 1, precision)
+            device.write(step.buffers.table, _standing_still(tensors["table"]).cpu().numpy()[: step.buffers.table.shape[0]])
             times = interleaved({"fused, from its cubin": step}, context.rounds, torch.cuda.ExternalStream(device.stream))
             times |= interleaved(rivals, context.rounds)
             device.close()
@@ -214,6 +216,7 @@ def full_loop(context: Context) -> dict[str, Any]:
             buffers = pipeline.buffers
             unet = engines["unet"]
             alone = unet.bind({tensor.name: getattr(buffers, tensor.name) for tensor in (*unet.spec.inputs, *unet.spec.outputs)})
+            device.write(buffers.table, _standing_still(torch.from_numpy(step_table(steps, 7.5))).numpy()[: buffers.table.shape[0]])
             stream = None if context.dry else torch.cuda.ExternalStream(device.stream)
             parts = interleaved({"the UNet": alone, "after the UNet": pipeline.after_unet}, 2 if context.dry else 20, stream)
             figures |= parts
@@ -298,6 +301,11 @@ def _step_tensors(config: TripConfig, batch: int, device: str) -> dict[str, torc
     }
 
 
+def _standing_still(table: torch.Tensor) -> torch.Tensor:
+    """The table's first row again and again: a step that computes all and changes nothing, to be timed as often as one likes."""
+    return table[:1].repeat(4096, 1)
+
+
 @torch.no_grad()
 def _reference_step(fusion: NoiseFusion, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """`fused_step_ref` without a word to the host: the row is taken on the device."""
@@ -312,15 +320,13 @@ def _reference_step(fusion: NoiseFusion, tensors: dict[str, torch.Tensor]) -> to
 
 
 def _launch(kernel: Any, fusion: NoiseFusion, tensors: dict[str, torch.Tensor], dtype: torch.dtype, tile: Any) -> Callable[[], object]:
-    """The kernel as compiled here, weights packed beforehand; it counts `step` on, which is put back each time."""
+    """The kernel as compiled here, its weights packed beforehand."""
     from trip_kernels.fused_step import step_arguments
 
     arguments, constants, _ = step_arguments(fusion, tensors, dtype)
     batch, pixels = arguments[-2:]
-    step = tensors["step"]
 
     def launch() -> None:
-        step.fill_(1)
         kernel[(batch * -(-pixels // tile.pixels),)](*arguments, **constants, PIXELS=tile.pixels, num_warps=tile.warps, num_stages=tile.stages)
 
     return launch

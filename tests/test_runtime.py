@@ -227,6 +227,16 @@ def test_decoding_in_chunks_changes_nothing(tiny_animator, picture, clip, size):
     assert frames.shape == clip.frames.shape and np.abs(frames.astype(int) - clip.frames).max() <= 1
 
 
+def test_a_clip_that_lost_its_place_is_not_mixed_with_another(tiny_animator, picture):
+    decoder = InChunks(tiny_animator.engines["vae_decoder"], with_tensors(tiny_animator, "vae_decoder", 1, 2))
+    chunked = remade(tiny_animator, dataclasses.replace(tiny_animator.profile, decode_frames=2), vae_decoder=decoder)
+    frames = chunked.stream(picture, PROMPT, num_inference_steps=1)
+    next(frames)
+    chunked(picture, "a blue ball", num_inference_steps=1)
+    with pytest.raises(RuntimeError, match="take them first"):
+        list(frames)
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

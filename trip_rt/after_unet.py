@@ -108,7 +108,7 @@ def after_unet(device: Device, buffers: LoopBuffers, tnf: Engine, folder: Path, 
     found = f"kernels for compute capability {', '.join(kernel.cubins)}" if kernel else "no kernel of this precision"
     warnings.warn(
         f"the bundle has {found}, this GPU ({device.name}) is {there}: the engine of tnf runs in its place, more slowly; "
-        f"export the bundle again with --gpus {there}",
+        f"export the bundle again with this GPU among --gpus, if trip-export knows it",
         stacklevel=2,
     )
     return EngineStep(device, buffers, tnf)

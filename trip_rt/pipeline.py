@@ -27,6 +27,7 @@ class Pipeline:
 
     def __init__(self, device: Device, config: TripConfig, profile: Profile, engines: Mapping[str, Engine], folder: Path, cuda_graph: bool):
         self._device, self._batch = device, profile.batch
+        self._runs = 0
         self._text, self._image, self._decoder = (_Bound(device, engines[name]) for name in ("text_encoder", "vae_encoder", "vae_decoder"))
         self._frames = device.read_back(self._decoder.output)
         self.buffers = buffers = loop_buffers(device, config, profile.batch)
@@ -44,6 +45,7 @@ class Pipeline:
     def encode(self, unconditional: NDArray[np.int64], conditional: NDArray[np.int64], pixels: Array) -> None:
         """Token ids [B, L] of both halves and pictures [B, 3, H, W], −1 to 1, to the loop's `text` and `first_frame`."""
         device, buffers, batch = self._device, self.buffers, self._batch
+        self._runs += 1
         for half, ids in (buffers.text[:batch], unconditional), (buffers.text[batch:], conditional):
             device.write(self._text.input, ids)
             self._text.run()
@@ -63,16 +65,20 @@ class Pipeline:
 
     def load_latents(self, latents: Array) -> None:
         """Put one clip [C, F, h, w] where `decode(0)` finds it."""
+        self._runs += 1
         self._device.write(self.buffers.latents.row(0), latents)
 
     def decode(self, clip: int) -> Iterator[Array]:
         """A clip's frames float32 [≤ decode_frames, 3, H, W], about −1 to 1, chunk by chunk so that memory stays flat; on a GPU the next chunk is
-        being decoded while the caller has this one."""
+        being decoded while the caller has this one. RuntimeError if another clip has taken this one's place meanwhile."""
         latents = self.buffers.latents.row(clip)
         frames, chunk = latents.shape[1], self._decoder.input.shape[0]
         self._frames.drop()  # what an abandoned decode left
         waiting: list[int] = []
+        run = self._runs
         for start in range(0, frames, chunk):
+            if self._runs != run:
+                raise RuntimeError("decode: found another clip begun before this one's frames were all taken; take them first")
             # The last chunk repeats its last frame, as shapes are static.
             self._device.gather_frames(latents, [min(frame, frames - 1) for frame in range(start, start + chunk)], self._decoder.input)
             self._decoder.run()

@@ -119,7 +119,7 @@ class CudaDevice(Device):
 
     def launch(self, function: Any, programs: int, warps: int, shared_bytes: int, arguments: Sequence[int], types: Sequence[Any]) -> None:
         """Queue a kernel of so many one-dimensional programs; `types` are ctypes of the arguments' exact widths."""
-        call("cuLaunchKernel", function, programs, 1, 1, 32 * warps, 1, 1, shared_bytes, self._stream, (tuple(arguments), tuple(types)), 0)
+        call("cuLaunchKernel", function, programs, 1, 1, 32 * warps, 1, 1, shared_bytes, self.stream, (tuple(arguments), tuple(types)), 0)
 
     def close(self) -> None:
         # Results are not looked at: after a lost CUDA context nothing can be freed, and the driver does it when the process ends.
