@@ -167,7 +167,7 @@ class FakeCuda:
             does()
 
     def cuModuleLoadData(self, image: bytes) -> int:
-        assert image[:4] == b"\x7fELF", "no machine code"
+        assert image[:4] == b"\x7fELF" and self.real["cu"]._HelperInputVoidPtr(image), "no machine code"
         return self._new("module")
 
     def cuModuleGetFunction(self, module: int, name: bytes) -> Kernel:
@@ -181,6 +181,7 @@ class FakeCuda:
         self, function: Kernel, x: int, y: int, z: int, threads: int, ty: int, tz: int, shared: int, stream: int, parameters: Any, extra: int
     ) -> None:
         assert (y, z, ty, tz) == (1, 1, 1, 1) and threads % 32 == 0 and self.handles[int(stream)] == "stream"
+        assert self.real["cu"]._HelperKernelParams(parameters), "cuda-bindings' own reading of them"
         values, types = parameters
         assert len(values) == len(types) and all(kind in (ctypes.c_void_p, ctypes.c_int32) for kind in types)
         for value, kind in zip(values, types, strict=True):
