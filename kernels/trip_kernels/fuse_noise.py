@@ -77,7 +77,7 @@ class _FuseNoise(torch.autograd.Function):
     def forward(ctx: Any, fusion: nn.Module, compute: torch.dtype, tile: Tile | None, *tensors: Tensor) -> Tensor:
         ctx.fusion = fusion
         ctx.save_for_backward(*tensors[:6])
-        return _launch(fusion, compute, tile, *tensors[:6])
+        return _launch(fusion, compute, tile, tensors[:6])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -90,17 +90,8 @@ class _FuseNoise(torch.autograd.Function):
         return None, None, None, *(next(found) if need else None for need in needed)
 
 
-def _launch(
-    fusion: nn.Module,
-    compute: torch.dtype,
-    tile: Tile | None,
-    latents: Tensor,
-    first_frame: Tensor,
-    residual_noise: Tensor,
-    sqrt_alpha_bar: Tensor,
-    sqrt_one_minus_alpha_bar: Tensor,
-    timestep: Tensor,
-) -> Tensor:
+def _launch(fusion: nn.Module, compute: torch.dtype, tile: Tile | None, inputs: tuple[Tensor, ...]) -> Tensor:
+    latents, first_frame, residual_noise, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, timestep = inputs
     b, _, frames, h, w = latents.shape
     shape = shape_of(fusion, latents.shape[1], frames)
     steps = max(t.shape[0] for t in (sqrt_alpha_bar, sqrt_one_minus_alpha_bar, timestep))

@@ -48,7 +48,8 @@ class OnnxRuntimeEngine(Engine):
     @classmethod
     def open(cls, path: Path, spec: EngineSpec, options: EngineOptions, device: Device | None = None) -> OnnxRuntimeEngine:
         onnxruntime = _library()
-        owns_device, device = device is None, device or open_device(cls.probe(spec, options))
+        kind = cls.probe(spec, options)
+        owns_device, device = device is None, device or open_device(kind)
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 3  # errors only: warnings are about graphs that the user cannot change
         settings.intra_op_num_threads = options.threads or 0
