@@ -23,9 +23,10 @@ lint: $(READY)
 
 # On a machine whose own python has torch for its GPU, that one is used as it is.
 gpu:
-	@if $(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; \
-	then export PYTHONPATH=.:kernels:export:engines; $(PYTHON) -m pytest --confcutdir tests/gpu tests/gpu && $(PYTHON) bench/gpu.py; \
-	else $(MAKE) --no-print-directory $(READY) && $(BIN)/python bench/gpu.py; fi
+	@if $(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then python=$(PYTHON); \
+	elif nvidia-smi -L >/dev/null 2>&1; then $(MAKE) --no-print-directory $(READY) && python=$(BIN)/python; \
+	else echo "gpu: found no NVIDIA GPU, expected one; python bench/gpu.py --dry-run shows what would be done" >&2; exit 2; fi; \
+	PYTHONPATH=.:kernels:export:engines:$$PYTHONPATH $$python bench/gpu.py $(ARGS)
 
 $(READY): pyproject.toml requirements/constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(None if sys.version_info >= (3, 11) else f"trip-rt needs Python 3.11 or newer, found {v}; name one with PYTHON=python3.12")'

@@ -1,4 +1,4 @@
-"""Timing on a GPU, by events on the stream that does the work."""
+"""Timing on a GPU, by events on the stream that does the work; without one, the host's clock stands in."""
 
 from __future__ import annotations
 
@@ -9,33 +9,26 @@ from typing import Any
 import numpy as np
 import torch
 
-Rivals = dict[str, Callable[[], object]]
+Call = Callable[[], object]
 
 
-def interleaved(rivals: Rivals, rounds: int, stream: Any = None) -> dict[str, dict[str, float]]:
-    """Microseconds of each rival, a round of all at a time, so that whatever else the GPU does falls on all alike.
+def interleaved(rivals: dict[str, Call], rounds: int, calls: int, stream: Any = None, before: Call = lambda: None) -> dict[str, dict[str, float]]:
+    """Microseconds of each rival, a round of all at a time and each round in another order, so that whatever else the GPU does falls on all alike.
 
-    Before each call 256 MB are written, so that none finds its inputs in the cache. Without a GPU the host's clock stands in.
+    A sample is the mean of the `calls` that a rival makes when it is called. It begins on an idle GPU, so it holds what the host takes to launch the
+    work as far as the GPU has to wait for it. `before` runs ahead of each, untimed.
     """
-    for call in rivals.values():
-        for _ in range(3 if torch.cuda.is_available() else 0):
-            call()
-    if not torch.cuda.is_available():
-        return {name: spread([_on_the_host(call) for _ in range(rounds)]) for name, call in rivals.items()}
-    stream = stream or torch.cuda.current_stream()
-    flush = torch.empty(64 << 20, device="cuda")
-    found: dict[str, list[tuple[Any, Any]]] = {name: [] for name in rivals}
-    with torch.cuda.stream(stream):
-        for _ in range(rounds):
-            for name, call in rivals.items():
-                flush.zero_()
-                began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                began.record(stream)
-                call()
-                ended.record(stream)
-                found[name].append((began, ended))
-    torch.cuda.synchronize()
-    return {name: spread([began.elapsed_time(ended) * 1000 for began, ended in pairs]) for name, pairs in found.items()}
+    names = list(rivals)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    with torch.cuda.stream(stream):  # does nothing where there is none
+        for index in range(-2 if stream else 0, rounds):  # the first two warm up
+            for name in names:
+                before()
+                sample = _sample(rivals[name], stream)
+                if index >= 0:
+                    samples[name].append(sample / calls)
+            names = [*names[1:], names[0]]
+    return {name: spread(samples[name]) for name in rivals}
 
 
 def spread(microseconds: list[float]) -> dict[str, float]:
@@ -44,35 +37,71 @@ def spread(microseconds: list[float]) -> dict[str, float]:
     return {"median": round(float(median), 2), "p95": round(float(p95), 2), "p99": round(float(p99), 2)}
 
 
-def as_graph(call: Callable[[], object]) -> Callable[[], object]:
-    """`call` captured as a CUDA graph, so that launches cost the host nothing."""
-    if not torch.cuda.is_available():
+def as_graph(call: Call, stream: Any) -> Call:
+    """`call` as a CUDA graph of `stream`, so that its launches cost the host nothing."""
+    if stream is None:
         return call
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    with torch.cuda.stream(stream):
         call()
-    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         call()
     return graph.replay
 
 
-def ceilings(quick: bool) -> dict[str, float]:
-    """What this GPU does at best: TB/s of a large copy, read and write counted, and TFLOP/s of a large fp16 product."""
-    if not torch.cuda.is_available():
-        return {"copy_tb_s": float("nan"), "fp16_tflop_s": float("nan")}
-    size = 8192
-    source = torch.randn(2 << 28 if not quick else 2 << 26, device="cuda", dtype=torch.float16)
+def ceilings(dry: bool, rounds: int = 20) -> dict[str, float]:
+    """What this GPU does at best: TB/s of a large copy, read and write counted, and TFLOP/s of a large fp16 matrix product."""
+    device, elements, size = ("cpu", 1 << 16, 64) if dry else ("cuda", 1 << 29, 8192)
+    stream = None if dry else torch.cuda.Stream()
+    source = torch.zeros(elements, device=device, dtype=torch.float16)
     target = torch.empty_like(source)
-    left, right = (torch.randn(size, size, device="cuda", dtype=torch.float16) for _ in range(2))
-    times = interleaved({"copy": lambda: target.copy_(source), "product": lambda: left @ right}, 10 if quick else 30)
-    moved, computed = 2 * source.numel() * 2, 2 * size**3
-    return {"copy_tb_s": moved / times["copy"]["median"] / 1e6, "fp16_tflop_s": computed / times["product"]["median"] / 1e6}
+    left, right = (torch.randn(size, size, device=device).half() for _ in range(2))
+    product = torch.empty_like(left)
+    if stream:
+        torch.cuda.synchronize()
+
+    def products() -> None:
+        for _ in range(4):
+            torch.mm(left, right, out=product)
+
+    copied = interleaved({"copy": lambda: target.copy_(source)}, rounds, 1, stream)["copy"]["median"]
+    multiplied = interleaved({"product": products}, rounds, 4, stream)["product"]["median"]
+    return {"copy_tb_s": 4 * elements / copied / 1e6, "fp16_tflop_s": 2 * size**3 / multiplied / 1e6}
 
 
-def _on_the_host(call: Callable[[], object]) -> float:
-    began = time.perf_counter()
+def _sample(call: Call, stream: Any) -> float:
+    if stream is None:
+        began = time.perf_counter()
+        call()
+        return (time.perf_counter() - began) * 1e6
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    began.record(stream)
     call()
-    return (time.perf_counter() - began) * 1e6
+    ended.record(stream)
+    ended.synchronize()
+    return float(began.elapsed_time(ended)) * 1000
+
+
+class Marks:
+    """Points in a device's work, and the microseconds between them."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+        self._marks: list[Any] = []
+
+    def mark(self) -> None:
+        if self._stream is None:
+            self._marks.append(time.perf_counter() * 1e6)
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        self._marks.append(event)
+
+    def between(self) -> dict[str, float]:
+        pairs = list(zip(self._marks, self._marks[1:], strict=False))
+        if self._stream is None:
+            return spread([after - before for before, after in pairs])
+        torch.cuda.synchronize()
+        return spread([before.elapsed_time(after) * 1000 for before, after in pairs])

@@ -2,40 +2,71 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from trip_export.components import component
-from trip_reference.model import TripModel
+import torch
+from torch import Tensor, nn
+
+from trip_reference.fusion import NoiseFusion
 from trip_rt.backends import EngineOptions
 from trip_rt.backends.inductor import InductorEngine
+from trip_rt.config import TripConfig
 from trip_rt.devices import Device
-from trip_rt.manifest import COMPONENTS, EngineSpec, Profile, tensors
+from trip_rt.manifest import EngineSpec, KernelSpec, Profile, tensors
+
+# The model's method that each component is.
+METHODS = {"text_encoder": "encode_text", "vae_encoder": "encode_image", "unet": "residual_unet", "tnf": "fusion", "vae_decoder": "decode"}
 
 
-class Module:
-    """A module in place of a loaded package: fp32 tensors in and out, whatever `dtype` it computes in."""
+class _Method:
+    """A method of a model in place of a loaded package: fp32 tensors in, whatever `dtype` it computes in."""
 
-    def __init__(self, module: torch.nn.Module, dtype: torch.dtype):
-        self.module, self.dtype = module, dtype
+    def __init__(self, model: nn.Module, name: str, dtype: torch.dtype):
+        self.model, self.name, self.dtype = model, name, dtype
 
-    def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        return [self.module(*(tensor.to(self.dtype) if tensor.is_floating_point() else tensor for tensor in inputs))]
+    def run(self, inputs: list[Tensor]) -> list[Tensor]:
+        return [getattr(self.model, self.name)(*(tensor.to(self.dtype) if tensor.is_floating_point() else tensor for tensor in inputs))]
 
 
-def torch_engines(model: TripModel, device: Device, batch: int, decode_frames: int, precision: str) -> dict[str, InductorEngine]:
+def torch_engines(model: Any, device: Device, decode_frames: int, precision: str, batch: int = 1) -> dict[str, InductorEngine]:
     """Engines of all components that run `model`, which lies on `device` already, in its own dtype."""
-    dtype = next(model.parameters()).dtype
+    dtype = next(model.residual_unet.parameters()).dtype
     engines = {}
-    for name in COMPONENTS:
-        inputs, outputs = tensors(model.config, batch, decode_frames)[name]
+    for name, (inputs, outputs) in tensors(model.config, batch, decode_frames).items():
         spec = EngineSpec((f"{name} in PyTorch",), "", precision, {}, 0.0, {}, inputs, outputs)
-        module = component(model, name, batch, decode_frames).module
-        engines[name] = InductorEngine(spec, torch, Module(module, dtype), device, EngineOptions(), owns_device=False)
+        engines[name] = InductorEngine(spec, torch, _Method(model, METHODS[name], dtype), device, EngineOptions(), owns_device=False)
     return engines
 
 
-def profile_of(model: TripModel, engines: dict[str, InductorEngine], batch: int, decode_frames: int, kernels: dict) -> Profile:
+def profile_of(config: TripConfig, engines: dict[str, InductorEngine], decode_frames: int, kernels: dict[str, KernelSpec], batch: int = 1) -> Profile:
     """The profile that a bundle of these engines would have."""
-    config = model.config
     specs = {name: {"pytorch": engine.spec} for name, engine in engines.items()}
     return Profile(config.num_frames, config.height, config.width, batch, decode_frames, specs, kernels, "", {})
+
+
+class StandIn(nn.Module):
+    """TRIP's own fusion among parts far simpler than the model's, of the same shapes: for the loop where diffusers is not installed."""
+
+    def __init__(self, config: TripConfig):
+        super().__init__()
+        self.config = config
+        channels, patch = config.latent_channels, config.vae_scale_factor
+        self.fusion = NoiseFusion(config)
+        self.words = nn.Embedding(64, config.text_width)
+        self.encode_image = nn.Conv2d(3, channels, patch, patch)
+        self.decode = nn.ConvTranspose2d(channels, 3, patch, patch)
+        self.residual_unet = _StandInUNet(channels, config.text_width)
+
+    def encode_text(self, input_ids: Tensor) -> Tensor:
+        return self.words(input_ids)
+
+
+class _StandInUNet(nn.Module):
+    def __init__(self, channels: int, text_width: int):
+        super().__init__()
+        self.mix = nn.Conv3d(2 * channels, channels, 3, padding=1)
+        self.say = nn.Linear(text_width, channels)
+
+    def forward(self, latents: Tensor, first_frame: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        said = self.say(text.mean(1)) * torch.cos(timestep.to(text.dtype) / 300)
+        return self.mix(torch.cat([latents, first_frame[:, :, None].expand_as(latents)], 1)) + said[:, :, None, None, None]
