@@ -17,7 +17,7 @@ from trip_kernels.tiles import Tile
 from trip_reference.fusion import NoiseFusion
 from trip_reference.presets import DEMO, TRIP_256, Preset
 from trip_rt.config import TNFConfig, TripConfig
-from trip_rt.schedule import ddim_steps, step_table
+from trip_rt.speed import Speed, loop_steps, step_table
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 BOUNDS = {"fp16": 1e-3, "bf16": 8e-3, "fp32": 1e-5}  # RMS error over RMS; bf16 rounds 8 times as coarsely as fp16
@@ -73,20 +73,22 @@ def step_tensors(config: TripConfig, batch: int, device: str, seed: int = 0) -> 
     size = config.latent_channels, config.num_frames, config.latent_height, config.latent_width
     latents, residual = (torch.randn(clips, *size, generator=generator) for clips in (batch, 2 * batch))
     first, first_noise = (torch.randn(batch, size[0], *size[2:], generator=generator) for _ in range(2))
+    history = torch.randn(3, batch, *size, generator=generator)
     buffers = dict(latents=torch.cat([latents, latents]), first_frame=torch.cat([first, first]), first_noise=first_noise, residual_noise=residual)
-    steps = ddim_steps(config.schedule, 4)
+    buffers["history"] = history
+    steps = loop_steps(config, Speed("unipc", 4), 2.5)
     return {name: _guarded(tensor.to(device)) for name, tensor in buffers.items()} | {
-        "timestep": torch.tensor([steps[0].timestep], device=device),
-        "table": torch.from_numpy(step_table(steps, 2.5)).to(device),
+        "timestep": torch.tensor([steps[0].step.timestep], device=device),
+        "table": torch.from_numpy(step_table(steps)).to(device),
         "step": torch.ones(1, dtype=torch.int32, device=device),
     }
 
 
 def steady_table(config: TripConfig, device: str = "cpu") -> Tensor:
     """A step table of ROWS equal rows that stay at one timestep near 500; under them latents stay as large as they are, however often moved on."""
-    step = min(ddim_steps(config.schedule, 2), key=lambda step: abs(step.timestep - 500))
+    step = min((one.step for one in loop_steps(config, Speed(num_inference_steps=2))), key=lambda step: abs(step.timestep - 500))
     here = [float(step.timestep), step.sqrt_alpha_bar, step.sqrt_one_minus_alpha_bar]
-    return torch.tensor([[*here, 0.5, 0.1, 2.5, *here]], device=device).repeat(ROWS, 1)
+    return torch.tensor([[*here, 2.5, 0.5, 0.1, 0, 0, 0, 0, 0, 0, 0, 0, *here]], device=device).repeat(ROWS, 1)
 
 
 @torch.no_grad()
@@ -96,6 +98,7 @@ def reference_step(
     first_frame: Tensor,
     first_noise: Tensor,
     residual_noise: Tensor,
+    history: Tensor,
     timestep: Tensor,
     table: Tensor,
     step: Tensor,
@@ -104,10 +107,13 @@ def reference_step(
     row = table.index_select(0, step)[0]
     noise = fusion(latents, first_frame, residual_noise, row[1:2], row[2:3], row[:1].long())
     unconditional, conditional = noise.chunk(2)
-    following = row[3] * latents.chunk(2)[0] + row[4] * (unconditional + row[5] * (conditional - unconditional))
-    following[:, :, 0] = row[7] * first_frame.chunk(2)[0] + row[8] * first_noise
+    before, guided = latents.chunk(2)[0], unconditional + row[3] * (conditional - unconditional)
+    terms = torch.stack([before, guided, *history])
+    following, corrected = torch.tensordot(row[4:9], terms, 1), torch.tensordot(row[9:14], terms, 1)
+    history.copy_(torch.stack([corrected, (before - row[2] * guided) / row[1], history[1]]))
+    following[:, :, 0] = row[15] * first_frame.chunk(2)[0] + row[16] * first_noise
     latents.copy_(torch.cat([following, following]))
-    timestep.copy_(row[6:7])
+    timestep.copy_(row[14:15])
     step.add_(1)
 
 

@@ -108,7 +108,8 @@ def fused_step_error(config: TripConfig, batch: int, precision: str, device: str
         errors.append(rms_ratio(tensors["latents"], double["latents"]))
         if not (torch.equal(tensors["timestep"], double["timestep"]) and torch.equal(tensors["step"], double["step"])):
             raise RuntimeError(f"fused_step: found timestep {tensors['timestep'].item()} and step {tensors['step'].item()}, expected the reference's")
-        tensors["latents"].copy_(double["latents"])
+        for name in ("latents", "history"):
+            tensors[name].copy_(double[name])
     return max(errors)
 
 
@@ -133,7 +134,7 @@ def cubin_error(spec: KernelSpec, folder: Any, config: TripConfig, batch: int) -
 def kernel_step(device: Any, folder: Any, spec: KernelSpec, config: TripConfig, tensors: dict[str, Tensor]) -> KernelStep:
     """The cubin's step on buffers of its own that hold what `tensors` do."""
     (capability,) = spec.cubins
-    buffers = loop_buffers(device, config, len(tensors["first_noise"]))
+    buffers = loop_buffers(device, config, len(tensors["first_noise"]), config.text_width, (1, 1, 1, 1))
     for name, tensor in tensors.items():
         buffer = getattr(buffers, name)
         device.write(buffer[: len(tensor)] if name == "table" else buffer, tensor.cpu().numpy())

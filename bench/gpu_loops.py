@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import time
 from typing import Any
 
@@ -22,7 +21,7 @@ from trip_rt.devices import open_device
 from trip_rt.errors import InputError
 from trip_rt.pipeline import Pipeline
 from trip_rt.sampler import initial_noise
-from trip_rt.schedule import ddim_steps
+from trip_rt.speed import Speed, loop_steps
 
 
 def demo_loop(context: Context) -> dict[str, Any]:
@@ -41,19 +40,23 @@ def inductor(context: Context) -> dict[str, Any]:
     """The same loop with its UNet compiled by AOTInductor for this device."""
     if context.dry:
         raise Skipped("compiles for minutes; tests/test_inductor.py does the same on a CPU")
-    from trip_export.components import component
+    from trip_export.components import component, signatures
     from trip_export.inductor_export import export_inductor
     from trip_reference import checkpoint
     from trip_rt.backends import EngineOptions
     from trip_rt.backends.inductor import InductorEngine
+    from trip_rt.manifest import EngineSpec
 
     model = checkpoint.from_pretrained(ROOT / "checkpoints" / "demo")
-    package = context.folder / "unet.pt2"
-    target = export_inductor(component(copy.deepcopy(model), "unet", 1, model.config.num_frames), package, "fp32", context.device)
+    specs = {}
+    for name in ("text_projection", "unet"):
+        package = context.folder / f"{name}.pt2"
+        target = export_inductor(component(copy.deepcopy(model), name, 1, model.config.num_frames), package, "fp32", context.device)
+        specs[name] = EngineSpec((package.name,), "", "fp32", {}, 0.0, target, *signatures(model, 1, model.config.num_frames)[name])
 
     def compiled(engines: dict[str, Any], device: Any) -> dict[str, Any]:
-        spec = dataclasses.replace(engines["unet"].spec, files=(package.name,), target=target)
-        return engines | {"unet": InductorEngine.open(package, spec, EngineOptions(device="cuda"), device)}
+        options = EngineOptions(device="cuda")
+        return engines | {name: InductorEngine.open(context.folder / spec.file, spec, options, device) for name, spec in specs.items()}
 
     found = _loop_parity(context, model, "fp32", compiled)
     return {"fp32": found, "passed": all(value >= FLOORS["fp32"] for label, value in found.items() if label.endswith("dB"))}
@@ -98,7 +101,7 @@ def full_loop(context: Context) -> dict[str, Any]:
     kernels = {} if context.dry else build_kernels(context, {precision: (copy.deepcopy(model.fusion).cpu().float(), config, precision)})
     if isinstance(kernels.get(precision), Exception):
         raise kernels[precision]
-    steps = ddim_steps(config.schedule, 3 if context.dry else 50)
+    steps = loop_steps(config, Speed(num_inference_steps=3 if context.dry else 50), 2.5)
     noise = initial_noise([0], (config.latent_channels, config.num_frames, config.latent_height, config.latent_width))
     figures: dict[str, Any] = {"parameters, millions": parameters / 1e6, "steps": len(steps)}
     expected, figures["a step of eager torch's loop"] = _eager_loop(context, model, noise, steps)
@@ -108,10 +111,10 @@ def full_loop(context: Context) -> dict[str, Any]:
         engines = torch_engines(model, device, 1, precision)
         if not context.dry:
             torch.cuda.reset_peak_memory_stats()
-        pipeline = Pipeline(device, config, profile_of(config, engines, 1, kernels), engines, context.folder, cuda_graph)
+        pipeline = Pipeline(device, config, profile_of(config, engines, 1, kernels), engines.get, context.folder, cuda_graph)
         for _ in range(2):  # the first warms up
             marks = Marks(stream)
-            pipeline.denoise(noise, steps, 2.5, lambda done, total, marks=marks: marks.mark())
+            pipeline.denoise(noise, steps, lambda done, total, marks=marks: marks.mark())
         error = psnr(pipeline.latents(), expected)
         figures[f"latents against eager torch's, {label}, dB"] = error
         if np.isfinite(expected).all() and not error >= FLOORS["fp16"]:
@@ -178,7 +181,7 @@ def _eager_loop(context: Context, model: Any, noise: np.ndarray, steps: list[Any
         start = torch.from_numpy(noise).to(context.device, dtype)
         for _ in range(2):
             marks = Marks(None if context.dry else torch.cuda.current_stream())
-            latents = sample(model, first, start, text, steps, 2.5, lambda *_, marks=marks: marks.mark())
+            latents = sample(model, first, start, text, steps, lambda *_, marks=marks: marks.mark())
         return latents.float().cpu().numpy(), marks.between()
 
 
@@ -191,7 +194,7 @@ def psnr(found: np.ndarray, expected: np.ndarray) -> float:
 def _loop_parity(context: Context, model: Any, precision: str, replaced: Any = None) -> dict[str, Any]:
     """PSNR of the loop's latents to the fp32 oracle's, in dB (peak: their range), with and without a graph."""
     config = model.config
-    steps = ddim_steps(config.schedule, 3 if context.dry else 25)
+    steps = loop_steps(config, Speed(num_inference_steps=3 if context.dry else 25))
     picture = np.random.default_rng(0).uniform(-1, 1, (1, 3, config.height, config.width)).astype(np.float32)
     noise = initial_noise([0], (config.latent_channels, config.num_frames, config.latent_height, config.latent_width))
     expected, found = _oracle(model, picture, noise, steps)
@@ -203,9 +206,9 @@ def _loop_parity(context: Context, model: Any, precision: str, replaced: Any = N
         engines = torch_engines(copy.deepcopy(model).to(context.device, DTYPES[precision]), device, config.num_frames, precision)
         if replaced:
             engines = replaced(engines, device)
-        pipeline = Pipeline(device, config, profile_of(config, engines, config.num_frames, kernels), engines, context.folder, cuda_graph)
+        pipeline = Pipeline(device, config, profile_of(config, engines, config.num_frames, kernels), engines.get, context.folder, cuda_graph)
         pipeline.encode(*_tokens(config), picture)
-        pipeline.denoise(noise, steps, config.guidance_scale)
+        pipeline.denoise(noise, steps)
         found[f"latents, {label}, dB"] = psnr(pipeline.latents(), expected)
         found[f"{label}: after the UNet"] = pipeline.after_unet.name
         found[f"{label}: recorded"] = str(pipeline.graph)
@@ -221,14 +224,14 @@ def _oracle(model: Any, picture: np.ndarray, noise: np.ndarray, steps: list[Any]
     except ImportError as error:
         device = open_device("cpu")
         engines = torch_engines(model, device, config.num_frames, "fp32")
-        pipeline = Pipeline(device, config, profile_of(config, engines, config.num_frames, {}), engines, ROOT, cuda_graph=False)
+        pipeline = Pipeline(device, config, profile_of(config, engines, config.num_frames, {}), engines.get, ROOT, cuda_graph=False)
         pipeline.encode(*ids, picture)
-        pipeline.denoise(noise, steps, config.guidance_scale)
+        pipeline.denoise(noise, steps)
         return pipeline.latents(), {"held to": f"the loop on the host, as {error.name} is not installed"}
     with torch.no_grad():
         text = torch.cat([model.encode_text(torch.from_numpy(tokens)) for tokens in ids])
         first = model.encode_image(torch.from_numpy(picture))
-        return sample(model, first, torch.from_numpy(noise), text, steps, config.guidance_scale).numpy(), {"held to": "trip_reference.sampling"}
+        return sample(model, first, torch.from_numpy(noise), text, steps).numpy(), {"held to": "trip_reference.sampling"}
 
 
 def _demo_model(context: Context) -> tuple[nn.Module, str]:

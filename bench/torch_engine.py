@@ -12,10 +12,12 @@ from trip_rt.backends import EngineOptions
 from trip_rt.backends.inductor import InductorEngine
 from trip_rt.config import TripConfig
 from trip_rt.devices import Device
-from trip_rt.manifest import EngineSpec, KernelSpec, Profile, tensors
+from trip_rt.manifest import COMPONENTS, EngineSpec, KernelSpec, Profile, tensors
 
 # The model's method that each component is.
 METHODS = {"text_encoder": "encode_text", "vae_encoder": "encode_image", "unet": "residual_unet", "tnf": "fusion", "vae_decoder": "decode"}
+# The model projects the text itself, each time, and lets nobody see its features.
+_FEATURES_SHAPE = (1, 1, 1, 1)
 
 
 class _Method:
@@ -25,23 +27,32 @@ class _Method:
         self.model, self.name, self.dtype = model, name, dtype
 
     def run(self, inputs: list[Tensor]) -> list[Tensor]:
-        return [getattr(self.model, self.name)(*(tensor.to(self.dtype) if tensor.is_floating_point() else tensor for tensor in inputs))]
+        given = [tensor.to(self.dtype) if tensor.is_floating_point() else tensor for tensor in inputs]
+        if self.name == "text_projection":
+            return given
+        made = [getattr(self.model, METHODS[self.name])(*given)]
+        return [*made, torch.zeros(len(given[0]), *_FEATURES_SHAPE, device=given[0].device)] if self.name == "unet" else made
 
 
 def torch_engines(model: Any, device: Device, decode_frames: int, precision: str, batch: int = 1) -> dict[str, InductorEngine]:
     """Engines of all components that run `model`, which lies on `device` already, in its own dtype."""
     dtype = next(model.residual_unet.parameters()).dtype
     engines = {}
-    for name, (inputs, outputs) in tensors(model.config, batch, decode_frames).items():
+    signatures = tensors(model.config, batch, decode_frames, model.config.text_width, _FEATURES_SHAPE)
+    for name in COMPONENTS:
+        inputs, outputs = signatures[name]
         spec = EngineSpec((f"{name} in PyTorch",), "", precision, {}, 0.0, {}, inputs, outputs)
-        engines[name] = InductorEngine(spec, torch, _Method(model, METHODS[name], dtype), device, EngineOptions(), owns_device=False)
+        engines[name] = InductorEngine(spec, torch, _Method(model, name, dtype), device, EngineOptions(), owns_device=False)
     return engines
 
 
 def profile_of(config: TripConfig, engines: dict[str, InductorEngine], decode_frames: int, kernels: dict[str, KernelSpec], batch: int = 1) -> Profile:
     """The profile that a bundle of these engines would have."""
     specs = {name: {"pytorch": engine.spec} for name, engine in engines.items()}
-    return Profile(config.num_frames, config.height, config.width, batch, decode_frames, specs, kernels, "", {})
+    unet = engines["unet"].spec
+    shapes = {tensor.name: tensor.shape for tensor in (*unet.inputs, *unet.outputs)}
+    sizes = config.num_frames, config.height, config.width, batch, decode_frames
+    return Profile(*sizes, shapes["context"][-1], shapes["features"][1:], specs, kernels, "", {})
 
 
 class StandIn(nn.Module):

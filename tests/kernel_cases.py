@@ -10,12 +10,13 @@ from torch import Tensor
 from trip_reference.fusion import NoiseFusion
 from trip_reference.presets import DEMO
 from trip_rt.config import TNFConfig
-from trip_rt.schedule import ddim_steps, step_table
+from trip_rt.speed import Speed, loop_steps, step_table
 
 # The largest RMS error by what TNF's products are taken in; bf16 rounds 8 times as coarsely as fp16.
 BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
-STEPS = ddim_steps(DEMO.trip.schedule, 4)
+# Of a solver that uses all of the history; its third step is unguided.
+STEPS = [dataclasses.replace(step, guidance_scale=1.0 if i == 2 else 2.5) for i, step in enumerate(loop_steps(DEMO.trip, Speed("unipc", 4)))]
 
 
 def fusion_of(hidden_size: int = 16, num_heads: int = 4, num_layers: int = 2, **changes: object) -> NoiseFusion:
@@ -52,6 +53,7 @@ def step_buffers(batch: int, channels: int, frames: int, height: int, width: int
     latents, residual = (torch.randn(n, channels, frames, height, width, generator=generator) for n in (batch, 2 * batch))
     first, first_noise = (torch.randn(batch, channels, height, width, generator=generator) for _ in range(2))
     buffers = dict(latents=torch.cat([latents, latents]), first_frame=torch.cat([first, first]), first_noise=first_noise, residual_noise=residual)
+    buffers["history"] = torch.randn(3, batch, channels, frames, height, width, generator=generator)
     return {name: guarded(tensor) for name, tensor in buffers.items()} | dict(
-        timestep=torch.tensor([999]), table=torch.from_numpy(step_table(STEPS, 2.5)), step=torch.ones(1, dtype=torch.int32)
+        timestep=torch.tensor([999]), table=torch.from_numpy(step_table(STEPS)), step=torch.ones(1, dtype=torch.int32)
     )

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
     folder = tmp_path_factory.mktemp("agreement") / "bundle"
-    result = export_bundle(ROOT / "checkpoints" / "demo", folder, ExportOptions(backends=BACKENDS, parity_steps=4))
+    result = export_bundle(ROOT / "checkpoints" / "demo", folder, ExportOptions(backends=BACKENDS, parity_steps=4, speedups=False))
     assert set(result.parity) == set(BACKENDS) and all(parity.passed for parity in result.parity.values())
     return folder
 

@@ -15,16 +15,16 @@ from safetensors.torch import load_file, save_file
 
 from trip_engines.onnx_engine import finish_onnx_engine
 from trip_export import export as export_module
-from trip_export.components import component
+from trip_export.components import component, signatures
 from trip_export.export import export_bundle
 from trip_export.onnx_export import DYNAMIC_SHAPE_OPERATORS, export_onnx
 from trip_export.plan import ExportOptions
 from trip_rt import Animator, InputError
 from trip_rt.backends import EngineOptions, engine_class
 from trip_rt.bundle import open_bundle
-from trip_rt.manifest import COMPONENTS, EngineSpec, tensors
+from trip_rt.manifest import COMPONENTS, SPEEDUPS, EngineSpec
 
-EVERYTHING_REUSED = [f"{name} (onnx)" for name in COMPONENTS]
+EVERYTHING_REUSED = [f"{name} (onnx)" for name in (*COMPONENTS, *SPEEDUPS)]
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_simplification_is_counted(tiny_export):
     for name, (before, after) in tiny_export.operators.items():
         assert after.total() < before.total() / 2, name
         assert {"Shape", "Expand"} & set(before) or name == "text_encoder"
-    assert tiny_export.unsupported == {name: [] for name in COMPONENTS}  # TensorRT's parser knows all of them
+    assert tiny_export.unsupported == {name: [] for name in (*COMPONENTS, *SPEEDUPS)}  # TensorRT's parser knows all of them
 
 
 def test_graphs_say_nothing_of_where_they_were_made(tiny_bundle):
@@ -90,7 +90,7 @@ def test_parity_is_measured_and_recorded(tiny_export):
     (parity,) = open_bundle(tiny_export.bundle).manifest.profile().parity.values()
     assert parity == tiny_export.parity["onnxruntime"].to_json()
     assert parity["passed"]
-    assert set(parity["components"]) == set(COMPONENTS)
+    assert set(parity["components"]) == {*COMPONENTS, *SPEEDUPS}
     assert parity["latents_psnr"] >= 60
 
 
@@ -274,7 +274,7 @@ def test_every_fusion_is_exported_with_the_same_inputs(fusion, tmp_path):
     part = component(model, "tnf", 1, 5)
     export_onnx(part, tmp_path / "draft.onnx")
     names = finish_onnx_engine(tmp_path / "draft.onnx", tmp_path / "tnf.onnx")
-    spec = EngineSpec(names, "", "fp32", {}, 0.0, {}, *tensors(model.config, 1, 5)["tnf"])
+    spec = EngineSpec(names, "", "fp32", {}, 0.0, {}, *signatures(model, 1, 5)["tnf"])
     assert [tensor.name for tensor in spec.inputs] == list(part.inputs)
     engine = engine_class("onnxruntime").open(tmp_path / "tnf.onnx", spec, EngineOptions())
     found = engine.run({name: tensor.numpy() for name, tensor in part.inputs.items()})["noise"]

@@ -101,9 +101,10 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Buil
                 patch.setattr(inductor_export, "_strip", read)
                 target = export_inductor(part, path, precision, "cpu")
             with torch.no_grad():
-                shape = tuple(part.module(*part.inputs.values()).shape)
+                made = part.module(*part.inputs.values())
             inputs = tuple(TensorSpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in part.inputs.items())
-            outputs = (TensorSpec(part.output, "float32", shape),)
+            shapes = [tuple(tensor.shape) for tensor in (made if isinstance(made, tuple) else (made,))]
+            outputs = tuple(TensorSpec(name, "float32", shape) for name, shape in zip(part.outputs, shapes, strict=True))
             spec = EngineSpec((path.name,), "0" * 64, precision, {}, 0.0, target, inputs, outputs)
             done[name, precision] = Built(part, path, spec, "".join(code))
         return done[name, precision]
@@ -155,12 +156,12 @@ def test_an_engine_agrees_with_pytorch(build, temporary, name, precision, least,
     for array in changed.values():
         array.flags.writeable = False
     outputs = engine.run(changed)
-    assert list(outputs) == [built.part.output]
-    for found, inputs in ((first, built.inputs), (outputs[built.part.output], {key: array.copy() for key, array in changed.items()})):
+    assert list(outputs) == list(built.part.outputs)
+    for found, inputs in ((first, built.inputs), (outputs[built.part.outputs[0]], {key: array.copy() for key, array in changed.items()})):
         assert found.dtype == np.float32 and found.flags.c_contiguous and found.flags.writeable
         assert least <= relative_rms(found, built.expected(inputs)) <= most
     assert (first == kept).all(), "the second call wrote into the first one's output"
-    assert relative_rms(outputs[built.part.output], first) > 1e-3
+    assert relative_rms(outputs[built.part.outputs[0]], first) > 1e-3
     assert engine.describe() == {"backend": "inductor", "version": torch.__version__, "device": "cpu"}
 
 
@@ -238,9 +239,9 @@ def test_matrix_products_and_convolutions_are_in_the_precision_asked_for(name, p
     program = export_program(component(tiny_model(), name, 1, 5), precision, "cpu")
     products = dtypes(program, "aten.conv", "aten.linear", "aten.matmul", "aten.scaled_dot_product")
     assert set(products) == {HALF.get(precision, torch.float32)} and products.total() >= least
-    (output,) = program.graph.output_node().args[0]
+    outputs = program.graph.output_node().args[0]
     inputs = [node.meta["val"].dtype for node in program.graph.find_nodes(op="placeholder")]
-    assert output.meta["val"].dtype == torch.float32 and set(inputs) <= {torch.float32, torch.int64}
+    assert {output.meta["val"].dtype for output in outputs} == {torch.float32} and set(inputs) <= {torch.float32, torch.int64}
 
 
 def test_the_noise_prior_stays_in_fp32():

@@ -149,7 +149,7 @@ def test_fused_step(batch, frames, height, width, dtype):
         fused_step_ref(reference, **double)
         assert int(buffers["timestep"]) == timestep == int(double["timestep"]) and int(buffers["step"]) == row == int(double["step"])
         assert torch.equal(buffers["latents"][:batch], buffers["latents"][batch:])
-        assert rms_ratio(buffers["latents"], double["latents"]) <= BOUNDS[dtype]
+        assert max(rms_ratio(buffers[name], double[name]) for name in ("latents", "history")) <= BOUNDS[dtype]
         buffers["residual_noise"].copy_(torch.randn(buffers["residual_noise"].shape, generator=torch.Generator().manual_seed(row)))
         double["residual_noise"].copy_(buffers["residual_noise"])
     assert torch.equal(buffers["latents"][:, :, 0], buffers["first_frame"]), "the clip starts with the picture"
@@ -162,7 +162,7 @@ def test_the_beginning_only_holds_frame_1():
     before = buffers["latents"].clone()
     fused_step(fusion, **buffers)
     assert torch.equal(buffers["latents"][:, :, 1:], before[:, :, 1:]) and int(buffers["timestep"]) == 999
-    signal, sigma = buffers["table"][0, 7:]
+    signal, sigma = buffers["table"][0, -2:]
     expected = signal * buffers["first_frame"][:1] + sigma * buffers["first_noise"]
     torch.testing.assert_close(buffers["latents"][:1, :, 0], expected)
 

@@ -17,7 +17,7 @@ from trip_export.plan import ExportOptions
 from trip_rt import Animator, InputError
 from trip_rt.bundle import open_bundle
 from trip_rt.errors import EngineError
-from trip_rt.manifest import COMPONENTS
+from trip_rt.manifest import COMPONENTS, SPEEDUPS
 
 HALF = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
@@ -215,4 +215,4 @@ def test_fp32_is_the_graph_itself(tmp_path):
 
 def test_the_recording_serves_every_component(tiny_bundle):
     (path,) = tiny_bundle.glob("reference-*")
-    assert set(Reference.load(path).samples) == set(COMPONENTS)
+    assert set(Reference.load(path).samples) == {*COMPONENTS, *SPEEDUPS}

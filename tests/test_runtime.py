@@ -17,7 +17,7 @@ from PIL import Image
 from trip_rt import Animation, Animator, InputError, backends
 from trip_rt.backends import EngineOptions
 from trip_rt.devices import open_device
-from trip_rt.manifest import tensors
+from trip_rt.manifest import COMPONENTS, SPEEDUPS, tensors
 from trip_rt.pipeline import Pipeline
 from trip_rt.tokenizer import MAX_CHARACTERS
 
@@ -177,19 +177,20 @@ def remade(animator, profile, **engines):
     """`animator` with another profile and other engines."""
     other = copy.copy(animator)
     other.profile, other.engines = profile, animator.engines | engines
-    other._pipeline = Pipeline(open_device("cpu"), animator.config, profile, other.engines, Path("unused"), cuda_graph=True)
+    other._pipeline = Pipeline(open_device("cpu"), animator.config, profile, other.engines.get, Path("unused"), cuda_graph=True)
     return other
 
 
 def with_tensors(animator, name, batch, decode_frames):
     """That engine's spec, for another batch or chunk."""
-    inputs, outputs = tensors(animator.config, batch, decode_frames)[name]
+    profile = animator.profile
+    inputs, outputs = tensors(animator.config, batch, decode_frames, profile.context_width, profile.features_shape)[name]
     return dataclasses.replace(animator.engines[name].spec, inputs=inputs, outputs=outputs)
 
 
 def batched(animator, batch):
     """`animator` as if its bundle had been exported for `batch` clips at a time."""
-    halves = {"text_encoder": 1, "vae_encoder": 1, "unet": 2, "tnf": 2}
+    halves = {"text_encoder": 1, "text_projection": 2, "vae_encoder": 1, "unet": 2, "tnf": 2}
     engines = {name: ForBatches(animator.engines[name], with_tensors(animator, name, batch, 1), batch, n) for name, n in halves.items()}
     return remade(animator, dataclasses.replace(animator.profile, batch=batch), **engines)
 
@@ -274,9 +275,9 @@ def inputs_of(engine):
     return {tensor.name: np.zeros(tensor.shape, tensor.dtype) for tensor in engine.spec.inputs}
 
 
-@pytest.mark.parametrize("name", ["text_encoder", "vae_encoder", "unet", "tnf", "vae_decoder"])
+@pytest.mark.parametrize("name", [*COMPONENTS, *SPEEDUPS])
 def test_engines_check_their_inputs(tiny_animator, name):
-    engine = tiny_animator.engines[name]
+    engine = tiny_animator.engine(name)
     outputs = engine.run(inputs_of(engine))
     assert {(key, str(array.dtype), array.shape) for key, array in outputs.items()} == {(t.name, t.dtype, t.shape) for t in engine.spec.outputs}
     for key, array in inputs_of(engine).items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,7 +14,7 @@ from trip_rt.backends import Engine
 from trip_rt.devices import Device
 from trip_rt.errors import InputError
 from trip_rt.manifest import KernelSpec
-from trip_rt.sampler import LoopBuffers
+from trip_rt.sampler import Array, LoopBuffers
 
 if TYPE_CHECKING:
     from trip_rt.devices.cuda import CudaDevice
@@ -30,7 +30,8 @@ class AfterUNet(Protocol):
 
 
 class EngineStep:
-    """TNF by its engine, the rest by numpy: on any device, but through the host."""
+    """TNF by its engine, the rest by numpy: on any device, but through the host. An engine of half the batch is that of steps without guidance, and
+    works on the conditional half."""
 
     name = "the engine of tnf"
     capturable = False
@@ -38,28 +39,43 @@ class EngineStep:
     def __init__(self, device: Device, buffers: LoopBuffers, tnf: Engine):
         self._device, self._buffers = device, buffers
         self._signal, self._sigma = device.zeros("float32", (1,)), device.zeros("float32", (1,))
-        self._noise = device.zeros("float32", buffers.latents.shape)
-        shared = {name: getattr(buffers, name) for name in ("latents", "first_frame", "residual_noise", "timestep")}
-        self._tnf = tnf.bind(shared | {"sqrt_alpha_bar": self._signal, "sqrt_one_minus_alpha_bar": self._sigma, "noise": self._noise})
+        self._noise = device.zeros("float32", tnf.spec.outputs[0].shape)
+        halves = {name: getattr(buffers, name)[-self._noise.shape[0] :] for name in ("latents", "first_frame", "residual_noise")}
+        coefficients = {"timestep": buffers.timestep, "sqrt_alpha_bar": self._signal, "sqrt_one_minus_alpha_bar": self._sigma}
+        self._tnf = tnf.bind(halves | coefficients | {"noise": self._noise})
 
     def __call__(self) -> None:
         device, buffers = self._device, self._buffers
         row = int(device.read(buffers.step)[0])
-        _, signal, sigma, a, b, guidance_scale, next_timestep, next_signal, next_sigma = device.read(buffers.table.row(row))
+        columns = device.read(buffers.table.row(row))
+        _, signal, sigma, guidance_scale = columns[:4]
+        of_latents, of_corrected, (next_timestep, next_signal, next_sigma) = columns[4:9], columns[9:14], columns[14:]
         batch = clips(buffers)
         latents, first_frame = device.read(buffers.latents[:batch]), device.read(buffers.first_frame[:batch])
-        if b != 0:
+        if row > 0:
             device.write(self._signal, np.array([signal]))
             device.write(self._sigma, np.array([sigma]))
             self._tnf()
-            unconditional, conditional = np.split(device.read(self._noise), 2)
-            guided = unconditional + guidance_scale * (conditional - unconditional)
-            latents = a * latents + b * guided
+            noise = device.read(self._noise)
+            if len(noise) > batch:
+                unconditional, conditional = np.split(noise, 2)
+                noise = unconditional + guidance_scale * (conditional - unconditional)
+            history = device.read(buffers.history)
+            terms = (latents, noise, *history)
+            clean = (latents - sigma * noise) / signal
+            device.write(buffers.history, np.stack([_combined(of_corrected, terms), clean, history[1]]))
+            latents = _combined(of_latents, terms)
         # Frame 1 follows its exact path, on which its prior is its exact noise.
         latents[:, :, 0] = next_signal * first_frame + next_sigma * device.read(buffers.first_noise)
         device.write(buffers.latents, np.concatenate([latents, latents]))
         device.write(buffers.timestep, np.array([next_timestep], np.int64))
         device.write(buffers.step, np.array([row + 1], np.int32))
+
+
+def _combined(coefficients: Array, terms: Sequence[Array]) -> Array:
+    """The linear combination, without the terms whose coefficient is 0."""
+    parts = [coefficient * term for coefficient, term in zip(coefficients, terms, strict=True) if coefficient != 0]
+    return sum(parts[1:], start=parts[0]) if parts else np.zeros_like(terms[0])
 
 
 def clips(buffers: LoopBuffers) -> int:
@@ -81,7 +97,7 @@ class KernelStep:
         blob = np.fromfile(folder / spec.weights, np.uint8)
         weights = device.zeros("uint8", blob.shape)
         device.write(weights, blob)
-        known: dict[str, tuple[int, Any]] = {name: (buffer.address, ctypes.c_void_p) for name, buffer in vars(buffers).items()}
+        known: dict[str, tuple[int, Any]] = {name: (buffer.address, ctypes.c_void_p) for name, buffer in vars(buffers).items() if buffer}
         known |= {name: (weights.address + start, ctypes.c_void_p) for name, start in spec.tensors.items()}
         known |= {"batch": (batch, ctypes.c_int32), "pixels": (pixels, ctypes.c_int32), "scratch": (0, ctypes.c_void_p)}
         if unknown := [name for name in spec.parameters if name not in known]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import os
 import secrets
@@ -19,13 +20,15 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from trip_rt import backends, images, video
-from trip_rt.animator import Animator, sampling
+from trip_rt.animator import Animator, run_steps
 from trip_rt.bundle import read_manifest
 from trip_rt.command import CommandParser, add_json_flag, main_of, note, report
 from trip_rt.config import TripConfig
 from trip_rt.errors import InputError, printable
 from trip_rt.jobs import Job, check_jobs, load_pictures, read_batch
 from trip_rt.manifest import Profile
+from trip_rt.solvers import SOLVERS
+from trip_rt.speed import SPEEDS, Speed
 from trip_rt.tokenizer import check_text
 
 MAX_THREADS = 256
@@ -47,7 +50,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch", type=Path, metavar="FILE", help="a file that asks for a clip a line; paths in it are relative to the current folder"
     )
-    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (the model's own)")
+    parser.add_argument(
+        "--speed", choices=tuple(SPEEDS), default="exact", help="settled ways to trade likeness to the exact clip for time (%(default)s)"
+    )
+    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (the speed's, or the model's own)")
+    parser.add_argument("--solver", choices=SOLVERS, help="how to step; all but ddim need fewer steps (the speed's)")
+    parser.add_argument(
+        "--guidance-interval",
+        type=_interval,
+        metavar="LOW,HIGH",
+        help="guide only where the timestep lies between these shares of the schedule, 0 to 1 (the speed's)",
+    )
+    parser.add_argument("--feature-reuse", type=int, metavar="N", help="run the whole UNet every N steps only, 1 for each (the speed's)")
     parser.add_argument("--guidance-scale", type=float, metavar="G", help="how closely to follow the prompt, 0 to 100 (the model's own)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, another clip (%(default)s)")
     parser.add_argument("--fps", type=float, metavar="F", help=f"frames a second, {video.MIN_FPS:g} to {video.MAX_FPS:g} (the model's own)")
@@ -71,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
         check_jobs(jobs, args.contact_sheet)
         manifest = read_manifest(args.bundle)
         profile, options = manifest.profile(args.profile), backends.EngineOptions(args.device, args.threads)
-        steps, _ = sampling(manifest.config, args.steps, args.guidance_scale)
+        speed = _speed(args)
+        steps = run_steps(manifest.config, speed, args.steps, args.guidance_scale)
         fps = _check_options(args, manifest.config, profile, options)
         pictures = load_pictures(jobs, profile.height, profile.width, args.fit)
         animator = Animator(args.bundle, args.backend, profile.name, options)
@@ -87,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
                     [job.prompt for job in group],
                     [job.seed for job in group],
                     negative_prompt=args.negative_prompt,
+                    speed=speed,
                     num_inference_steps=args.steps,
                     guidance_scale=args.guidance_scale,
                     on_step=lambda *_: bar.update(),
@@ -113,6 +129,20 @@ def run(args: argparse.Namespace) -> int:
     stages = ", ".join(f"{stage} {value:.2f}" for stage, value in seconds.items() if stage != "total")
     report(args, figures, f"{sheet}{len(clips)} {'clip' if len(clips) == 1 else 'clips'} in {seconds['total']:.2f} s: {stages}")
     return 0
+
+
+def _speed(args: argparse.Namespace) -> Speed:
+    """The speed asked for, changed by the options that were given."""
+    given = {"solver": args.solver, "guidance_interval": args.guidance_interval, "feature_reuse": args.feature_reuse}
+    return dataclasses.replace(SPEEDS[args.speed], **{name: value for name, value in given.items() if value is not None})
+
+
+def _interval(text: str) -> tuple[float, float]:
+    low, _, high = text.partition(",")
+    try:
+        return float(low), float(high)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected two numbers such as 0.2,0.8") from None
 
 
 def _jobs(args: argparse.Namespace) -> list[Job]:

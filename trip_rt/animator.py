@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -15,12 +18,12 @@ from numpy.typing import NDArray
 from trip_rt import backends, images, video
 from trip_rt.bundle import Bundle, open_bundle
 from trip_rt.config import TripConfig
-from trip_rt.devices import open_device
+from trip_rt.devices import Device, open_device
 from trip_rt.errors import InputError
-from trip_rt.manifest import COMPONENTS
+from trip_rt.manifest import COMPONENTS, EngineSpec
 from trip_rt.pipeline import Pipeline
 from trip_rt.sampler import Array, initial_noise
-from trip_rt.schedule import DDIMStep, ddim_steps
+from trip_rt.speed import LoopStep, Speed, loop_steps, speed_named
 from trip_rt.tokenizer import PromptTokenizer
 
 if TYPE_CHECKING:
@@ -44,18 +47,22 @@ class Animation:
         video.save(self.frames, path, self.fps)
 
 
-def sampling(config: TripConfig, num_inference_steps: int | None, guidance_scale: float | None) -> tuple[list[DDIMStep], float]:
-    """A run's steps and guidance scale, the model's own where None; InputError where out of bounds."""
-    guidance = config.guidance_scale if guidance_scale is None else guidance_scale
-    if not (math.isfinite(guidance) and 0 <= guidance <= 100):
-        raise InputError(f"guidance scale: found {guidance}, expected 0 to 100")
-    return ddim_steps(config.schedule, config.num_inference_steps if num_inference_steps is None else num_inference_steps), guidance
+def run_steps(config: TripConfig, speed: Speed | str, num_inference_steps: int | None, guidance_scale: float | None) -> list[LoopStep]:
+    """The steps of a run, with `num_inference_steps` in place of the speed's own where given; InputError where something is out of bounds."""
+    chosen = speed_named(speed) if isinstance(speed, str) else speed
+    if num_inference_steps is not None:
+        chosen = dataclasses.replace(chosen, num_inference_steps=num_inference_steps)
+    return loop_steps(config, chosen, guidance_scale)
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
     """InputError for a seed that the noise generator cannot take."""
     if wrong := [seed for seed in seeds if not 0 <= seed < 2**64]:
         raise InputError(f"seed: found {wrong[0]}, expected 0 to 2^64 − 1")
+
+
+def _open(cls: type[backends.Engine], bundle: Bundle, options: backends.EngineOptions, device: Device, spec: EngineSpec) -> backends.Engine:
+    return cls.open(bundle.engine_path(spec), spec, options, device)
 
 
 class Animator:
@@ -85,11 +92,12 @@ class Animator:
         self._tokenizer = PromptTokenizer(opened.tokenizer_json, self.config.text_length)
         self._device = open_device(cls.probe(self.profile.engines["unet"][self.backend], options))
         self.engines: dict[str, backends.Engine] = {}
+        self._open = partial(_open, cls, opened, options, self._device)
         try:
-            for name in COMPONENTS:
-                spec = self.profile.engines[name][self.backend]
-                self.engines[name] = cls.open(opened.engine_path(spec), spec, options, self._device)
-            self._pipeline = Pipeline(self._device, self.config, self.profile, self.engines, opened.folder, options.cuda_graph)
+            if self._device.kind == "cpu":
+                with ThreadPoolExecutor(os.cpu_count()) as pool:  # opening an engine is mostly one thread's work
+                    list(pool.map(self.engine, COMPONENTS))
+            self._pipeline = Pipeline(self._device, self.config, self.profile, self.engine, opened.folder, options.cuda_graph)
         except BaseException:
             self.close()
             raise
@@ -105,6 +113,7 @@ class Animator:
         *,
         seeds: Sequence[int] | None = None,
         negative_prompt: str = "",
+        speed: Speed | str = "exact",
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         fit: images.Fit = "crop",
@@ -112,7 +121,8 @@ class Animator:
     ) -> list[Animation]:
         """Animate several pictures, `profile.batch` at a time; a clip depends on its own seed and not on its neighbours.
 
-        `seeds` default to 0, 1, …; `num_inference_steps` and `guidance_scale` to the model's own; `fit` is `crop` or `letterbox`;
+        `seeds` default to 0, 1, …; `speed` is one of `trip_rt.speed.SPEEDS` or a Speed; `num_inference_steps` and `guidance_scale` default to the
+        speed's and the model's own; `fit` is `crop` or `letterbox`;
         `on_step(done, total)` is called after every denoising step of all groups. InputError for anything out of bounds.
         """
         seeds = list(range(len(pictures))) if seeds is None else list(seeds)
@@ -120,9 +130,9 @@ class Animator:
             raise InputError(f"batch: found {len(pictures)} pictures, {len(prompts)} prompts and {len(seeds)} seeds, expected as many of each")
         loaded = [images.load_image(picture, self.config.height, self.config.width, fit) for picture in pictures]
         fitted = np.stack(loaded) if loaded else np.zeros((0, self.config.height, self.config.width, 3), np.uint8)
-        settings = sampling(self.config, num_inference_steps, guidance_scale)
+        steps = run_steps(self.config, speed, num_inference_steps, guidance_scale)
         clips: list[Animation] = []
-        for rows in self._denoised(fitted, prompts, seeds, negative_prompt, *settings, on_step):
+        for rows in self._denoised(fitted, prompts, seeds, negative_prompt, steps, on_step):
             for clip, row in enumerate(rows):
                 frames = np.concatenate([images.to_frames(pixels) for pixels in self._pipeline.decode(clip)])
                 clips.append(Animation(frames, self.config.fps, prompts[row], seeds[row]))
@@ -135,6 +145,7 @@ class Animator:
         *,
         seed: int = 0,
         negative_prompt: str = "",
+        speed: Speed | str = "exact",
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         fit: images.Fit = "crop",
@@ -142,8 +153,8 @@ class Animator:
     ) -> Iterator[NDArray[np.uint8]]:
         """One clip's frames, uint8 [H, W, 3] each, as they are decoded; settings as in `batch`."""
         picture = images.load_image(image, self.config.height, self.config.width, fit)
-        settings = sampling(self.config, num_inference_steps, guidance_scale)
-        for _ in self._denoised(picture[None], [prompt], [seed], negative_prompt, *settings, on_step):
+        steps = run_steps(self.config, speed, num_inference_steps, guidance_scale)
+        for _ in self._denoised(picture[None], [prompt], [seed], negative_prompt, steps, on_step):
             for pixels in self._pipeline.decode(0):
                 yield from images.to_frames(pixels)
 
@@ -154,13 +165,14 @@ class Animator:
         seeds: Sequence[int],
         *,
         negative_prompt: str = "",
+        speed: Speed | str = "exact",
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         on_step: OnStep | None = None,
     ) -> Array:
         """The denoised latents float32 [n, C, F, h, w] of fitted pictures uint8 [n, H, W, 3]."""
-        settings = sampling(self.config, num_inference_steps, guidance_scale)
-        groups = [self._pipeline.latents()[: len(rows)] for rows in self._denoised(pictures, prompts, seeds, negative_prompt, *settings, on_step)]
+        steps = run_steps(self.config, speed, num_inference_steps, guidance_scale)
+        groups = [self._pipeline.latents()[: len(rows)] for rows in self._denoised(pictures, prompts, seeds, negative_prompt, steps, on_step)]
         return np.concatenate(groups) if groups else np.zeros((0, *self._latent_shape), np.float32)
 
     def decode(self, latents: Array) -> Iterator[NDArray[np.uint8]]:
@@ -179,8 +191,7 @@ class Animator:
         prompts: Sequence[str],
         seeds: Sequence[int],
         negative_prompt: str,
-        steps: list[DDIMStep],
-        guidance_scale: float,
+        steps: list[LoopStep],
         on_step: OnStep | None,
     ) -> Iterator[range]:
         """Denoise `profile.batch` pictures at a time: yields which they are, while the pipeline holds their latents."""
@@ -197,8 +208,15 @@ class Animator:
             unconditional, conditional = self._tokenizer([negative_prompt] * batch), self._tokenizer([prompts[row] for row in rows])
             self._pipeline.encode(unconditional, conditional, images.to_model(pictures[rows]))
             noise = initial_noise([seeds[row] for row in rows], self._latent_shape)
-            self._pipeline.denoise(noise, steps, guidance_scale, report)
+            self._pipeline.denoise(noise, steps, report)
             yield range(start, min(start + batch, len(pictures)))
+
+    def engine(self, name: str) -> backends.Engine | None:
+        """A component's engine, opened when first asked for; None where the bundle has none for this backend."""
+        spec = self.profile.engines.get(name, {}).get(self.backend)
+        if spec and name not in self.engines:
+            self.engines[name] = self._open(spec)
+        return self.engines.get(name)
 
     def describe(self) -> dict[str, Any]:
         """The backend in use, why, what it runs on, and how the loop runs there."""

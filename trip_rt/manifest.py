@@ -14,8 +14,10 @@ from typing import Any
 from trip_rt.config import TripConfig, from_json, to_json
 from trip_rt.errors import InputError
 
-FORMAT_VERSION = 3
-COMPONENTS = ("text_encoder", "vae_encoder", "unet", "tnf", "vae_decoder")
+FORMAT_VERSION = 4
+COMPONENTS = ("text_encoder", "text_projection", "vae_encoder", "unet", "tnf", "vae_decoder")
+# Parts of those that a bundle may hold besides, for steps without guidance and steps that reuse deep features (speed.py).
+SPEEDUPS = ("unet_shallow", "unet_unguided", "unet_unguided_shallow", "tnf_unguided")
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class KernelSpec:
 class Profile:
     """Engines of one set of static shapes: `engines[component][backend]`, run on `batch` clips and decoding `decode_frames` frames at a time.
 
+    `context_width`: numbers that all cross-attentions' keys and values of a token take. `features_shape`: of one clip's deep features in the UNet.
     `kernels[precision]` is the fused step for GPUs beside UNets of that precision; there may be none. `reference` is a file of the PyTorch model's
     own inputs and outputs, or "" where none were recorded; `parity[backend]` are the figures measured against it at export.
     """
@@ -103,6 +106,8 @@ class Profile:
     width: int
     batch: int
     decode_frames: int
+    context_width: int
+    features_shape: tuple[int, ...]
     engines: Mapping[str, Mapping[str, EngineSpec]]
     kernels: Mapping[str, KernelSpec]
     reference: str
@@ -156,27 +161,37 @@ class Manifest:
         return dataclasses.replace(self.config, num_frames=profile.num_frames, height=profile.height, width=profile.width)
 
 
-def tensors(config: TripConfig, batch: int, decode_frames: int) -> dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]]:
+Signature = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
+
+
+def tensors(config: TripConfig, batch: int, decode_frames: int, context_width: int, features_shape: tuple[int, ...]) -> dict[str, Signature]:
     """Inputs and outputs of every component's graph, for a config of the profile's shapes: the loop's tensors hold 2·batch clips, the
-    unconditional half first."""
+    unconditional half first, those of `_unguided` graphs the conditional half alone."""
     channels, height, width = config.latent_channels, config.latent_height, config.latent_width
 
     def f32(name: str, *shape: int) -> TensorSpec:
         return TensorSpec(name, "float32", shape)
 
-    latents = f32("latents", 2 * batch, channels, config.num_frames, height, width)
-    first_frame = f32("first_frame", 2 * batch, channels, height, width)
-    residual, noise = (dataclasses.replace(latents, name=name) for name in ("residual_noise", "noise"))
-    timestep = TensorSpec("timestep", "int64", (1,))
-    coefficients = (f32("sqrt_alpha_bar", 1), f32("sqrt_one_minus_alpha_bar", 1))
+    def denoising(clips: int) -> tuple[Signature, Signature, Signature]:
+        latents = f32("latents", clips, channels, config.num_frames, height, width)
+        first_frame = f32("first_frame", clips, channels, height, width)
+        residual, noise = (dataclasses.replace(latents, name=name) for name in ("residual_noise", "noise"))
+        timestep = TensorSpec("timestep", "int64", (1,))
+        context, features = f32("context", clips, config.text_length, context_width), f32("features", clips, *features_shape)
+        unet, coefficients = (latents, first_frame, timestep, context), (f32("sqrt_alpha_bar", 1), f32("sqrt_one_minus_alpha_bar", 1))
+        tnf = (latents, first_frame, residual, *coefficients, timestep)
+        return (unet, (residual, features)), ((*unet, features), (residual,)), (tnf, (noise,))
+
     input_ids = TensorSpec("input_ids", "int64", (batch, config.text_length))
     text = f32("text", 2 * batch, config.text_length, config.text_width)
+    of_both, of_conditional = ("unet", "unet_shallow", "tnf"), ("unet_unguided", "unet_unguided_shallow", "tnf_unguided")
     return {
         "text_encoder": ((input_ids,), (f32("text", batch, config.text_length, config.text_width),)),
+        "text_projection": ((text,), (f32("context", 2 * batch, config.text_length, context_width),)),
         "vae_encoder": ((f32("image", batch, 3, config.height, config.width),), (f32("latent", batch, channels, height, width),)),
-        "unet": ((latents, first_frame, timestep, text), (residual,)),
-        "tnf": ((latents, first_frame, residual, *coefficients, timestep), (noise,)),
         "vae_decoder": ((f32("latents", decode_frames, channels, height, width),), (f32("image", decode_frames, 3, config.height, config.width),)),
+        **dict(zip(of_both, denoising(2 * batch), strict=True)),
+        **dict(zip(of_conditional, denoising(batch), strict=True)),
     }
 
 
@@ -228,7 +243,8 @@ def _validator() -> Any:
 
 def _profile(data: dict[str, Any]) -> Profile:
     engines = {component: {backend: engine_spec(spec) for backend, spec in specs.items()} for component, specs in data["engines"].items()}
-    return Profile(**(data | {"engines": engines, "kernels": {precision: kernel_spec(spec) for precision, spec in data["kernels"].items()}}))
+    kernels = {precision: kernel_spec(spec) for precision, spec in data["kernels"].items()}
+    return Profile(**(data | {"engines": engines, "kernels": kernels, "features_shape": tuple(data["features_shape"])}))
 
 
 def kernel_spec(data: dict[str, Any]) -> KernelSpec:
@@ -250,7 +266,7 @@ def _check_consistent(manifest: Manifest, where: str) -> None:
     if len(set(names)) < len(names):
         raise InputError(f"{where}: found two profiles of one name among {', '.join(names)}; {again}")
     for profile in manifest.profiles:
-        expected = tensors(manifest.config_of(profile), profile.batch, profile.decode_frames)
+        expected = tensors(manifest.config_of(profile), profile.batch, profile.decode_frames, profile.context_width, profile.features_shape)
         spoken_of = {"tokenizer.json", profile.reference} - {""}
         for component, engines in profile.engines.items():
             for backend, spec in engines.items():

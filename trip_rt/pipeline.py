@@ -2,66 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trip_rt.after_unet import after_unet
+from trip_rt.after_unet import AfterUNet, after_unet
 from trip_rt.backends import Engine
 from trip_rt.config import TripConfig
-from trip_rt.devices import Device
-from trip_rt.manifest import Profile
+from trip_rt.devices import Buffer, Device
+from trip_rt.devices.base import Work
+from trip_rt.errors import InputError
+from trip_rt.manifest import Profile, TensorSpec
 from trip_rt.sampler import Array, denoise, loop_buffers
-from trip_rt.schedule import DDIMStep
+from trip_rt.speed import LoopStep
 
 
 class Pipeline:
     """Runs `profile.batch` clips at a time: `encode`, then `denoise`, then `decode` each.
 
+    `engine` opens a component's engine, or gives None where the bundle has none; those that only some steps need are asked for when they come.
     `cuda_graph`: whether a step is recorded once as a CUDA graph and replayed, where the engine lets itself be recorded; `graph` says whether it was.
     `folder` is the bundle's, for the kernels.
     """
 
-    def __init__(self, device: Device, config: TripConfig, profile: Profile, engines: Mapping[str, Engine], folder: Path, cuda_graph: bool):
-        self._device, self._batch = device, profile.batch
+    def __init__(self, device: Device, config: TripConfig, profile: Profile, engine: Callable[[str], Engine | None], folder: Path, cuda_graph: bool):
+        self._device, self._profile, self._folder, self._engine, self._cuda_graph = device, profile, folder, engine, cuda_graph
         self._runs = 0
-        self._text, self._image, self._decoder = (_Bound(device, engines[name]) for name in ("text_encoder", "vae_encoder", "vae_decoder"))
+        self._text, self._projection, self._image, self._decoder = (
+            _Bound(device, _present(engine, name)) for name in ("text_encoder", "text_projection", "vae_encoder", "vae_decoder")
+        )
         self._frames = device.read_back(self._decoder.output)
-        self.buffers = buffers = loop_buffers(device, config, profile.batch)
-        unet_engine = engines["unet"]
-        unet = unet_engine.bind({tensor.name: getattr(buffers, tensor.name) for tensor in (*unet_engine.spec.inputs, *unet_engine.spec.outputs)})
-        self.after_unet = after_unet(device, buffers, engines["tnf"], folder, profile.kernels.get(unet_engine.spec.precision))
+        self.buffers = loop_buffers(device, config, profile.batch, profile.context_width, profile.features_shape)
+        self.graph = False
+        self._after: dict[bool, AfterUNet] = {}
+        self._works: dict[tuple[bool, bool], Work] = {}
+        self.after_unet = self._after_unet(True)
+        self._work(True, False)
 
-        def denoising_step() -> None:
-            unet()
-            self.after_unet()
+    def _work(self, guided: bool, shallow: bool) -> Work:
+        """A denoising step with guidance or without, by the whole UNet or by its outermost layer; InputError where the bundle cannot."""
+        if (guided, shallow) not in self._works:
+            engine = self._engine(f"unet{'' if guided else '_unguided'}{'_shallow' if shallow else ''}")
+            if engine is None and not shallow:
+                self._works[guided, shallow] = self._work(True, False)  # which does more than is needed
+                return self._works[guided, shallow]
+            if engine is None:
+                raise InputError("feature reuse: found no engine of the UNet's outermost layer in the bundle; export it again without --no-speedups")
+            unet = engine.bind({tensor.name: self._part(tensor) for tensor in (*engine.spec.inputs, *engine.spec.outputs)})
+            after_unet = self._after_unet(guided)
 
-        self.graph = cuda_graph and device.kind == "cuda" and unet_engine.capturable and self.after_unet.capturable
-        self._denoising_step = unet_engine.capture(denoising_step) if self.graph else denoising_step
+            def denoising_step() -> None:
+                unet()
+                after_unet()
+
+            graph = self._cuda_graph and self._device.kind == "cuda" and engine.capturable and after_unet.capturable
+            self.graph |= graph
+            self._works[guided, shallow] = engine.capture(denoising_step) if graph else denoising_step
+        return self._works[guided, shallow]
+
+    def _part(self, tensor: TensorSpec) -> Buffer:
+        """The loop's buffer of that name, or its conditional half for an engine of half the batch."""
+        buffer: Buffer = getattr(self.buffers, tensor.name)
+        return buffer[-tensor.shape[0] :]
+
+    def _after_unet(self, guided: bool) -> AfterUNet:
+        if guided not in self._after:
+            tnf = self._engine("tnf" if guided else "tnf_unguided")
+            precision = _present(self._engine, "unet").spec.precision
+            if tnf is None or (not guided and self.after_unet.capturable):
+                return self.after_unet  # the kernel does both, and the engine of tnf all there is to do
+            self._after[guided] = after_unet(self._device, self.buffers, tnf, self._folder, self._profile.kernels.get(precision))
+        return self._after[guided]
 
     def encode(self, unconditional: NDArray[np.int64], conditional: NDArray[np.int64], pixels: Array) -> None:
-        """Token ids [B, L] of both halves and pictures [B, 3, H, W], −1 to 1, to the loop's `text` and `first_frame`."""
-        device, buffers, batch = self._device, self.buffers, self._batch
+        """Token ids [B, L] of both halves and pictures [B, 3, H, W], −1 to 1, to the loop's `context` and `first_frame`."""
+        device, buffers, batch = self._device, self.buffers, self._profile.batch
         self._runs += 1
-        for half, ids in (buffers.text[:batch], unconditional), (buffers.text[batch:], conditional):
+        for half, ids in (self._projection.input[:batch], unconditional), (self._projection.input[batch:], conditional):
             device.write(self._text.input, ids)
             self._text.run()
             device.copy(self._text.output, half)
+        self._projection.run()
+        device.copy(self._projection.output, buffers.context)
         device.write(self._image.input, pixels)
         self._image.run()
         for half in buffers.first_frame[:batch], buffers.first_frame[batch:]:
             device.copy(self._image.output, half)
 
-    def denoise(self, noise: Array, steps: Sequence[DDIMStep], guidance_scale: float, on_step: Callable[[int, int], None] | None = None) -> None:
-        """The loop on what `encode` left, from `noise` [B, C, F, h, w]."""
-        denoise(self._device, self.buffers, self._denoising_step, self.after_unet, noise, steps, guidance_scale, on_step)
+    def denoise(self, noise: Array, steps: Sequence[LoopStep], on_step: Callable[[int, int], None] | None = None) -> None:
+        """The loop on what `encode` left, from `noise` [B, C, F, h, w]; InputError where the bundle lacks what a step asks for."""
+        works = {(step.guided, step.shallow): self._work(step.guided, step.shallow) for step in steps}
+        denoise(self._device, self.buffers, works, self.after_unet, noise, steps, on_step)
 
     def latents(self) -> Array:
         """The loop's result so far, [B, C, F, h, w]."""
-        return self._device.read(self.buffers.latents[: self._batch])
+        return self._device.read(self.buffers.latents[: self._profile.batch])
 
     def load_latents(self, latents: Array) -> None:
         """Put one clip [C, F, h, w] where `decode(0)` finds it."""
@@ -88,6 +126,12 @@ class Pipeline:
                 yield self._frames.take()[: waiting.pop(0)]
         for count in waiting:
             yield self._frames.take()[:count]
+
+
+def _present(engine: Callable[[str], Engine | None], name: str) -> Engine:
+    found = engine(name)
+    assert found  # the manifest's schema asks for it
+    return found
 
 
 class _Bound:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from trip_engines.reference import Reference, Sample
 from trip_rt.animator import Animator
-from trip_rt.manifest import COMPONENTS
+from trip_rt.manifest import COMPONENTS, SPEEDUPS
 
 # A bf16 number has three bits fewer than an fp16 one, so its rounding is 8 times as coarse; a clip has to come out as well as in fp16 all the same.
 MAX_COMPONENT_RMS = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2}
@@ -56,8 +56,8 @@ class Parity:
         return "\n".join(
             [
                 f"parity of {self.precision} with PyTorch, measured on {self.measured_on}",
-                f"{'component':<14}{'RMS error':>11}{'max error':>11}",
-                *(f"{name:<14}{c.rms_error:>11.1e}{c.max_error:>11.1e}" for name, c in sorted(self.components.items(), key=_in_order)),
+                f"{'component':<22}{'RMS error':>11}{'max error':>11}",
+                *(f"{name:<22}{c.rms_error:>11.1e}{c.max_error:>11.1e}" for name, c in sorted(self.components.items(), key=_in_order)),
                 f"whole loop, {self.num_inference_steps} steps: latents {self.latents_psnr:.1f} dB, frames {self.frames_psnr:.1f} dB",
                 f"parity: {'passed' if self.passed else 'FAILED'} (RMS error ≤ {bound:.0e} and PSNR ≥ {floor:.0f} dB expected)",
             ]
@@ -66,7 +66,7 @@ class Parity:
 
 def measure(animator: Animator, reference: Reference, precision: str, measured_on: str) -> Parity:
     """Compare `animator`'s engines with the recorded `reference`, to the bounds of `precision`."""
-    figures = {name: component_parity(animator, name, samples) for name, samples in reference.samples.items()}
+    figures = {name: component_parity(animator, name, samples) for name, samples in reference.samples.items() if animator.engine(name)}
     steps = reference.num_inference_steps
     with tqdm(total=steps, desc="parity", unit="step", disable=None, leave=False) as bar:
         found = animator.latents(
@@ -95,7 +95,7 @@ def relative_errors(found: NDArray[Any], expected: NDArray[Any]) -> tuple[float,
 
 
 def _in_order(row: tuple[str, ComponentParity]) -> int:
-    return COMPONENTS.index(row[0])
+    return (*COMPONENTS, *SPEEDUPS).index(row[0])
 
 
 def psnr(found: NDArray[Any], expected: NDArray[Any], peak: float) -> float:

@@ -42,6 +42,12 @@ class Group:
     def __str__(self) -> str:
         return f"{self.kind} in {self.block}" if self.block else self.kind
 
+    @staticmethod
+    def named(name: str) -> Group:
+        """The group that is written so."""
+        kind, _, block = name.partition(" in ")
+        return Group(kind, block or None)
+
 
 @dataclass(frozen=True)
 class Policy:

@@ -48,6 +48,9 @@ def build_export_parser() -> argparse.ArgumentParser:
         metavar="LIST",
         help="compute capabilities to compile the fused kernel for, such as 8.0,9.0; all or none (all, with triton)",
     )
+    parser.add_argument(
+        "--no-speedups", action="store_true", help="leave out the engines that only trip-animate's approximate and unguided steps need"
+    )
     tensorrt = parser.add_argument_group("TensorRT")
     tensorrt.add_argument("--workspace", type=float, metavar="GB", help="memory the builder may try tactics in (%(default)s)", default=8.0)
     tensorrt.add_argument("--optimization-level", type=int, default=3, metavar="0-5", help="higher builds longer for faster engines (%(default)s)")
@@ -105,6 +108,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         frames=args.frames,
         size=args.size,
         gpus=_gpus("all" if find_spec("triton") else "none") if args.gpus is None else args.gpus,
+        speedups=not args.no_speedups,
         add=args.add,
         parity_steps=args.parity_steps,
         device=args.device or ("cuda" if is_available() else "cpu"),

@@ -1,4 +1,4 @@
-"""The five components of a TRIP model as modules with the names, dtypes and static shapes of their graphs."""
+"""The components of a TRIP model as modules with the names, dtypes and static shapes of their graphs."""
 
 from __future__ import annotations
 
@@ -8,22 +8,36 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from trip_export.denoising_unet import DenoisingUNet, TextProjection, cross_attentions
 from trip_reference.model import TripModel
 from trip_rt.config import TripConfig
-from trip_rt.manifest import TensorSpec, tensors
+from trip_rt.manifest import Signature, TensorSpec, tensors
 
 # The checkpoint folders that a component's weights come from.
-PARTS = {"text_encoder": "text_encoder", "vae_encoder": "vae", "unet": "unet", "tnf": "fusion", "vae_decoder": "vae"}
+PARTS = {
+    "text_encoder": "text_encoder",
+    "text_projection": "unet",
+    "vae_encoder": "vae",
+    "unet": "unet",
+    "unet_shallow": "unet",
+    "unet_unguided": "unet",
+    "unet_unguided_shallow": "unet",
+    "tnf": "fusion",
+    "tnf_unguided": "fusion",
+    "vae_decoder": "vae",
+}
+# Whose weights and choice of precision a component shares, being another graph of the same network.
+VARIANT_OF = {"unet_shallow": "unet", "unet_unguided": "unet", "unet_unguided_shallow": "unet", "tnf_unguided": "tnf"}
 
 
 @dataclass(frozen=True)
 class Component:
-    """One graph to be: `module(*inputs)` takes the named tensors in order and gives the tensor called `output`."""
+    """One graph to be: `module(*inputs)` takes the named tensors in order and gives those called `outputs`, one by itself or several as a tuple."""
 
     name: str
     module: nn.Module
     inputs: dict[str, Tensor]
-    output: str
+    outputs: tuple[str, ...]
 
 
 class Call(nn.Module):
@@ -39,16 +53,39 @@ class Call(nn.Module):
 
 
 def component(model: TripModel, name: str, batch: int, decode_frames: int) -> Component:
-    """The component called `name` with example inputs of its static shapes; of `model` only its own part need hold weights."""
-    modules = {
-        "text_encoder": lambda: Call(model.encode_text, model.text_encoder),
-        "vae_encoder": lambda: Call(model.encode_image, model.vae),
-        "unet": lambda: Call(model.residual_unet),
-        "tnf": lambda: Call(model.fusion),
-        "vae_decoder": lambda: Call(model.decode, model.vae),
-    }
-    inputs, (output,) = tensors(model.config, batch, decode_frames)[name]
-    return Component(name, modules[name]().eval(), {spec.name: _example(spec) for spec in inputs}, output.name)
+    """The component called `name` with example inputs of its static shapes; of `model` only its own part need hold weights, and may be changed."""
+    match name:
+        case "text_encoder":
+            module: nn.Module = Call(model.encode_text, model.text_encoder)
+        case "text_projection":
+            module = TextProjection(model.residual_unet.unet)
+        case "vae_encoder":
+            module = Call(model.encode_image, model.vae)
+        case "tnf" | "tnf_unguided":
+            module = Call(model.fusion)
+        case "vae_decoder":
+            module = Call(model.decode, model.vae)
+        case _:
+            module = DenoisingUNet(model.residual_unet, guided="unguided" not in name, shallow="shallow" in name)
+    inputs, outputs = signatures(model, batch, decode_frames)[name]
+    return Component(name, module.eval(), {spec.name: _example(spec) for spec in inputs}, tuple(spec.name for spec in outputs))
+
+
+def signatures(model: TripModel, batch: int, decode_frames: int) -> dict[str, Signature]:
+    """`tensors` of all the model's components; no part of it need hold weights."""
+    return tensors(model.config, batch, decode_frames, context_width(model), features_shape(model))
+
+
+def context_width(model: TripModel) -> int:
+    """How many numbers all cross-attentions' keys and values of a token are."""
+    return sum(projection.out_features for one in cross_attentions(model.residual_unet.unet) for projection in (one.to_k, one.to_v))
+
+
+def features_shape(model: TripModel) -> tuple[int, int, int, int]:
+    """[F', C', h, w]: one clip's input to the UNet's last layer, besides its skip."""
+    config, unet = model.config, model.residual_unet.unet
+    frames = config.num_frames + (config.first_frame != "channel")
+    return frames, unet.config.block_out_channels[0], config.latent_height, config.latent_width
 
 
 def default_decode_frames(config: TripConfig) -> int:

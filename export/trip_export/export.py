@@ -24,7 +24,7 @@ from trip_engines.parity import Parity, measure
 from trip_engines.reference import Reference, Sample
 from trip_engines.tensorrt_build import build_engine
 from trip_engines.tensorrt_operators import unsupported
-from trip_export.components import PARTS, Component, component
+from trip_export.components import PARTS, VARIANT_OF, Component, component
 from trip_export.kernels import build_kernel
 from trip_export.onnx_export import OPSET, export_onnx
 from trip_export.plan import ExportOptions, Plan
@@ -33,7 +33,7 @@ from trip_export.store import Store, store
 from trip_reference import checkpoint
 from trip_rt.bundle import MANIFEST, TOKENIZER, Bundle
 from trip_rt.errors import InputError
-from trip_rt.manifest import COMPONENTS, EngineSpec, KernelSpec, Manifest, Profile, serialise, tensors
+from trip_rt.manifest import EngineSpec, KernelSpec, Manifest, Profile, serialise
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class _Export:
         kept = self._kept()
         if self.options.precision != "fp32":
             _ = self.reference  # by which it is chosen what stays fp32
-        engines = {name: {backend: self._engine(name, backend) for backend in self.options.backends} for name in COMPONENTS}
+        engines = {name: {backend: self._engine(name, backend) for backend in self.options.backends} for name in self.plan.components}
         profile = self._merged(engines, self._kernels(), kept)
         self.store.write(TOKENIZER, self.plan.tokenizer_json.encode())
         if self.plan.steps:
@@ -102,14 +102,24 @@ class _Export:
         """The profile asked for, with what one of the same shapes had for other backends."""
         config, reference = self.plan.config, self.plan.reference_name
         profile = Profile(
-            config.num_frames, config.height, config.width, self.options.batch, self.plan.decode_frames, engines, kernels, reference, {}
+            num_frames=config.num_frames,
+            height=config.height,
+            width=config.width,
+            batch=self.options.batch,
+            decode_frames=self.plan.decode_frames,
+            context_width=self.plan.context_width,
+            features_shape=self.plan.features_shape,
+            engines=engines,
+            kernels=kernels,
+            reference=reference,
+            parity={},
         )
         before = next((other for other in kept if other.name == profile.name), None)
         if before is None:
             return profile
         return dataclasses.replace(
             profile,
-            engines={name: {**before.engines[name], **engines[name]} for name in COMPONENTS},
+            engines={name: {**before.engines.get(name, {}), **engines.get(name, {})} for name in {**before.engines, **engines}},
             kernels={**before.kernels, **kernels},
             parity=before.parity if before.reference == reference else {},
         )
@@ -170,14 +180,16 @@ class _Export:
         spec = self.engines[key] = build(name, key)
         self.store.finish(spec)
         seconds = self.result.seconds[f"{name} ({kind})"] = round(time.monotonic() - began, 1)
-        size = sum(self.store.files[file].bytes for file in spec.files) / 1e6
+        size = sum(self.store.files[file].bytes for file in spec.files) / 1e6  # some of it may be shared
         self.note(f"{name} ({kind}): built in {seconds:.1f} s, {size:.1f} MB, {spec.gflop:.4g} GFLOP a call")
         return spec
 
     def _build_onnx(self, name: str, key: str) -> EngineSpec:
         graph, gflop = self._graph(name)
-        graph, policy = to_precision(graph, self.options.precision, self._samples(name), lambda text: self.note(f"{name}: {text}"))
-        files = finish_onnx_engine(graph, self.store.bundle / f"{name}-{key[:16]}.onnx")
+        model = self._engine(VARIANT_OF[name], "onnxruntime") if name in VARIANT_OF else None
+        policy_of, weights_of = (model.policy, self.store.bundle / model.file) if model else (None, None)
+        graph, policy = to_precision(graph, self.options.precision, self._samples(name), lambda text: self.note(f"{name}: {text}"), policy_of)
+        files = finish_onnx_engine(graph, self.store.bundle / f"{name}-{key[:16]}.onnx", weights_of)
         return self._spec(name, files, key, policy, gflop, {})
 
     def _build_tensorrt(self, name: str, key: str) -> EngineSpec:
@@ -197,7 +209,7 @@ class _Export:
         return self._spec(name, (package.name,), key, {}, gflop, target)
 
     def _spec(self, name: str, files: tuple[str, ...], key: str, policy: dict[str, Any], gflop: float, target: dict[str, str]) -> EngineSpec:
-        inputs, outputs = tensors(self.plan.config, self.options.batch, self.plan.decode_frames)[name]
+        inputs, outputs = self.plan.signatures[name]
         return EngineSpec(files, key, self.options.precision, policy, gflop, target, inputs, outputs)
 
     def _graph(self, name: str) -> tuple[Path, float]:
@@ -247,7 +259,7 @@ class _Export:
     def _parity(self, bundle: Bundle, profile: Profile, backend: str) -> Parity:
         """The parity of one backend: as measured before, where nothing it depends on has changed."""
         for before in self.store.previous.profiles if self.store.previous else ():
-            same = [before.engines[name].get(backend) == profile.engines[name][backend] for name in COMPONENTS]
+            same = [before.engines.get(name, {}).get(backend) == profile.engines[name][backend] for name in profile.engines]
             if before.name == profile.name and before.reference == profile.reference and all(same) and backend in before.parity:
                 self.note(f"parity of {backend}: unchanged, reused")
                 return Parity.from_json(dict(before.parity[backend]))

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_map
 
 from trip_export.components import Component
 from trip_rt.backends.inductor import full_fp32
@@ -91,9 +92,9 @@ class _Autocast(nn.Module):
         super().__init__()
         self.module, self.device, self.dtype = module, device, dtype
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Any:
         with torch.autocast(self.device, self.dtype):
-            return self.module(*inputs).float()
+            return tree_map(Tensor.float, self.module(*inputs))
 
 
 def _strip(package: Path, stripped: Path) -> None:

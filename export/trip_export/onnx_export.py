@@ -41,7 +41,7 @@ def export_onnx(component: Component, path: Path) -> tuple[Counter[str], Counter
             dynamo=True,
             opset_version=OPSET,
             input_names=list(component.inputs),
-            output_names=[component.output],
+            output_names=list(component.outputs),
             optimize=False,
             verbose=False,
         )

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from trip_engines.tensorrt_build import BuildOptions, cache_key
-from trip_export.components import PARTS, default_decode_frames
+from trip_export.components import PARTS, context_width, default_decode_frames, features_shape, signatures
 from trip_reference import checkpoint
 from trip_rt.bundle import file_sha256
 from trip_rt.config import TripConfig, to_json
 from trip_rt.errors import InputError
-from trip_rt.manifest import tensors
+from trip_rt.manifest import COMPONENTS, SPEEDUPS
 
 BACKENDS = ("onnxruntime", "openvino", "tensorrt", "inductor")
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -30,7 +30,8 @@ class ExportOptions:
     """What to export: engines for `backends` in `precision`, run on `batch` clips of `frames` frames of `size` (height, width), by default the
     checkpoint's.
 
-    `gpus` are the compute capabilities that the fused step is compiled for, whether there is a GPU here or not. `add` keeps what the bundle already
+    `gpus` are the compute capabilities that the fused step is compiled for, whether there is a GPU here or not. `speedups`: also the engines that
+    only approximate or unguided steps need (trip_rt/speed.py). `add` keeps what the bundle already
     holds of the same checkpoint. `parity_steps` is how many denoising steps parity compares (the model's own number by default; 0: none). `device` is
     what inductor compiles for.
     """
@@ -41,6 +42,7 @@ class ExportOptions:
     frames: int | None = None
     size: tuple[int, int] | None = None
     gpus: tuple[str, ...] = ()
+    speedups: bool = True
     add: bool = False
     parity_steps: int | None = None
     device: str = "cpu"
@@ -75,6 +77,11 @@ class Plan:
             from trip_export.inductor_export import target_for
 
             self.inductor = target_for(options.device)
+        outline = checkpoint.from_pretrained(source, only=PARTS["tnf"])
+        outline.config = self.config
+        self.context_width, self.features_shape = context_width(outline), features_shape(outline)
+        self.signatures = signatures(outline, options.batch, self.decode_frames)
+        self.components = (*COMPONENTS, *(SPEEDUPS if options.speedups else ()))
         self.tokenizer_json = checkpoint.load_tokenizer_json(source)
         self.versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
         self.hashes = {path.relative_to(source).as_posix(): file_sha256(path) for path in _checkpoint_files(source)}
@@ -116,7 +123,7 @@ class Plan:
     def ingredients(self, name: str) -> dict[str, Any]:
         """What every engine of a component depends on; not on shapes that it does not have, so that profiles share what they can."""
         shapeless = dataclasses.replace(self.config, num_frames=0, height=0, width=0)
-        inputs, outputs = tensors(self.config, self.options.batch, self.decode_frames)[name]
+        inputs, outputs = self.signatures[name]
         return {
             "name": name,
             "weights": {path: digest for path, digest in self.hashes.items() if path.startswith(f"{PARTS[name]}/")},

@@ -7,15 +7,18 @@ from collections import defaultdict
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
 from trip_engines.reference import Reference, Sample
+from trip_export.denoising_unet import TextProjection
 from trip_reference import demo_world
 from trip_reference.demo_data import to_pixels
+from trip_reference.feature_reuse import FeatureReuse
 from trip_reference.model import TripModel
 from trip_reference.sampling import sample
 from trip_rt.sampler import initial_noise
-from trip_rt.schedule import DDIMStep, ddim_steps
+from trip_rt.speed import LoopStep, Speed, loop_steps
 from trip_rt.tokenizer import PromptTokenizer
 
 STEPS_RECORDED = 6
@@ -29,11 +32,11 @@ def record(model: TripModel, tokenizer_json: str, batch: int, decode_frames: int
     """
     config = model.config
     pictures, prompts = _held_out(config.height, config.width, batch)
-    steps = ddim_steps(config.schedule, num_inference_steps)
+    steps = loop_steps(config, Speed(num_inference_steps=num_inference_steps))
     tokenizer = PromptTokenizer(tokenizer_json, config.text_length)
     samples: dict[str, list[Sample]] = defaultdict(list)
 
-    def keep(name: str, inputs: dict[str, torch.Tensor], output: torch.Tensor) -> None:
+    def keep(name: str, inputs: dict[str, Tensor], output: Tensor) -> None:
         samples[name].append(Sample({key: value.numpy().copy() for key, value in inputs.items()}, output.numpy().copy()))
 
     with torch.no_grad():
@@ -43,10 +46,14 @@ def record(model: TripModel, tokenizer_json: str, batch: int, decode_frames: int
         keep("vae_encoder", {"image": pixels}, first_frame)
         text = torch.cat([model.encode_text(torch.from_numpy(tokenizer([""] * batch))), conditional])
         clean = torch.cat([first_frame, first_frame])
-        recorded = {steps[i].timestep for i in np.linspace(0, len(steps) - 1, STEPS_RECORDED).round().astype(int)}
+        context = TextProjection(model.residual_unet.unet)(text)
+        keep("text_projection", {"text": text}, context)
+        recorded = {steps[i].step.timestep for i in np.linspace(0, len(steps) - 1, STEPS_RECORDED).round().astype(int)}
+        kept: list[tuple[dict[str, Tensor], Tensor]] = []  # the UNet's inputs at those, and the features it had
 
-        def on_step(step: DDIMStep, latents: torch.Tensor, residual: torch.Tensor, noise: torch.Tensor) -> None:
+        def on_step(one: LoopStep, latents: Tensor, residual: Tensor, noise: Tensor, features: Tensor) -> None:
             bar.update()
+            step = one.step
             if step.timestep not in recorded:
                 return
             shared = {"latents": latents, "first_frame": clean, "timestep": torch.tensor([step.timestep])}
@@ -55,19 +62,35 @@ def record(model: TripModel, tokenizer_json: str, batch: int, decode_frames: int
                 "sqrt_alpha_bar": torch.tensor([step.sqrt_alpha_bar]),
                 "sqrt_one_minus_alpha_bar": torch.tensor([step.sqrt_one_minus_alpha_bar]),
             }
-            keep("unet", shared | {"text": text}, residual)
+            keep("unet", shared | {"context": context}, residual)
             keep("tnf", shared | coefficients, noise)
+            kept.append((shared, features))
+            if len(kept) == 1 + len(recorded) // 2:  # one call of each of their variants, in the middle
+                keep("unet_unguided", _conditional(shared | {"context": context}, batch), residual[batch:])
+                keep("tnf_unguided", _conditional(shared | coefficients, batch), noise[batch:])
 
         seeds = list(range(batch))
         noise = torch.from_numpy(initial_noise(seeds, (config.latent_channels, config.num_frames, config.latent_height, config.latent_width)))
         with tqdm(total=len(steps), desc="reference run", unit="step", disable=None, leave=False) as bar:
-            latents = sample(model, first_frame, noise, text, steps, config.guidance_scale, on_step)
+            latents = sample(model, first_frame, noise, text, steps, on_step)
+        middle = len(recorded) // 2
+        with FeatureReuse(model.residual_unet) as reusing:
+            (shared, _), (_, reusing.features) = kept[middle], kept[max(0, middle - 1)]
+            inputs = shared | {"context": context, "features": reusing.features}
+            residual = reusing(shared["latents"], clean, shared["timestep"], text, shallow=True)
+        keep("unet_shallow", inputs, residual)
+        keep("unet_unguided_shallow", _conditional(inputs, batch), residual[batch:])
         frames = []
         for chunk in latents[0].transpose(0, 1).split(decode_frames):
             frames.append(model.decode(chunk))
             if len(chunk) == decode_frames and not samples["vae_decoder"]:
                 keep("vae_decoder", {"latents": chunk}, frames[0])
     return Reference(dict(samples), pictures, prompts, seeds, len(steps), latents.numpy(), torch.cat(frames).numpy())
+
+
+def _conditional(inputs: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
+    """The half that steps without guidance are given."""
+    return {name: tensor if tensor.ndim == 1 else tensor[batch:] for name, tensor in inputs.items()}
 
 
 def _held_out(height: int, width: int, count: int) -> tuple[NDArray[np.uint8], list[str]]:

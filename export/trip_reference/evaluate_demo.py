@@ -23,7 +23,7 @@ from trip_rt.command import CommandParser, add_json_flag, main_of, report
 from trip_rt.errors import InputError
 from trip_rt.images import contact_sheet, to_frames
 from trip_rt.sampler import initial_noise
-from trip_rt.schedule import ddim_steps
+from trip_rt.speed import Speed, loop_steps
 from trip_rt.tokenizer import PromptTokenizer
 
 BATCH = 8
@@ -39,7 +39,7 @@ def animate(
     first_frame = model.encode_image(to_pixels(pictures))
     shape = (config.latent_channels, config.num_frames, config.latent_height, config.latent_width)
     noise = torch.from_numpy(initial_noise(seeds, shape))
-    latents = sample(model, first_frame, noise, text, ddim_steps(config.schedule, steps), guidance_scale)
+    latents = sample(model, first_frame, noise, text, loop_steps(config, Speed(num_inference_steps=steps), guidance_scale))
     return np.stack([to_frames(model.decode(clip.transpose(0, 1)).numpy()) for clip in latents])
 
 

@@ -43,14 +43,29 @@ class ResidualUNet(nn.Module):
         `start` (TRIP) and `end` (TRIP^TE) add the clean frame along time and drop its output; `channel` (TRIP^C) stacks
         it on every frame's channels.
         """
-        clean = first_frame[:, :, None]
-        match self.first_frame:
-            case "start":
-                return self._run(torch.cat([clean, latents], dim=2), timestep, text)[:, :, 1:]
-            case "end":
-                return self._run(torch.cat([latents, clean], dim=2), timestep, text)[:, :, :-1]
-            case "channel":
-                return self._run(torch.cat([latents, clean.expand_as(latents)], dim=1), timestep, text)
+        sample = with_first_frame(latents, first_frame, self.first_frame)
+        noise = self.unet(sample, timestep.expand(len(sample)), encoder_hidden_states=text).sample
+        return without_first_frame(noise, self.first_frame)
 
-    def _run(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        return self.unet(sample, timestep.expand(len(sample)), encoder_hidden_states=text).sample
+
+def with_first_frame(latents: Tensor, first_frame: Tensor, how: FirstFrame) -> Tensor:
+    """The network's input [B, C, F + 1, H, W], or [B, 2·C, F, H, W] for `channel`, of the tensors that ResidualUNet takes."""
+    clean = first_frame[:, :, None]
+    match how:
+        case "start":
+            return torch.cat([clean, latents], dim=2)
+        case "end":
+            return torch.cat([latents, clean], dim=2)
+        case "channel":
+            return torch.cat([latents, clean.expand_as(latents)], dim=1)
+
+
+def without_first_frame(noise: Tensor, how: FirstFrame) -> Tensor:
+    """The network's output [B, C, F + 1 or F, H, W] without that of the clean frame."""
+    match how:
+        case "start":
+            return noise[:, :, 1:]
+        case "end":
+            return noise[:, :, :-1]
+        case "channel":
+            return noise

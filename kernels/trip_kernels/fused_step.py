@@ -1,4 +1,4 @@
-"""Everything a denoising step does after the UNet, in one launch: prior, TNF, λ skip, guidance, the DDIM update and the held first frame."""
+"""Everything a denoising step does after the UNet, in one launch: prior, TNF, λ skip, guidance, the solver's update and the held first frame."""
 
 from __future__ import annotations
 
@@ -17,15 +17,22 @@ from trip_kernels.tnf_tile import fused_noise, load_tile
 if TYPE_CHECKING:
     from torch import nn
 
-# Columns of the step table (trip_rt/schedule.py).
-TIMESTEP, SIGNAL, SIGMA, A, B, GUIDANCE, NEXT_TIMESTEP, NEXT_SIGNAL, NEXT_SIGMA = (tl.constexpr(i) for i in range(9))
-COLUMNS = tl.constexpr(9)
-BUFFERS = ("latents", "first_frame", "first_noise", "residual_noise", "timestep", "table", "step")  # as the kernel takes them
+# Columns of the step table (trip_rt/speed.py); LATENTS and CORRECTED begin five coefficients each: of latents, noise, and the history's three.
+TIMESTEP, SIGNAL, SIGMA, GUIDANCE, LATENTS, CORRECTED, NEXT_TIMESTEP, NEXT_SIGNAL, NEXT_SIGMA = map(tl.constexpr, (0, 1, 2, 3, 4, 9, 14, 15, 16))
+COLUMNS = tl.constexpr(17)
+BUFFERS = ("latents", "first_frame", "first_noise", "residual_noise", "history", "timestep", "table", "step")  # as the kernel takes them
+
+
+@triton.jit
+def combined(p_coefficients, before, noise, corrected, clean_1, clean_2):
+    """The linear combination of a solver's step, by the five coefficients at `p_coefficients`."""
+    x = tl.load(p_coefficients) * before + tl.load(p_coefficients + 1) * noise + tl.load(p_coefficients + 2) * corrected
+    return x + tl.load(p_coefficients + 3) * clean_1 + tl.load(p_coefficients + 4) * clean_2
 
 
 @triton.jit
 def fused_step_kernel(
-    p_latents, p_first_frame, p_first_noise, p_residual_noise, p_timestep, p_table, p_step, p_done, p_modulation,
+    p_latents, p_first_frame, p_first_noise, p_residual_noise, p_history, p_timestep, p_table, p_step, p_done, p_modulation,
     p_in_proj, p_frame_embedding, p_self_qkv, p_self_out, p_cross_query, p_cross_out, p_bias, p_out_proj, p_out_bias, p_gate,
     batch, pixels,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, LAYERS: tl.constexpr, REAL_FRAMES: tl.constexpr, NORMALIZE_PRIOR: tl.constexpr,
@@ -44,7 +51,9 @@ def fused_step_kernel(
     pixel, frame = (tl.program_id(0) % blocks) * PIXELS + row // FRAMES, row % FRAMES
     inside = (pixel < pixels) & (frame < REAL_FRAMES)
     guided = tl.zeros([PIXELS * FRAMES, CHANNELS_P], tl.float32)
-    for branch in tl.range(2, disable_licm=True):
+    guidance = tl.load(p_row + GUIDANCE)
+    # Without guidance the conditional half, the second, is all there is.
+    for branch in tl.range(tl.where(guidance == 1, 1, 0), 2, disable_licm=True):
         noise = fused_noise(
             p_latents, p_first_frame, p_residual_noise, p_modulation + tl.load(p_row + TIMESTEP).to(tl.int64) * LAYERS * 4 * WIDTH_P,
             p_in_proj, p_frame_embedding, p_self_qkv, p_self_out, p_cross_query, p_cross_out, p_bias, p_out_proj, p_out_bias, p_gate,
@@ -52,14 +61,20 @@ def fused_step_kernel(
             tl.load(p_row + SIGNAL), tl.load(p_row + SIGMA),
             CHANNELS, WIDTH, HEADS, LAYERS, REAL_FRAMES, NORMALIZE_PRIOR, CHANNELS_P, CONTEXT_P, WIDTH_P, HEAD_P, FRAMES, PARTS,
         )  # fmt: skip
-        guidance = tl.load(p_row + GUIDANCE)
         guided += noise * tl.where(branch == 1, guidance, 1 - guidance)
 
     channel = tl.arange(0, CHANNELS_P)
     real = inside[:, None] & (channel < CHANNELS)[None, :]
     channel_stride = REAL_FRAMES * pixels
     offset = clip * CHANNELS * channel_stride + frame * pixels + pixel
-    latents = tl.load(p_row + A) * load_tile(p_latents, channel, offset, channel_stride, real) + tl.load(p_row + B) * guided
+    before = load_tile(p_latents, channel, offset, channel_stride, real)
+    history_stride = batch.to(tl.int64) * CHANNELS * channel_stride
+    corrected = load_tile(p_history, channel, offset, channel_stride, real)
+    clean_1 = load_tile(p_history + history_stride, channel, offset, channel_stride, real)
+    clean_2 = load_tile(p_history + 2 * history_stride, channel, offset, channel_stride, real)
+    latents = combined(p_row + LATENTS, before, guided, corrected, clean_1, clean_2)
+    corrected = combined(p_row + CORRECTED, before, guided, corrected, clean_1, clean_2)
+    clean = (before - tl.load(p_row + SIGMA) * guided) / tl.load(p_row + SIGNAL)
     # Frame 1 is held at the given picture: it follows its exact path.
     held = real & (frame == 0)[:, None]
     first_offset = clip * CHANNELS * pixels + pixel
@@ -68,9 +83,12 @@ def fused_step_kernel(
     latents = tl.where(held, path, latents)
     next_timestep = tl.load(p_row + NEXT_TIMESTEP).to(tl.int64)
     tl.debug_barrier()  # all of the tile is read before any of it is overwritten
-    p_clip = p_latents + offset[:, None] + channel[None, :] * channel_stride
-    tl.store(p_clip, latents, mask=real)
-    tl.store(p_clip + batch.to(tl.int64) * CHANNELS * channel_stride, latents, mask=real)
+    place = offset[:, None] + channel[None, :] * channel_stride
+    tl.store(p_latents + place, latents, mask=real)
+    tl.store(p_latents + history_stride + place, latents, mask=real)
+    tl.store(p_history + place, corrected, mask=real)
+    tl.store(p_history + history_stride + place, clean, mask=real)
+    tl.store(p_history + 2 * history_stride + place, clean_1, mask=real)
     if tl.atomic_add(p_done, 1) == tl.num_programs(0) - 1:
         tl.store(p_done, 0)
         tl.store(p_step, step + 1)
@@ -83,15 +101,16 @@ def fused_step(
     first_frame: Tensor,
     first_noise: Tensor,
     residual_noise: Tensor,
+    history: Tensor,
     timestep: Tensor,
     table: Tensor,
     step: Tensor,
     compute: torch.dtype | None = None,
     tile: Tile | None = None,
 ) -> None:
-    """Move `latents`, `timestep` and `step` on by one step, in place, as `fused_step_ref` does."""
+    """Move `latents`, `history`, `timestep` and `step` on by one step, in place, as `fused_step_ref` does."""
     buffers = dict(latents=latents, first_frame=first_frame, first_noise=first_noise, residual_noise=residual_noise)
-    buffers |= dict(timestep=timestep, table=table, step=step)
+    buffers |= dict(history=history, timestep=timestep, table=table, step=step)
     compute = compute or next(fusion.parameters(), residual_noise).dtype
     arguments, constants, shape = step_arguments(fusion, buffers, compute)
     tile = tile or tiles(shape, compute)[0]
@@ -119,6 +138,7 @@ def fused_step_ref(
     first_frame: Tensor,
     first_noise: Tensor,
     residual_noise: Tensor,
+    history: Tensor,
     timestep: Tensor,
     table: Tensor,
     step: Tensor,
@@ -126,12 +146,17 @@ def fused_step_ref(
     """One step after the UNet in plain torch, in place.
 
     latents, residual_noise: [2B, C, F, H, W], the unconditional half first, both halves of latents equal; first_frame [2B, C, H, W], clean;
-    first_noise [B, C, H, W], frame 1's own; timestep int64 [1]; table fp32 [rows, 9] and step int32 [1], the row in it (trip_rt/schedule.py).
+    first_noise [B, C, H, W], frame 1's own; history [3, B, C, F, H, W], what the steps before left (trip_rt/solvers.py); timestep int64 [1];
+    table fp32 [rows, 17] and step int32 [1], the row in it (trip_rt/speed.py).
     """
-    t, signal, sigma, a, b, guidance, next_timestep, next_signal, next_sigma = table[int(step)].to(latents.dtype)
+    row = table[int(step)].to(latents.dtype)
+    (t, signal, sigma, guidance), (next_timestep, next_signal, next_sigma) = row[:4], row[14:]
     noise = fusion(latents, first_frame, residual_noise, signal[None], sigma[None], t[None].long())
     unconditional, conditional = noise.chunk(2)
-    following = a * latents.chunk(2)[0] + b * (unconditional + guidance * (conditional - unconditional))
+    before, guided = latents.chunk(2)[0], unconditional + guidance * (conditional - unconditional)
+    terms = torch.stack([before, guided, *history])
+    following, corrected = torch.tensordot(row[4:9], terms, 1), torch.tensordot(row[9:14], terms, 1)
+    history.copy_(torch.stack([corrected, (before - sigma * guided) / signal, history[1]]))
     following[:, :, 0] = next_signal * first_frame.chunk(2)[0] + next_sigma * first_noise
     latents.copy_(torch.cat([following, following]))
     timestep.fill_(int(next_timestep))

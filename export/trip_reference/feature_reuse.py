@@ -1,0 +1,43 @@
+"""Reuse of deep features in the untouched network, by a hook on its last layer: what the shallow graphs are held to (DeepCache, Ma et al. 2023)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trip_reference.unet import ResidualUNet
+
+
+class FeatureReuse:
+    """A ResidualUNet that can put the deep features of the last whole call in place of this call's. A context manager: its hook goes with it.
+
+    `features` [n, F', C', h, w] are the last layer's input besides its skip, as the last whole call had them.
+    """
+
+    def __init__(self, residual_unet: ResidualUNet):
+        self._network = residual_unet
+        self._reuses = False
+        self.features = torch.empty(0)
+
+    def __enter__(self) -> FeatureReuse:
+        self._hook = self._network.unet.up_blocks[-1].resnets[-1].register_forward_pre_hook(self._swap)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+
+    def __call__(self, latents: Tensor, first_frame: Tensor, timestep: Tensor, text: Tensor, shallow: bool) -> Tensor:
+        """As ResidualUNet; where `shallow`, on the kept features. For half as many clips as before these are the conditional half's."""
+        self._reuses, self._clips = shallow, len(latents)
+        return self._network(latents, first_frame, timestep, text)  # type: ignore[no-any-return]
+
+    def _swap(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        x, *rest = inputs
+        deep = x.shape[1] - self._network.unet.config.block_out_channels[0]  # the skip comes from the first convolution
+        if self._reuses:
+            self.features = self.features[-self._clips :]
+            return torch.cat([self.features.flatten(0, 1), x[:, deep:]], dim=1), *rest
+        self.features = x[:, :deep].unflatten(0, (self._clips, -1))
+        return inputs
