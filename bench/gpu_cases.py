@@ -109,7 +109,7 @@ def reference_step(
     unconditional, conditional = noise.chunk(2)
     before, guided = latents.chunk(2)[0], unconditional + row[3] * (conditional - unconditional)
     terms = torch.stack([before, guided, *history])
-    following, corrected = torch.tensordot(row[4:9], terms, 1), torch.tensordot(row[9:14], terms, 1)
+    following, corrected = ((row[start : start + 5, None, None, None, None, None] * terms).sum(0) for start in (4, 9))
     history.copy_(torch.stack([corrected, (before - row[2] * guided) / row[1], history[1]]))
     following[:, :, 0] = row[15] * first_frame.chunk(2)[0] + row[16] * first_noise
     latents.copy_(torch.cat([following, following]))

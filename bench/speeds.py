@@ -1,6 +1,6 @@
 """What each way of saving work costs and brings on the demo model: seconds a clip, likeness to the exact clip, and does it still move as told?
 
-    python bench/speeds.py out/demo-bundle --clips 64
+python bench/speeds.py out/demo-bundle --clips 64
 """
 
 from __future__ import annotations

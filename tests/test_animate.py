@@ -22,6 +22,7 @@ from PIL import Image
 
 from trip_rt.animate import main
 from trip_rt.jobs import MAX_BATCH_FILE_MEGABYTES
+from trip_rt.manifest import FORMAT_VERSION
 from trip_rt.video import output_format
 
 PROMPT = "a red ball rolls to the right"
@@ -256,8 +257,8 @@ def test_one_flipped_byte(refuse, bundle_copy, pattern):
 
 def test_newer_bundle(refuse, bundle_copy):
     path = bundle_copy / "manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 3', '"format_version": 4'))
-    assert "found format version 4" in refuse(bundle_copy, "photo.png", PROMPT, "-o", "clip.mp4")
+    path.write_text(path.read_text().replace(f'"format_version": {FORMAT_VERSION}', f'"format_version": {FORMAT_VERSION + 1}'))
+    assert f"found format version {FORMAT_VERSION + 1}" in refuse(bundle_copy, "photo.png", PROMPT, "-o", "clip.mp4")
 
 
 GOOD = {"image": "photo.png", "prompt": PROMPT, "output": "a.mp4"}

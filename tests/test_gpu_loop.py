@@ -142,8 +142,8 @@ def test_between_encoding_and_decoding_nothing_waits_for_the_host(gpu, bundle):
     with animator_on(bundle) as animator:
         pipeline, steps = animator._pipeline, 4
         started = []
-        replay = pipeline._denoising_step
-        pipeline._denoising_step = lambda: (started.append(len(gpu.calls)), replay())
+        replay = pipeline._works[True, False]
+        pipeline._works[True, False] = lambda: (started.append(len(gpu.calls)), replay())
         animator(PICTURE, PROMPT, num_inference_steps=steps)
         loop = gpu.calls[started[0] : started[-1]]
     assert set(loop) == {"cudaGraphLaunch", "cudaEventCreateWithFlags", "cudaEventRecord", "cudaEventSynchronize", "cudaEventDestroy"}

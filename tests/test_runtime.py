@@ -163,13 +163,13 @@ class ForBatches(StandIn):
         self.batch, self.halves = batch, halves
 
     def _run(self, inputs):
-        outputs = None
+        outputs = {}
         for clip in range(self.batch):
             rows = [half * self.batch + clip for half in range(self.halves)]
             single = {name: array[rows] if len(array) == self.batch * self.halves else array for name, array in inputs.items()}
             for name, array in self.engine.run(single).items():
-                outputs = outputs or {name: np.full((self.batch * self.halves, *array.shape[1:]), np.nan, array.dtype)}
-                outputs[name][rows] = array
+                made = outputs.setdefault(name, np.full((self.batch * self.halves, *array.shape[1:]), np.nan, array.dtype))
+                made[rows] = array
         return outputs
 
 

@@ -136,7 +136,7 @@ def _measure(graph: Path, precision: str, fp32: tuple[Group, ...], samples: Sequ
         candidate.unlink(missing_ok=True)
     error, largest = 0.0, ("", 0.0)
     for sample in samples:
-        (found,), peaks = emulation.run_watched(sample.inputs)
+        (found, *_), peaks = emulation.run_watched(sample.inputs)
         if overflow := next((peak for peak in peaks if not peak.fits), None):
             return Policy(fp32, NOT_A_NUMBER, {}, (overflow.node, overflow.value))
         error = max(error, relative_errors(found, sample.output)[1])
