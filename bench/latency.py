@@ -1,132 +1,262 @@
-"""Milliseconds a call of every component, on every backend of a bundle that runs here and in PyTorch, measured side by side.
+"""How fast a bundle is here: every component, the whole clip at every speed, a cold start, memory; and a guided step beside what others would run.
 
-    python bench/latency.py BUNDLE [--checkpoint CHECKPOINT] [--rounds 30] [--output bench/results/NAME.json]
+    python bench/latency.py BUNDLE [--checkpoint DIR --compare eager,compile,onnxruntime,openvino,inductor] [--output bench/results/NAME.json]
 
-Calls are interleaved, a round at a time, so that whatever else the machine does falls on all alike; figures are medians.
+Rivals take turns, so that whatever else the machine does falls on all alike. An engine that does not agree with PyTorch has no figures.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+from PIL import Image
+from timing import interleaved, machine, matrix_peak, percentiles, ratio
 
+from trip_engines.check import animator_for, precision_of
+from trip_engines.parity import Parity, measure, psnr
+from trip_engines.reference import Reference
+from trip_reference import demo_world
+from trip_rt import backends
 from trip_rt.animator import Animator
-from trip_rt.backends import EngineOptions
-from trip_rt.bundle import open_bundle
-from trip_rt.command import CommandParser, add_json_flag, main_of, note, report
+from trip_rt.bundle import Bundle, open_bundle
+from trip_rt.command import CommandParser, main_of, note
 from trip_rt.errors import InputError
-from trip_rt.manifest import COMPONENTS
+from trip_rt.manifest import Profile
+from trip_rt.sampler import initial_noise
+from trip_rt.speed import SPEEDS, loop_steps
+
+_COLD_START = Path(__file__).parent / "cold_start.py"
+_PEERS = ("eager", "compile", "onnxruntime", "openvino", "inductor")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="bench/latency.py",
-        description="Time every component of a bundle on every backend that runs here, side by side.",
-        epilog="example: python bench/latency.py out/demo-bundle --checkpoint checkpoints/demo --threads 2",
+        description="Time a bundle on this machine: components, clips at every speed, cold start, memory, and a guided step beside its rivals.",
+        epilog="example: python bench/latency.py out/demo-bundle --checkpoint checkpoints/demo --compare eager,onnxruntime,openvino",
     )
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--checkpoint", type=Path, help="time the PyTorch model too")
+    parser.add_argument("--checkpoint", type=Path, help="what the bundle was made from: for --compare and for PyTorch's memory")
+    parser.add_argument("--compare", type=_names(_PEERS), default=(), metavar="LIST", help=f"rivals on the same weights, some of {','.join(_PEERS)}")
+    parser.add_argument("--speeds", type=_names(tuple(SPEEDS)), default=tuple(SPEEDS), metavar="LIST", help=f"some of {','.join(SPEEDS)} (all)")
+    parser.add_argument("--backend", choices=("auto", *backends.NAMES), default="auto", help="(%(default)s)")
     parser.add_argument("--profile", metavar="NAME", help="one of the bundle's sets of shapes (its first)")
-    parser.add_argument("--rounds", type=int, default=30, help="(%(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="of components and steps (%(default)s)")
+    parser.add_argument("--clips", type=int, default=3, help="made at every speed, and cold starts; 0 for none (%(default)s)")
     parser.add_argument("--threads", type=int, help="CPU threads (each library's choice)")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the guided steps")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures there too")
-    add_json_flag(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.rounds < 1:
-        raise InputError(f"rounds: found {args.rounds}, expected at least 1")
+    if args.rounds < 1 or args.clips < 0:
+        raise InputError(f"rounds and clips: found {args.rounds} and {args.clips}, expected at least 1 and 0")
+    if args.compare and not args.checkpoint:
+        raise InputError("found --compare without --checkpoint, expected the checkpoint that the bundle was made from")
     bundle = open_bundle(args.bundle)
     profile = bundle.manifest.profile(args.profile)
-    animators = {}
-    for backend in profile.backends:
-        try:
-            animators[backend] = Animator(bundle, backend, profile.name, EngineOptions(threads=args.threads))
-        except InputError as error:
-            note(f"{backend}: left out: {error}")
-    inputs = {name: _inputs(next(iter(animators.values())), name) for name in COMPONENTS}
-    calls: dict[str, dict[str, Callable[[], object]]] = {name: {} for name in COMPONENTS}
-    if args.checkpoint:
-        for name, call in _pytorch(args.checkpoint, bundle.manifest.config_of(profile), profile, inputs, args.threads).items():
-            calls[name]["pytorch"] = call
-    for backend, animator in animators.items():
-        for name in COMPONENTS:
-            calls[name][backend] = lambda engine=animator.engines[name], name=name: engine.run(inputs[name])
-    milliseconds = {name: _interleaved(rivals, args.rounds) for name, rivals in calls.items()}
-    figures = {
-        "profile": profile.name,
-        "precision": {backend: profile.engines["unet"][backend].precision for backend in animators},
-        "milliseconds": milliseconds,
-        "gflop": {name: round(next(iter(profile.engines[name].values())).gflop, 3) for name in COMPONENTS},
-        "rounds": args.rounds,
-        "machine": {"cpu": _cpu(), "python": platform.python_version(), "engines": {b: a.describe() for b, a in animators.items()}},
-    }
+    options = backends.EngineOptions(device="cpu", threads=args.threads)
+    backend, reason = backends.choose(profile, args.backend, options)
+    parity = _parity(bundle, profile, backend)
+    if not parity.passed:
+        print(parity.table())
+        note("bench/latency.py: parity is red, so there are no figures; export the bundle again")
+        return 1
+    figures: dict[str, Any] = {"profile": profile.name, "backend": backend, "reason": reason, "precision": precision_of(profile, backend)}
+    figures |= {"machine": machine(), "matrix_product_gflops": matrix_peak(args.threads), "parity": parity.to_json()}
+    with Animator(bundle, backend, profile.name, options) as animator:
+        figures["engine"] = animator.describe()
+        figures["components"] = _components(animator, args.rounds, figures["matrix_product_gflops"])
+        if args.clips:
+            figures["clips"] = _clips(animator, args.speeds, args.clips)
+        if args.compare:
+            figures["guided_step"] = _compared(animator, args)
+    if args.clips:
+        figures["cold_start"] = {speed: _cold_start(args, profile, backend, speed) for speed in args.speeds}
+        if args.checkpoint:
+            figures["pytorch_peak_memory_mb"] = _child("pytorch", args.checkpoint, 2)["peak_memory_mb"]
     if args.output:
         args.output.write_text(json.dumps(figures, indent=1) + "\n")
-    report(args, figures, _table(milliseconds))
+    if args.plot and args.compare:
+        from plots import bars
+
+        steps = figures["guided_step"]["milliseconds"]
+        bars(args.plot, f"guided step, {profile.name}, ms (p50)", {name: row["p50"] for name, row in steps.items()})
+    print(_table(figures))
+    print(json.dumps(figures))
     return 0
 
 
-def _inputs(animator: Animator, name: str) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    tensors = animator.engines[name].spec.inputs
-    return {t.name: (np.ones(t.shape, t.dtype) if t.dtype == "int64" else rng.standard_normal(t.shape, np.float32)) for t in tensors}
+def _parity(bundle: Bundle, profile: Profile, backend: str) -> Parity:
+    if not profile.reference:
+        raise InputError(f"{bundle.folder}: found no recording of the model, expected one; export it without --parity-steps 0")
+    note(f"parity of {backend}")
+    animator, measured_on = animator_for(bundle, profile, backend)
+    with animator:
+        return measure(animator, Reference.load(bundle.folder / profile.reference), precision_of(profile, backend), measured_on)
 
 
-def _pytorch(folder: Path, config, profile, inputs, threads) -> dict[str, Callable[[], object]]:
+def _components(animator: Animator, rounds: int, peak: float) -> dict[str, dict[str, float]]:
+    """Milliseconds of one call of every engine, GFLOP a call, and what share of the machine's peak that is, in percent."""
+    calls: dict[str, Callable[[], object]] = {}
+    for name in animator.profile.engines:
+        if engine := animator.engine(name):
+            rng, device = np.random.default_rng(0), engine.device
+            buffers = {tensor.name: device.zeros(tensor.dtype, tensor.shape) for tensor in (*engine.spec.inputs, *engine.spec.outputs)}
+            for tensor in engine.spec.inputs:
+                random = rng.standard_normal(tensor.shape, np.float32)
+                device.write(buffers[tensor.name], np.ones(tensor.shape, np.int64) if tensor.dtype == "int64" else random)
+            calls[name] = engine.bind(buffers)
+    rows = {}
+    for name, seconds in interleaved(calls, rounds, label="components").items():
+        gflop = animator.engines[name].spec.gflop
+        share = 100 * gflop / float(np.median(seconds)) / peak
+        rows[name] = {**percentiles(seconds), "gflop": round(gflop, 3), "peak_percent": round(share, 1)}
+    return rows
+
+
+def _clips(animator: Animator, speeds: Sequence[str], count: int) -> dict[str, dict[str, float]]:
+    """From picture to frames: milliseconds, how many times faster than exact, and the frames' PSNR to exact's in dB (peak 255)."""
+    names = list(dict.fromkeys(["exact", *speeds]))
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    likeness: dict[str, list[float]] = {name: [] for name in names}
+    for seed in range(-1, count):  # the first warms up
+        picture, prompt = held_out(max(0, seed), animator.config.height, animator.config.width)
+        clips = {}
+        for name in names:
+            began = time.perf_counter()
+            clips[name] = animator(picture, prompt, seed=max(0, seed), speed=name).frames
+            if seed >= 0:
+                seconds[name].append(time.perf_counter() - began)
+                likeness[name].append(psnr(clips[name], clips["exact"], 255))
+    return {
+        name: {
+            **percentiles(seconds[name]),
+            "times_faster": round(1 / ratio(seconds[name], seconds["exact"])["median"], 2),
+            "psnr": round(float(np.mean(likeness[name])), 1),
+        }
+        for name in names
+    }
+
+
+def held_out(seed: int, height: int, width: int) -> tuple[np.ndarray, str]:
+    """A picture uint8 [height, width, 3] of the demo world that no training saw, and its sentence."""
+    scene, motion, caption = demo_world.sample(seed, held_out=True)
+    return demo_world.render(scene, motion, 1, max(height, width))[0][:height, :width], caption
+
+
+def _compared(animator: Animator, args: argparse.Namespace) -> dict[str, Any]:
+    """The network and a whole guided step, by the runtime as its loop does them and by its rivals."""
     import torch
+    from peers import Inputs, peers
 
-    from trip_export.components import component
     from trip_reference import checkpoint
 
-    torch.set_num_threads(threads or torch.get_num_threads())
-    model = checkpoint.from_pretrained(folder)
+    config, pipeline, batch = animator.config, animator._pipeline, animator.profile.batch
+    model = checkpoint.from_pretrained(args.checkpoint)
     model.config = config
-    calls = {}
-    for name in COMPONENTS:
-        module = component(model, name, profile.batch, profile.decode_frames).module
-        tensors = [torch.from_numpy(array) for array in inputs[name].values()]
+    one = loop_steps(config)[config.num_inference_steps // 2]
+    noise = initial_noise(range(batch), (config.latent_channels, config.num_frames, config.latent_height, config.latent_width))
+    ids = np.random.default_rng(0).integers(0, 20, (2, batch, config.text_length))
+    pixels = np.random.default_rng(1).uniform(-1, 1, (batch, 3, config.height, config.width)).astype(np.float32)
+    pipeline.encode(*ids, pixels)
+    with torch.inference_mode():
+        text = model.encode_text(torch.from_numpy(ids.reshape(2 * batch, -1)))
+        first = model.encode_image(torch.from_numpy(pixels))
+        latents = torch.from_numpy(noise.copy())
+        latents[:, :, 0] = one.step.sqrt_alpha_bar * first + one.step.sqrt_one_minus_alpha_bar * latents[:, :, 0]
+        clean, timestep = torch.cat([first, first]), torch.tensor([one.step.timestep])
+        inputs = Inputs(torch.cat([latents, latents]), clean, timestep, text, one)
+    device, buffers = animator.engines["unet"].device, pipeline.buffers
+    engine = animator.engines["unet"]
+    network = engine.bind({tensor.name: getattr(buffers, tensor.name) for tensor in (*engine.spec.inputs, *engine.spec.outputs)})
 
-        def call(module=module, tensors=tensors):
-            with torch.inference_mode():
-                return module(*tensors)
+    def step() -> np.ndarray:
+        pipeline.denoise(noise, [one])
+        return pipeline.latents()
 
-        calls[name] = call
-    return calls
+    with peers(model, inputs, args.compare, args.threads) as rivals:
+        theirs = next(iter(rivals.values())).step()[:, :, 1:].numpy()
+        error = float(np.sqrt(np.mean((step()[:, :, 1:] - theirs) ** 2) / np.mean(theirs**2)))
+        if not error <= 1e-3:
+            raise RuntimeError(f"found an error of {error:.1e} between the runtime's step and {next(iter(rivals))}'s, expected at most 1e-3")
+        device.write(buffers.latents, inputs.latents.numpy())
+        networks = interleaved({"trip-rt": network, **{name: peer.unet for name, peer in rivals.items()}}, args.rounds, label="UNet")
+        steps = interleaved({"trip-rt": step, **{name: peer.step for name, peer in rivals.items()}}, args.rounds, label="guided step")
+        about = {name: peer.about for name, peer in rivals.items()}
+    return {
+        "rounds": args.rounds,
+        "rivals": about,
+        "error_to_first_rival": float(f"{error:.2g}"),
+        "unet_milliseconds": {name: percentiles(seconds) for name, seconds in networks.items()},
+        "milliseconds": {name: percentiles(seconds) for name, seconds in steps.items()},
+        "times_as_long_as_trip_rt": {name: ratio(seconds, steps["trip-rt"]) for name, seconds in steps.items() if name != "trip-rt"},
+    }
 
 
-def _interleaved(rivals: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each, after a call each to warm up."""
-    for call in rivals.values():
-        call()
-    seconds: dict[str, list[float]] = {name: [] for name in rivals}
-    for _ in tqdm(range(rounds), disable=None, leave=False):
-        for name, call in rivals.items():
-            began = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: round(float(np.median(values)) * 1000, 3) for name, values in seconds.items()}
+def _cold_start(args: argparse.Namespace, profile: Profile, backend: str, speed: str) -> dict[str, Any]:
+    """Medians of fresh processes: seconds from their start to each milestone, and their peak memory."""
+    picture, prompt = held_out(0, profile.height, profile.width)
+    with tempfile.TemporaryDirectory(prefix="trip-bench-") as folder:
+        path = Path(folder) / "picture.png"
+        Image.fromarray(picture).save(path)
+        found = [_child("runtime", args.bundle, backend, speed, path, prompt) for _ in range(args.clips)]
+    seconds = {name: round(float(np.median([one["seconds"][name] for one in found])), 3) for name in found[0]["seconds"]}
+    return {"seconds": seconds, "peak_memory_mb": float(np.median([one["peak_memory_mb"] for one in found]))}
 
 
-def _table(milliseconds: dict[str, dict[str, float]]) -> str:
-    names = list(next(iter(milliseconds.values())))
-    lines = [f"{'ms a call, median':<18}" + "".join(f"{name:>14}" for name in names)]
-    lines += [f"{component:<18}" + "".join(f"{row[name]:>14.2f}" for name in names) for component, row in milliseconds.items()]
+def _child(*arguments: object) -> dict[str, Any]:
+    command = [sys.executable, str(_COLD_START), str(time.monotonic()), *map(str, arguments)]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    if ran.returncode:
+        raise RuntimeError(f"{_COLD_START.name} {arguments[0]}: {(ran.stderr.strip().splitlines() or ['died'])[-1]}")
+    return dict(json.loads(ran.stdout.splitlines()[-1]))
+
+
+def _table(figures: dict[str, Any]) -> str:
+    cpu, peak = figures["machine"]["cpu"], figures["matrix_product_gflops"]
+    lines = [f"{figures['profile']}, {figures['precision']}, {figures['backend']} on {cpu}, matrix products at {peak} GFLOP/s", ""]
+    lines += [f"{'component, a call':<24}{'p50 ms':>10}{'p95':>10}{'p99':>10}{'GFLOP':>10}{'% of peak':>11}"]
+    for name, row in figures["components"].items():
+        lines.append(f"{name:<24}{row['p50']:>10.2f}{row['p95']:>10.2f}{row['p99']:>10.2f}{row['gflop']:>10.2f}{row['peak_percent']:>11.1f}")
+    if "guided_step" in figures:
+        found = figures["guided_step"]
+        lines += ["", f"{'a guided step':<24}{'p50 ms':>10}{'p95':>10}{'UNet p50':>10}{'times trip-rt':>15}{'p5 to p95':>16}"]
+        for name, row in found["milliseconds"].items():
+            times = found["times_as_long_as_trip_rt"].get(name)
+            spread = f"{times['median']:>15.2f}{times['p5']:>9.2f} – {times['p95']:.2f}" if times else ""
+            lines.append(f"{name:<24}{row['p50']:>10.1f}{row['p95']:>10.1f}{found['unet_milliseconds'][name]['p50']:>10.1f}{spread}")
+    if "clips" in figures:
+        lines += ["", f"{'a clip, warm':<24}{'p50 ms':>10}{'p95':>10}{'p99':>10}{'faster':>10}{'dB to exact':>13}"]
+        for name, row in figures["clips"].items():
+            lines.append(f"{name:<24}{row['p50']:>10.0f}{row['p95']:>10.0f}{row['p99']:>10.0f}{row['times_faster']:>9.2f}×{row['psnr']:>13.1f}")
+        milestones = next(iter(figures["cold_start"].values()))["seconds"]
+        lines += ["", f"{'a fresh process, s to':<24}" + "".join(f"{name:>12}" for name in milestones) + f"{'peak MB':>10}"]
+        for name, row in figures["cold_start"].items():
+            lines.append(f"{name:<24}" + "".join(f"{value:>12.2f}" for value in row["seconds"].values()) + f"{row['peak_memory_mb']:>10.0f}")
+        if "pytorch_peak_memory_mb" in figures:
+            lines.append(f"{'PyTorch':<24}" + " " * 12 * len(milestones) + f"{figures['pytorch_peak_memory_mb']:>10.0f}")
     return "\n".join(lines)
 
 
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return f"{models[0]} ({len(models)} threads)" if models else platform.processor()
+def _names(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(text.split(",")))
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"found {unknown[0]!r}, expected some of {','.join(known)}")
+        return names
+
+    return parse
 
 
 main = main_of(build_parser, run)

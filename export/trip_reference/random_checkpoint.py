@@ -10,19 +10,18 @@ import torch
 from trip_reference import checkpoint
 from trip_reference.demo_text import build_tokenizer
 from trip_reference.model import build_model
-from trip_reference.presets import PRESETS
+from trip_reference.presets import PRESETS, Preset
 from trip_rt.command import CommandParser, main_of, note
 
 
-def save_random(preset: str, folder: Path, seed: int = 0) -> None:
-    """Write a checkpoint of the named preset in fp16; parameters that start at zero get small random values too, so that no path is dead.
+def save_random(preset: Preset, folder: Path, seed: int = 0) -> None:
+    """Write a checkpoint of that architecture in fp16; parameters that start at zero get small random values too, so that no path is dead.
 
     Its tokenizer is the demo's: it knows the words of the prompts that parity uses.
     """
     torch.manual_seed(seed)
-    chosen = PRESETS[preset]
-    tokenizer = build_tokenizer(chosen.trip.text_length)
-    model = build_model(chosen, {"vocab_size": max(chosen.text_encoder.get("vocab_size", 0), tokenizer.get_vocab_size())}).eval()
+    tokenizer = build_tokenizer(preset.trip.text_length)
+    model = build_model(preset, {"vocab_size": max(preset.text_encoder.get("vocab_size", 0), tokenizer.get_vocab_size())}).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
@@ -44,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    save_random(args.preset, args.output, args.seed)
+    save_random(PRESETS[args.preset], args.output, args.seed)
     return 0
 
 

@@ -1,0 +1,191 @@
+"""What a careful user would run in trip-rt's place, on the same weights: diffusers' network in PyTorch, and its plain export on engine libraries."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import UNet3DConditionModel
+from torch import Tensor, nn
+
+from trip_reference.model import TripModel
+from trip_reference.unet import with_first_frame, without_first_frame
+from trip_rt.command import note
+from trip_rt.config import FirstFrame
+from trip_rt.speed import LoopStep
+
+NAMES = ("eager", "compile", "onnxruntime", "openvino", "inductor")
+Network = Callable[[Sequence[Tensor]], Tensor]
+MAX_ERROR = 1e-3  # of a peer's latents: what is wrong is no rival
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A guided step of the loop: latents and clean first frames of both halves, the timestep [1], text [2B, L, D], and the step's coefficients."""
+
+    latents: Tensor
+    first_frame: Tensor
+    timestep: Tensor
+    text: Tensor
+    step: LoopStep
+
+    @property
+    def of_unet(self) -> tuple[Tensor, ...]:
+        return self.latents, self.first_frame, self.timestep, self.text
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`unet` and `step` do what the runtime does in a call of the network and in a whole guided step; `about` says how."""
+
+    unet: Callable[[], Tensor]
+    step: Callable[[], Tensor]
+    about: str
+
+
+class _Plain(nn.Module):
+    """diffusers' network as published, with the clean frame put before the others or beside them."""
+
+    def __init__(self, unet: UNet3DConditionModel, first_frame: FirstFrame):
+        super().__init__()
+        self.unet, self.first_frame = unet, first_frame
+
+    def forward(self, latents: Tensor, first_frame: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        sample = with_first_frame(latents, first_frame, self.first_frame)
+        return without_first_frame(self.unet(sample, timestep, encoder_hidden_states=text).sample, self.first_frame)
+
+
+@contextlib.contextmanager
+def peers(model: TripModel, inputs: Inputs, names: Sequence[str], threads: int | None) -> Iterator[dict[str, Peer]]:
+    """The peers by name; one whose library is not here is left out with a note. RuntimeError where one's latents are not the others'."""
+    torch.set_num_threads(threads or torch.get_num_threads())
+    unet = UNet3DConditionModel.from_config(model.residual_unet.unet.config)
+    unet.load_state_dict(model.residual_unet.unet.state_dict())
+    plain, fusion = _Plain(unet, model.config.first_frame).eval().requires_grad_(False), model.fusion.eval().requires_grad_(False)
+    sigmas = torch.tensor([inputs.step.step.sqrt_alpha_bar]), torch.tensor([inputs.step.step.sqrt_one_minus_alpha_bar])
+    of_fusion = (inputs.latents, inputs.first_frame, inputs.latents, *sigmas, inputs.timestep)
+    with tempfile.TemporaryDirectory(prefix="trip-bench-") as folder:
+        made = {}
+        for name in names:
+            try:
+                note(f"{name}: preparing")
+                networks, about = _MAKERS[name]([(plain, inputs.of_unet), (fusion, of_fusion)], Path(folder), threads)
+            except ImportError as error:
+                note(f"{name}: left out: {error}")
+                continue
+            made[name] = _peer(*networks, inputs, sigmas, about)
+        results = {name: peer.step() for name, peer in made.items()}
+        for name, found in results.items():
+            expected = next(iter(results.values()))
+            error = float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+            if not error <= MAX_ERROR:
+                raise RuntimeError(f"{name}: found an error of {error:.1e} to {next(iter(results))}, expected at most {MAX_ERROR}")
+        yield made
+
+
+def _peer(unet: Network, fusion: Network, inputs: Inputs, sigmas: tuple[Tensor, Tensor], about: str) -> Peer:
+    one, half = inputs.step, len(inputs.latents) // 2
+
+    @torch.inference_mode()
+    def step() -> Tensor:
+        residual = unet(inputs.of_unet)
+        unconditional, conditional = fusion((inputs.latents, inputs.first_frame, residual, *sigmas, inputs.timestep)).chunk(2)
+        guided = unconditional + one.guidance_scale * (conditional - unconditional)
+        return one.step.latents[0] * inputs.latents[:half] + one.step.latents[1] * guided
+
+    @torch.inference_mode()
+    def network() -> Tensor:
+        return unet(inputs.of_unet)
+
+    return Peer(network, step, about)
+
+
+Parts = list[tuple[nn.Module, tuple[Tensor, ...]]]
+
+
+def _eager(parts: Parts, folder: Path, threads: int | None) -> tuple[list[Network], str]:
+    """2-D convolutions' weights in the memory format that is faster in a short trial."""
+    (plain, inputs), (fusion, _) = parts
+    turned = copy.deepcopy(plain)
+    for module in turned.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)
+    best = {}
+    with torch.inference_mode():
+        for name, module in (("contiguous", plain), ("channels-last", turned)) * 2:
+            began = time.perf_counter()
+            module(*inputs)
+            best[name] = time.perf_counter() - began, module
+    chosen = min(best, key=lambda name: best[name][0])
+    return [_called(best[chosen][1]), _called(fusion)], f"PyTorch eager, {chosen} convolutions"
+
+
+def _compile(parts: Parts, folder: Path, threads: int | None) -> tuple[list[Network], str]:
+    return [_called(torch.compile(copy.deepcopy(module))) for module, _ in parts], "torch.compile"
+
+
+def _called(module: Any) -> Network:
+    return lambda tensors: module(*tensors)
+
+
+def _onnxruntime(parts: Parts, folder: Path, threads: int | None) -> tuple[list[Network], str]:
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads or 0
+
+    def network(graph: Path) -> Network:
+        session = onnxruntime.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
+        names = [value.name for value in session.get_inputs()]
+        return lambda tensors: torch.from_numpy(session.run(None, {name: x.numpy() for name, x in zip(names, tensors, strict=True)})[0])
+
+    return [network(_exported(*part, folder)) for part in parts], "the plain ONNX export on ONNX Runtime"
+
+
+def _openvino(parts: Parts, folder: Path, threads: int | None) -> tuple[list[Network], str]:
+    import openvino
+
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    if threads:
+        settings["INFERENCE_NUM_THREADS"] = threads
+
+    def network(graph: Path) -> Network:
+        request = openvino.Core().compile_model(graph, "CPU", settings).create_infer_request()
+        return lambda tensors: torch.from_numpy(np.array(next(iter(request.infer([x.numpy() for x in tensors], share_inputs=True).values()))))
+
+    return [network(_exported(*part, folder)) for part in parts], "the plain ONNX export on OpenVINO"
+
+
+def _inductor(parts: Parts, folder: Path, threads: int | None) -> tuple[list[Network], str]:
+    from torch._inductor import aoti_compile_and_package, aoti_load_package
+
+    def network(module: nn.Module, inputs: tuple[Tensor, ...]) -> Network:
+        package = folder / f"{type(module).__name__}.pt2"
+        with torch.no_grad(), torch._inductor.config.patch({"freezing": True}), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            aoti_compile_and_package(torch.export.export(module, inputs), package_path=str(package))
+        return _called(aoti_load_package(str(package)))
+
+    return [network(module, tuple(tensor.clone() for tensor in inputs)) for module, inputs in parts], "the network by AOTInductor, frozen"
+
+
+def _exported(module: nn.Module, inputs: tuple[Tensor, ...], folder: Path) -> Path:
+    path = folder / f"{type(module).__name__}.onnx"
+    if not path.exists():
+        with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(module, tuple(tensor.clone() for tensor in inputs), path, dynamo=True, opset_version=18, verbose=False)
+    return path
+
+
+_MAKERS = {"eager": _eager, "compile": _compile, "onnxruntime": _onnxruntime, "openvino": _openvino, "inductor": _inductor}
