@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import logging
 import tempfile
 import time
 import warnings
@@ -67,7 +68,7 @@ class _Plain(nn.Module):
 
 @contextlib.contextmanager
 def peers(model: TripModel, inputs: Inputs, names: Sequence[str], threads: int | None) -> Iterator[dict[str, Peer]]:
-    """The peers by name; one whose library is not here is left out with a note. RuntimeError where one's latents are not the others'."""
+    """The peers by name; one whose library is not here is left out with a note."""
     torch.set_num_threads(threads or torch.get_num_threads())
     unet = UNet3DConditionModel.from_config(model.residual_unet.unet.config)
     unet.load_state_dict(model.residual_unet.unet.state_dict())
@@ -84,13 +85,13 @@ def peers(model: TripModel, inputs: Inputs, names: Sequence[str], threads: int |
                 note(f"{name}: left out: {error}")
                 continue
             made[name] = _peer(*networks, inputs, sigmas, about)
-        results = {name: peer.step() for name, peer in made.items()}
-        for name, found in results.items():
-            expected = next(iter(results.values()))
-            error = float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
-            if not error <= MAX_ERROR:
-                raise RuntimeError(f"{name}: found an error of {error:.1e} to {next(iter(results))}, expected at most {MAX_ERROR}")
         yield made
+
+
+def wrong(found: np.ndarray, expected: np.ndarray) -> str:
+    """Why a rival's latents cannot stand beside the runtime's, or "" where they can."""
+    error = float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
+    return "" if error <= MAX_ERROR else f"found an error of {error:.1e} to trip-rt's latents, expected at most {MAX_ERROR}"
 
 
 def _peer(unet: Network, fusion: Network, inputs: Inputs, sigmas: tuple[Tensor, Tensor], about: str) -> Peer:
@@ -171,12 +172,12 @@ def _inductor(parts: Parts, folder: Path, threads: int | None) -> tuple[list[Net
 
     def network(module: nn.Module, inputs: tuple[Tensor, ...]) -> Network:
         package = folder / f"{type(module).__name__}.pt2"
-        with torch.no_grad(), torch._inductor.config.patch({"freezing": True}), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             aoti_compile_and_package(torch.export.export(module, inputs), package_path=str(package))
         return _called(aoti_load_package(str(package)))
 
-    return [network(module, tuple(tensor.clone() for tensor in inputs)) for module, inputs in parts], "the network by AOTInductor, frozen"
+    return [network(module, tuple(tensor.clone() for tensor in inputs)) for module, inputs in parts], "the network by AOTInductor"
 
 
 def _exported(module: nn.Module, inputs: tuple[Tensor, ...], folder: Path) -> Path:
@@ -184,6 +185,7 @@ def _exported(module: nn.Module, inputs: tuple[Tensor, ...], folder: Path) -> Pa
     if not path.exists():
         with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            logging.getLogger("torch.onnx").setLevel(logging.ERROR)
             torch.onnx.export(module, tuple(tensor.clone() for tensor in inputs), path, dynamo=True, opset_version=18, verbose=False)
     return path
 

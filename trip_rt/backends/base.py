@@ -64,7 +64,7 @@ class Engine(ABC):
     def bind(self, buffers: Mapping[str, Buffer]) -> Work:
         """A call that queues the engine's work on its device, from and to `buffers` of the device's, by the names of its inputs and outputs.
 
-        ValueError where a name, dtype or shape is not the manifest's. Bindings to other buffers may be made beside this one.
+        ValueError where a name, dtype or shape is not the manifest's. Bindings to other buffers may be made beside this one; each keeps its buffers.
         """
         self.check(buffers, (*self.spec.inputs, *self.spec.outputs))
         arrays = {name: buffer.array for name, buffer in buffers.items() if buffer.array is not None}

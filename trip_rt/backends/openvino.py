@@ -49,6 +49,7 @@ class OpenVINOEngine(Engine):
             request.set_tensor(tensor.name, self._library.Tensor(buffers[tensor.name].array, shared_memory=True))
 
         def work() -> None:
+            assert buffers  # and so the memory lives as long as this
             self._opened()
             request.infer()
 
