@@ -9,7 +9,6 @@ STARTED is the clock's (time.monotonic) reading just before the process was star
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 
@@ -53,5 +52,6 @@ if __name__ == "__main__":
     started, what, *rest = sys.argv[1:]
     milestones: dict[str, float] = {}
     {"runtime": runtime, "pytorch": pytorch}[what](milestones, float(started), *rest)
-    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-    print(json.dumps({"seconds": milestones, "peak_memory_mb": round(kibibytes * 1024 / 1e6, 1)}))
+    from timing import peak_memory_mb
+
+    print(json.dumps({"seconds": milestones, "peak_memory_mb": peak_memory_mb()}))

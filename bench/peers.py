@@ -144,6 +144,7 @@ def _onnxruntime(parts: Parts, folder: Path, threads: int | None) -> tuple[list[
 
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = threads or 0
+    settings.add_session_config_entry("session.force_spinning_stop", "1")  # two sessions take turns
 
     def network(graph: Path) -> Network:
         session = onnxruntime.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])

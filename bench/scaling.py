@@ -10,8 +10,6 @@ import dataclasses
 import gc
 import json
 import multiprocessing
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from timing import machine
+from timing import machine, peak_memory_mb
 from tqdm import tqdm
 
 from trip_reference.presets import PRESETS
@@ -141,7 +139,7 @@ def _loop(bundle: Path, backend: str, rounds: int, max_seconds: float) -> dict[s
             seconds.append(time.perf_counter() - step_began)
             if time.perf_counter() - began > max_seconds:
                 break
-        return {"step_ms": round(float(np.median(seconds[1:] or seconds)) * 1000, 2), "loop_mb": _peak_mb()}
+        return {"step_ms": round(float(np.median(seconds[1:] or seconds)) * 1000, 2), "loop_mb": peak_memory_mb()}
 
 
 def _decoding(bundle: Path, backend: str, rounds: int) -> dict[str, float]:
@@ -156,18 +154,13 @@ def _decoding(bundle: Path, backend: str, rounds: int) -> dict[str, float]:
     latents = np.random.default_rng(0).standard_normal(spec.inputs[0].shape, np.float32)
     chunks = -(-profile.num_frames // len(latents))
     gc.collect()
-    before, seconds = _peak_mb(), []
+    before, seconds = peak_memory_mb(), []
     for _ in range(rounds):
         began = time.perf_counter()
         for _ in range(chunks):
             engine.run({"latents": latents})
         seconds.append(time.perf_counter() - began)
-    return {"decode_ms": round(float(np.median(seconds)) * 1000, 2), "decode_growth_mb": round(_peak_mb() - before, 1)}
-
-
-def _peak_mb() -> float:
-    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-    return round(kibibytes * 1024 / 1e6, 1)
+    return {"decode_ms": round(float(np.median(seconds)) * 1000, 2), "decode_growth_mb": round(peak_memory_mb() - before, 1)}
 
 
 def _value(axis: str, point: dict[str, Any]) -> int:

@@ -64,6 +64,9 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"clips: found {args.clips}, expected at least 1")
     ways = {name: WAYS[name] for name in dict.fromkeys(["exact", *names])}
     with Animator(args.bundle, args.backend, options=EngineOptions(threads=args.threads)) as animator:
+        if animator.config.width != animator.config.height:
+            found = f"{animator.config.width}x{animator.config.height}"
+            raise InputError(f"found pictures of {found}, expected square ones, by which clips are judged; export the bundle so")
         figures = {"clips": args.clips, "engine": animator.describe(), "ways": measure(animator, ways, args.clips)}
     if args.output:
         args.output.write_text(json.dumps(figures, indent=1) + "\n")

@@ -16,6 +16,8 @@ from plots import bars, scaling  # noqa: E402
 from scaling import Point, _slopes  # noqa: E402
 from timing import interleaved, percentiles, ratio  # noqa: E402
 
+from trip_export.export import export_bundle  # noqa: E402
+from trip_export.plan import ExportOptions  # noqa: E402
 from trip_rt.bundle import open_bundle  # noqa: E402
 from trip_rt.manifest import COMPONENTS, SPEEDUPS, serialise  # noqa: E402
 
@@ -103,9 +105,11 @@ def test_scaling_at_a_tiny_size(tmp_path):
     assert (tmp_path / "lines.png").stat().st_size > 1000
 
 
-def test_speeds_at_a_tiny_size(tiny_bundle):
-    ran = bench("speeds.py", tiny_bundle, "--clips", 1, "--ways", "fast; features reused once")
+def test_speeds_at_a_tiny_size(tiny_checkpoint, tiny_bundle, tmp_path):
+    export_bundle(tiny_checkpoint, tmp_path / "square", ExportOptions(size=(32, 32), parity_steps=0))
+    ran = bench("speeds.py", tmp_path / "square", "--clips", 1, "--ways", "fast; features reused once")
     assert ran.returncode == 0, ran.stderr
+    assert bench("speeds.py", tiny_bundle).stderr.startswith("bench/speeds.py: found pictures of 48x32, expected square ones")
     assert [line.split("|")[1].strip() for line in ran.stdout.splitlines()[2:]] == ["exact", "fast", "features reused once"]
 
 

@@ -95,8 +95,8 @@ class Animator:
         self._open = partial(_open, cls, opened, options, self._device)
         try:
             if self._device.kind == "cpu":
-                with ThreadPoolExecutor(os.cpu_count()) as pool:  # opening an engine is mostly one thread's work
-                    list(pool.map(self.engine, COMPONENTS))
+                with ThreadPoolExecutor(os.cpu_count()) as pool:  # opening an engine is mostly one thread's work, and the UNet's takes longest
+                    list(pool.map(self.engine, sorted(COMPONENTS, key=lambda name: name != "unet")))
             self._pipeline = Pipeline(self._device, self.config, self.profile, self.engine, opened.folder, options.cuda_graph)
         except BaseException:
             self.close()

@@ -34,7 +34,10 @@ def build_export_parser() -> argparse.ArgumentParser:
     for name in ("fp16", "bf16"):
         precision.add_argument(f"--{name}", dest="precision", action="store_const", const=name, help=f"{name} where measured error allows it")
     parser.add_argument(
-        "--backend", action="append", metavar="NAME", help="onnxruntime (the default), openvino, tensorrt or inductor; may be given several times"
+        "--backend",
+        action="append",
+        metavar="NAME",
+        help="onnxruntime, openvino, tensorrt or inductor; may be given several times (both of the first in fp32, onnxruntime in half precision)",
     )
     parser.add_argument("--batch", type=int, default=1, help="clips animated at a time (%(default)s)")
     parser.add_argument("--frames", type=int, help="frames of a clip (the checkpoint's)")
@@ -102,7 +105,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
     from trip_export.plan import ExportOptions
 
     return ExportOptions(
-        backends=tuple(dict.fromkeys(args.backend or ["onnxruntime"])),
+        backends=tuple(dict.fromkeys(args.backend or ["openvino", "onnxruntime"][args.precision is not None :])),
         precision=args.precision or "fp32",
         batch=args.batch,
         frames=args.frames,
