@@ -28,8 +28,8 @@ from trip_reference import demo_world
 from trip_rt import backends
 from trip_rt.animator import Animator
 from trip_rt.bundle import Bundle, open_bundle
-from trip_rt.command import CommandParser, main_of, note
-from trip_rt.errors import InputError
+from trip_rt.command import CommandParser, add_json_flag, main_of, note
+from trip_rt.errors import EngineError, InputError
 from trip_rt.manifest import Profile
 from trip_rt.sampler import initial_noise
 from trip_rt.speed import SPEEDS, loop_steps
@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="CPU threads (each library's choice)")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the guided steps")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures there too")
+    add_json_flag(parser)
     return parser
 
 
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     if args.clips:
         figures["cold_start"] = {speed: _cold_start(args, profile, backend, speed) for speed in args.speeds}
         if args.checkpoint:
-            figures["pytorch_peak_memory_mb"] = _child("pytorch", args.checkpoint, 2)["peak_memory_mb"]
+            figures["pytorch_peak_memory_mb"] = _child(args.threads, "pytorch", args.checkpoint, profile.height, profile.width, 2)["peak_memory_mb"]
     if args.output:
         args.output.write_text(json.dumps(figures, indent=1) + "\n")
     if args.plot and args.compare:
@@ -92,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
 
         steps = figures["guided_step"]["milliseconds"]
         bars(args.plot, f"guided step, {profile.name}, ms (p50)", {name: row["p50"] for name, row in steps.items()})
-    print(_table(figures))
+    if not args.json:
+        print(_table(figures))
     print(json.dumps(figures))
     return 0
 
@@ -152,7 +154,9 @@ def _clips(animator: Animator, speeds: Sequence[str], count: int) -> dict[str, d
 def held_out(seed: int, height: int, width: int) -> tuple[np.ndarray, str]:
     """A picture uint8 [height, width, 3] of the demo world that no training saw, and its sentence."""
     scene, motion, caption = demo_world.sample(seed, held_out=True)
-    return demo_world.render(scene, motion, 1, max(height, width))[0][:height, :width], caption
+    square = demo_world.render(scene, motion, 1, max(height, width))[0]
+    top, left = (len(square) - height) // 2, (len(square) - width) // 2
+    return square[top : top + height, left : left + width], caption
 
 
 def _compared(animator: Animator, args: argparse.Namespace) -> dict[str, Any]:
@@ -210,16 +214,16 @@ def _cold_start(args: argparse.Namespace, profile: Profile, backend: str, speed:
     with tempfile.TemporaryDirectory(prefix="trip-bench-") as folder:
         path = Path(folder) / "picture.png"
         Image.fromarray(picture).save(path)
-        found = [_child("runtime", args.bundle, backend, speed, path, prompt) for _ in range(args.clips)]
+        found = [_child(args.threads, "runtime", args.bundle, backend, profile.name, speed, path, prompt) for _ in range(args.clips)]
     seconds = {name: round(float(np.median([one["seconds"][name] for one in found])), 3) for name in found[0]["seconds"]}
     return {"seconds": seconds, "peak_memory_mb": float(np.median([one["peak_memory_mb"] for one in found]))}
 
 
-def _child(*arguments: object) -> dict[str, Any]:
-    command = [sys.executable, str(_COLD_START), str(time.monotonic()), *map(str, arguments)]
+def _child(threads: int | None, *arguments: object) -> dict[str, Any]:
+    command = [sys.executable, str(_COLD_START), str(time.monotonic()), str(threads or 0), *map(str, arguments)]
     ran = subprocess.run(command, capture_output=True, text=True)
     if ran.returncode:
-        raise RuntimeError(f"{_COLD_START.name} {arguments[0]}: {(ran.stderr.strip().splitlines() or ['died'])[-1]}")
+        raise EngineError(f"{_COLD_START.name} {arguments[0]}: {(ran.stderr.strip().splitlines() or ['died'])[-1]}")
     return dict(json.loads(ran.stdout.splitlines()[-1]))
 
 

@@ -9,17 +9,15 @@ import argparse
 import dataclasses
 import gc
 import json
-import multiprocessing
 import tempfile
-import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from timing import machine, peak_memory_mb
+from gpu_process import apart
+from timing import interleaved, machine, peak_memory_mb, percentiles
 from tqdm import tqdm
 
 from trip_reference.presets import PRESETS
@@ -37,6 +35,13 @@ class Point:
     size: int
     batch: int
 
+    def __str__(self) -> str:
+        return f"{self.size}x{self.size}, {self.frames} frames, batch {self.batch}"
+
+
+class LeftOut(Exception):
+    """Why a point has no figures."""
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
@@ -50,7 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batches", type=_numbers, default=(1, 2, 4), metavar="LIST", help="(1,2,4)")
     parser.add_argument("--backend", choices=("onnxruntime", "openvino"), default="openvino", help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="steps timed at each point (%(default)s)")
-    parser.add_argument("--max-seconds", type=float, default=120, metavar="S", help="leave a point's rest out after so long (%(default)g)")
+    parser.add_argument(
+        "--max-seconds", type=float, default=600, metavar="S", help="leave out a point that takes longer, with its export (%(default)g)"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the figures")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures there too")
     return parser
@@ -60,6 +67,9 @@ def run(args: argparse.Namespace) -> int:
     if args.rounds < 1:
         raise InputError(f"rounds: found {args.rounds}, expected at least 1")
     config = PRESETS[args.preset].trip
+    multiple = config.vae_scale_factor * 2 ** (len(PRESETS[args.preset].unet["block_out_channels"]) - 1)
+    if wrong := [size for size in args.sizes if size % multiple]:
+        raise InputError(f"sizes: found {wrong[0]}, expected multiples of {multiple}")
     own = Point(config.num_frames, config.height, 1)
     axes = {
         "frames": [dataclasses.replace(own, frames=value) for value in args.frames],
@@ -71,8 +81,8 @@ def run(args: argparse.Namespace) -> int:
     for point in tqdm(points, unit="point", disable=None, leave=False):
         try:
             rows[point] = _measured(args, point)
-        except (RuntimeError, MemoryError, BrokenProcessPool) as error:
-            left_out[point] = " ".join(str(error).split())[:200] or "killed, most likely for its memory"
+        except LeftOut as error:
+            left_out[point] = str(error)
             note(f"{point}: left out: {left_out[point]}")
     figures: dict[str, Any] = {"preset": args.preset, "backend": args.backend, "machine": machine()}
     for name, wanted in axes.items():
@@ -100,17 +110,29 @@ def _measured(args: argparse.Namespace, point: Point) -> dict[str, float]:
     """Export in one process, the loop in another, decoding in a third: the peak memory of each is its own."""
     with tempfile.TemporaryDirectory(prefix="trip-bench-") as folder:
         bundle = Path(folder) / "bundle"
-        _alone(_export, args.preset, point, args.backend, bundle)
-        figures = _alone(_loop, bundle, args.backend, args.rounds, args.max_seconds)
-        return figures | _alone(_decoding, bundle, args.backend, args.rounds)
+        return _in_turn(
+            {
+                "export": partial(_export, args.preset, point, args.backend, bundle),
+                "loop": partial(_loop, bundle, args.backend, args.rounds),
+                "decoding": partial(_decoding, bundle, args.backend, args.rounds),
+            },
+            args.max_seconds,
+        )
 
 
-def _alone(function: Any, *arguments: Any) -> Any:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+def _in_turn(works: dict[str, Callable[[], dict[str, float]]], seconds: float) -> dict[str, float]:
+    """All their figures, each work in a process of its own; LeftOut where one fails, is killed, or would end after `seconds` of all."""
+    figures: dict[str, float] = {}
+    for name, work in works.items():
+        found = apart(lambda _, work=work: work(), seconds)
+        if found.pop("state") != "done":
+            raise LeftOut(f"{name}: {found['reason']}")
+        seconds -= found.pop("seconds")
+        figures |= found
+    return figures
 
 
-def _export(preset: str, point: Point, backend: str, bundle: Path) -> None:
+def _export(preset: str, point: Point, backend: str, bundle: Path) -> dict[str, float]:
     from trip_export.export import export_bundle
     from trip_export.plan import ExportOptions
     from trip_reference.random_checkpoint import save_random
@@ -119,9 +141,10 @@ def _export(preset: str, point: Point, backend: str, bundle: Path) -> None:
     config = dataclasses.replace(chosen.trip, num_frames=point.frames, height=point.size, width=point.size)
     save_random(dataclasses.replace(chosen, trip=config), bundle.with_name("checkpoint"))
     export_bundle(bundle.with_name("checkpoint"), bundle, ExportOptions(backends=(backend,), batch=point.batch, parity_steps=0, speedups=False))
+    return {}
 
 
-def _loop(bundle: Path, backend: str, rounds: int, max_seconds: float) -> dict[str, float]:
+def _loop(bundle: Path, backend: str, rounds: int) -> dict[str, float]:
     """Median milliseconds of a guided step, and the peak memory of a process that has opened the bundle and run the loop."""
     from trip_rt.animator import Animator
     from trip_rt.sampler import initial_noise
@@ -131,15 +154,9 @@ def _loop(bundle: Path, backend: str, rounds: int, max_seconds: float) -> dict[s
         config, pipeline, batch = animator.config, animator._pipeline, animator.profile.batch
         noise = initial_noise(range(batch), (config.latent_channels, config.num_frames, config.latent_height, config.latent_width))
         pipeline.encode(*np.ones((2, batch, config.text_length), np.int64), np.zeros((batch, 3, config.height, config.width), np.float32))
-        seconds: list[float] = []
-        began = time.perf_counter()
-        for _ in range(rounds + 1):
-            step_began = time.perf_counter()
-            pipeline.denoise(noise, loop_steps(config)[:1])
-            seconds.append(time.perf_counter() - step_began)
-            if time.perf_counter() - began > max_seconds:
-                break
-        return {"step_ms": round(float(np.median(seconds[1:] or seconds)) * 1000, 2), "loop_mb": peak_memory_mb()}
+        steps = loop_steps(config)[:1]
+        seconds = interleaved({"step": lambda: pipeline.denoise(noise, steps)}, rounds, warm_ups=1)["step"]
+        return {"step_ms": percentiles(seconds)["p50"], "loop_mb": peak_memory_mb()}
 
 
 def _decoding(bundle: Path, backend: str, rounds: int) -> dict[str, float]:
@@ -154,13 +171,14 @@ def _decoding(bundle: Path, backend: str, rounds: int) -> dict[str, float]:
     latents = np.random.default_rng(0).standard_normal(spec.inputs[0].shape, np.float32)
     chunks = -(-profile.num_frames // len(latents))
     gc.collect()
-    before, seconds = peak_memory_mb(), []
-    for _ in range(rounds):
-        began = time.perf_counter()
+    before = peak_memory_mb()
+
+    def decode() -> None:
         for _ in range(chunks):
             engine.run({"latents": latents})
-        seconds.append(time.perf_counter() - began)
-    return {"decode_ms": round(float(np.median(seconds)) * 1000, 2), "decode_growth_mb": round(peak_memory_mb() - before, 1)}
+
+    seconds = interleaved({"decode": decode}, rounds, warm_ups=1)["decode"]
+    return {"decode_ms": percentiles(seconds)["p50"], "decode_growth_mb": round(peak_memory_mb() - before, 1)}
 
 
 def _value(axis: str, point: dict[str, Any]) -> int:
@@ -186,6 +204,7 @@ def _table(figures: dict[str, Any]) -> str:
             row = f"{'slope':<24}{slopes['step_ms']:>12.2f}{slopes['loop_mb']:>12.2f}{slopes['decode_ms']:>12.2f}"
             lines.append(f"{row}{slopes['decode_growth_mb']:>13.2f}")
         lines.append("")
+    lines += [f"left out: {Point(*(one[name] for name in ('frames', 'size', 'batch')))}: {one['reason']}" for one in figures["left_out"]]
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -77,4 +78,15 @@ def machine() -> dict[str, Any]:
             about[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             about[name] = None
+    if about["openvino"]:
+        with ThreadPoolExecutor(1) as thread:  # not the main one, as in trip_rt/backends/openvino.py
+            about["openvino_arithmetic"] = thread.submit(_openvino_arithmetic).result()
     return about
+
+
+def _openvino_arithmetic() -> list[str]:
+    """What OpenVINO says that this CPU computes in natively, BF16 perhaps among it."""
+    import openvino
+
+    found = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return sorted(name for name in found if name in ("FP32", "BF16", "FP16", "INT8"))

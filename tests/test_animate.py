@@ -121,6 +121,7 @@ def test_one_clip(animate, here, tiny_bundle, name):
 def test_json_and_every_option(animate, here, tiny_bundle):
     options = ["--steps", 2, "--guidance-scale", 3, "--seed", 5, "--fps", 12.5, "--negative-prompt", "blue"]
     options += ["--fit", "letterbox", "--backend", "onnxruntime", "--threads", 1, "--json"]
+    options += ["--speed", "fast", "--solver", "dpm++", "--guidance-interval", "0.2,0.9", "--feature-reuse", 2]
     ran = animate(tiny_bundle, "photo.png", "-o", "clip.webp", PROMPT, *options, "--contact-sheet", "sheet.PNG")
     figures = json.loads(ran.out)
     assert ran.code == 0 and ran.complaints == [] and ran.out.count("\n") == 1
@@ -190,6 +191,11 @@ def test_bad_pictures(refuse, here, tiny_bundle, name, data, says):
         (["--steps", "many"], "argument --steps"),
         (["--guidance-scale", "nan"], "guidance scale: found nan"),
         (["--guidance-scale", "101"], "guidance scale: found 101"),
+        (["--guidance-interval", "0.5"], "found '0.5', expected two numbers such as 0.2,0.8"),
+        (["--guidance-interval", "0.8,0.2"], "guidance interval: found 0.8 to 0.2"),
+        (["--feature-reuse", "0"], "feature reuse: found 0, expected at least 1"),
+        (["--solver", "euler"], "argument --solver"),
+        (["--speed", "ludicrous"], "argument --speed"),
         (["--seed", "-1"], "seed: found -1"),
         (["--seed", str(2**64)], "seed: found"),
         (["--fps", "nan"], "fps: found nan"),

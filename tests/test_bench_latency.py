@@ -12,6 +12,8 @@ import pytest
 BENCH = Path(__file__).parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
 
+from latency import held_out  # noqa: E402
+from peers import wrong  # noqa: E402
 from plots import bars, scaling  # noqa: E402
 from scaling import Point, _slopes  # noqa: E402
 from timing import interleaved, percentiles, ratio  # noqa: E402
@@ -57,6 +59,7 @@ def test_latency_at_a_tiny_size(tiny_bundle, tiny_checkpoint, tmp_path):
     assert list(figures["cold_start"]["fast"]["seconds"]) == ["import", "open", "first step", "first frame", "clip"]
     assert figures["clips"]["exact"]["psnr"] == 200 and figures["pytorch_peak_memory_mb"] > 100
     assert "a guided step" in ran.stdout and "a fresh process" in ran.stdout
+    assert figures["machine"]["threads"] >= 1 and "FP32" in figures["machine"]["openvino_arithmetic"]
 
 
 def test_red_parity_has_no_figures(tiny_bundle, tmp_path):
@@ -93,16 +96,70 @@ def test_latency_refuses_in_one_line(tiny_bundle, arguments, says):
     assert ran.returncode == 2 and says in ran.stderr.splitlines()[-1] and ran.stdout == ""
 
 
-def test_scaling_at_a_tiny_size(tmp_path):
+def test_with_json_there_is_one_line(tiny_bundle):
+    ran = bench("latency.py", tiny_bundle, "--rounds", 1, "--clips", 0, "--json")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("\n") == 1 and json.loads(ran.stdout)["profile"] == "48x32-5f-b1"
+
+
+def test_a_wrong_rival_is_told():
+    expected = np.ones((2, 3), np.float32)
+    assert wrong(expected * 1.0009, expected) == ""
+    assert "found an error of 1.0e-02 to trip-rt's latents, expected at most 0.001" in wrong(expected * 1.01, expected)
+    assert wrong(expected * np.nan, expected)
+
+
+def test_held_out_pictures_are_cut_from_the_middle():
+    square, caption = held_out(3, 64, 64)
+    assert np.array_equal(held_out(3, 32, 64)[0], square[16:48]) and held_out(3, 64, 32)[1] == caption
+
+
+@pytest.mark.slow
+def test_scaling_with_two_points(tmp_path):
     ran = bench(
-        "scaling.py", "demo", "--frames", "2,4", "--sizes", "16,32", "--batches", "1", "--rounds", 1,
+        "scaling.py", "demo", "--frames", "2,16", "--sizes", "64", "--batches", "1", "--rounds", 1,
         "--output", tmp_path / "figures.json", "--plot", tmp_path / "lines.png",
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     figures = json.loads(ran.stdout.splitlines()[-1])
-    assert [point["frames"] for point in figures["frames"]["points"]] == [2, 4] and figures["left_out"] == []
-    assert set(figures["sizes"]["slopes"]) == {"step_ms", "loop_mb", "decode_ms", "decode_growth_mb"}
+    assert figures == json.loads((tmp_path / "figures.json").read_text()) and figures["left_out"] == []
+    assert [point["frames"] for point in figures["frames"]["points"]] == [2, 16]
+    assert set(figures["frames"]["slopes"]) == {"step_ms", "loop_mb", "decode_ms", "decode_growth_mb"} and figures["sizes"]["slopes"] == {}
     assert (tmp_path / "lines.png").stat().st_size > 1000
+
+
+def test_a_point_that_fails_or_lasts_is_left_out():
+    code = """
+import os, signal, sys, time
+sys.path.insert(0, "bench")
+from scaling import LeftOut, _in_turn
+
+good = lambda: {"step_ms": 1.0}
+for bad in lambda: time.sleep(9), lambda: os.kill(os.getpid(), signal.SIGKILL), lambda: 1 / 0, lambda: {"decode_ms": 2.0}:
+    try:
+        print(_in_turn({"loop": good, "decoding": bad}, 1))
+    except LeftOut as error:
+        print(error)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=BENCH.parent)
+    cut_off, *rest = ran.stdout.splitlines()
+    assert cut_off.startswith("decoding: cut off after its"), ran.stderr
+    assert rest == [
+        "decoding: its process died of SIGKILL", "decoding: ZeroDivisionError: division by zero", "{'step_ms': 1.0, 'decode_ms': 2.0}",
+    ]  # fmt: skip
+
+
+def test_scaling_that_leaves_all_out_says_so(tmp_path):
+    ran = bench("scaling.py", "demo", "--frames", "2", "--sizes", "64", "--batches", "1", "--max-seconds", "0.01", "--plot", tmp_path / "lines.png")
+    assert ran.returncode == 0, ran.stderr
+    figures = json.loads(ran.stdout.splitlines()[-1])
+    assert [point["frames"] for point in figures["left_out"]] == [2, 16] and figures["frames"] == {"points": [], "slopes": {}}
+    assert "left out: 64x64, 2 frames, batch 1: export: cut off" in ran.stdout
+
+
+def test_scaling_refuses_sizes_the_model_cannot_have():
+    ran = bench("scaling.py", "demo", "--sizes", "64,72")
+    assert ran.returncode == 2 and ran.stderr == "bench/scaling.py: sizes: found 72, expected multiples of 16\n" and ran.stdout == ""
 
 
 def test_speeds_at_a_tiny_size(tiny_checkpoint, tiny_bundle, tmp_path):

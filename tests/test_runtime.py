@@ -12,14 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from conftest import tiny_model
 from PIL import Image
 
-from trip_rt import Animation, Animator, InputError, backends
+from trip_reference.sampling import sample
+from trip_rt import Animation, Animator, InputError, backends, images
 from trip_rt.backends import EngineOptions
 from trip_rt.devices import open_device
 from trip_rt.manifest import COMPONENTS, SPEEDUPS, tensors
 from trip_rt.pipeline import Pipeline
-from trip_rt.tokenizer import MAX_CHARACTERS
+from trip_rt.sampler import initial_noise
+from trip_rt.speed import SPEEDS, Speed, loop_steps
+from trip_rt.tokenizer import MAX_CHARACTERS, PromptTokenizer
 
 PROMPT = "a red ball rolls to the right"
 ROOT = Path(__file__).resolve().parent.parent
@@ -195,6 +200,41 @@ def batched(animator, batch):
     return remade(animator, dataclasses.replace(animator.profile, batch=batch), **engines)
 
 
+WAYS = {
+    "balanced": SPEEDS["balanced"],
+    "half guided": Speed("dpm++", 4, (0.3, 0.8)),
+    "reused": Speed(num_inference_steps=5, feature_reuse=2),
+    "reused, half guided": Speed("unipc", 6, (0.0, 0.6), 3),
+}
+
+
+@pytest.mark.parametrize("speed", WAYS.values(), ids=WAYS)
+def test_every_speed_is_the_oracle_at_that_speed(tiny_animator, picture, speed):
+    model, config = tiny_model(), tiny_animator.config
+    fitted = images.load_image(picture, config.height, config.width, "crop")[None]
+    tokens = PromptTokenizer(tiny_animator.tokenizer_json, config.text_length)
+    with torch.no_grad():
+        text = model.encode_text(torch.from_numpy(tokens(["", PROMPT])))
+        first = model.encode_image(torch.from_numpy(images.to_model(fitted)))
+    noise = torch.from_numpy(initial_noise([3], (config.latent_channels, config.num_frames, config.latent_height, config.latent_width)))
+    expected = sample(model, first, noise, text, loop_steps(config, speed)).numpy()
+    found = tiny_animator.latents(fitted, [PROMPT], [3], speed=speed)
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+    exact = tiny_animator.latents(fitted, [PROMPT], [3], num_inference_steps=speed.num_inference_steps)
+    assert np.abs(found - exact).max() > 1e-4 * np.abs(expected).max(), "it is another way"
+
+
+def test_a_bundle_without_the_engines_of_a_speed(tiny_animator, picture):
+    lacking = {name: engines for name, engines in tiny_animator.profile.engines.items() if name in COMPONENTS}
+    lean = remade(tiny_animator, dataclasses.replace(tiny_animator.profile, engines=lacking))
+    lean.engines = {name: tiny_animator.engines[name] for name in COMPONENTS}
+    lean._pipeline = Pipeline(open_device("cpu"), lean.config, lean.profile, lean.engines.get, Path("unused"), cuda_graph=True)
+    speed = Speed(num_inference_steps=3, guidance_interval=(0.4, 1.0))
+    assert (lean(picture, PROMPT, speed=speed).frames == tiny_animator(picture, PROMPT, speed=speed).frames).mean() > 0.99
+    with pytest.raises(InputError, match=r"feature reuse: found no engine .* export it again without --no-speedups"):
+        lean(picture, PROMPT, speed=Speed(num_inference_steps=3, feature_reuse=2))
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3, 4])
 def test_a_batch_gives_what_single_runs_give(tiny_animator, picture, batch):
     pictures = [picture, 255 - picture, picture[::-1]]
@@ -245,6 +285,8 @@ def test_a_clip_that_lost_its_place_is_not_mixed_with_another(tiny_animator, pic
         ({"num_inference_steps": 1001}, "steps: found 1001"),
         ({"guidance_scale": float("nan")}, "guidance scale: found nan"),
         ({"guidance_scale": -1}, "guidance scale: found -1"),
+        ({"speed": "ludicrous"}, "speed: found 'ludicrous', expected exact, balanced, fast"),
+        ({"speed": Speed("euler")}, "solver: found 'euler'"),
         ({"seed": -1}, "seed: found -1"),
         ({"seed": 2**64}, "seed: found"),
         ({"fit": "stretch"}, "fit: found 'stretch'"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from trip_reference import checkpoint
-from trip_reference.demo_text import build_tokenizer
+from trip_reference.demo_text import build_tokenizer, text_overrides
 from trip_reference.model import build_model
 from trip_reference.presets import PRESETS, Preset
 from trip_rt.command import CommandParser, main_of, note
@@ -21,7 +21,8 @@ def save_random(preset: Preset, folder: Path, seed: int = 0) -> None:
     """
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(preset.trip.text_length)
-    model = build_model(preset, {"vocab_size": max(preset.text_encoder.get("vocab_size", 0), tokenizer.get_vocab_size())}).eval()
+    # A preset that says its vocabulary keeps it, for its size; this tokenizer's ids lie within.
+    model = build_model(preset, {} if "vocab_size" in preset.text_encoder else text_overrides(tokenizer)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
