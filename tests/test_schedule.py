@@ -11,17 +11,8 @@ from trip_rt import InputError
 from trip_rt.schedule import alpha_bars, inference_timesteps
 
 
-def diffusers_scheduler(config):
-    return DDIMScheduler(
-        num_train_timesteps=config.num_train_timesteps,
-        beta_start=config.beta_start,
-        beta_end=config.beta_end,
-        beta_schedule=config.beta_schedule,
-        timestep_spacing=config.timestep_spacing,
-        steps_offset=config.steps_offset,
-        set_alpha_to_one=True,
-        clip_sample=False,
-    )
+def ddim_scheduler(config):
+    return DDIMScheduler(**dataclasses.asdict(config), set_alpha_to_one=True, clip_sample=False)
 
 
 SCHEDULES = [
@@ -34,7 +25,7 @@ SCHEDULES = [
 @pytest.mark.parametrize("config", SCHEDULES, ids=lambda c: f"{c.beta_schedule}-{c.timestep_spacing}-{c.steps_offset}")
 @pytest.mark.parametrize("count", [1, 2, 10, 25, 50, 1000])
 def test_timesteps_and_tables_are_diffusers(config, count):
-    scheduler = diffusers_scheduler(config)
+    scheduler = ddim_scheduler(config)
     np.testing.assert_allclose(alpha_bars(config), scheduler.alphas_cumprod, rtol=2e-4)
     scheduler.set_timesteps(count)
     expected = np.minimum(scheduler.timesteps.numpy(), config.num_train_timesteps - 1)

@@ -1,12 +1,13 @@
 """Every solver against diffusers' scheduler of the same name, and on a model whose answer is known."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
-from test_schedule import SCHEDULES
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from test_schedule import SCHEDULES, ddim_scheduler
 
 from trip_reference.presets import DEMO
 from trip_rt import InputError
@@ -14,19 +15,12 @@ from trip_rt.solvers import SOLVERS, solver_steps
 
 
 def diffusers_scheduler(config, solver):
-    settings = dict(
-        num_train_timesteps=config.num_train_timesteps,
-        beta_start=config.beta_start,
-        beta_end=config.beta_end,
-        beta_schedule=config.beta_schedule,
-        timestep_spacing=config.timestep_spacing,
-        steps_offset=config.steps_offset,
-    )
     if solver == "ddim":
-        return DDIMScheduler(**settings, set_alpha_to_one=True, clip_sample=False)
+        return ddim_scheduler(config)
+    order = dict(solver_order=2, final_sigmas_type="zero")
     if solver == "dpm++":
-        return DPMSolverMultistepScheduler(**settings, algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero")
-    return UniPCMultistepScheduler(**settings, solver_order=2, solver_type="bh2", final_sigmas_type="zero")
+        return DPMSolverMultistepScheduler(**dataclasses.asdict(config), **order, algorithm_type="dpmsolver++")
+    return UniPCMultistepScheduler(**dataclasses.asdict(config), **order, solver_type="bh2")
 
 
 def solved(steps, model, latents):
