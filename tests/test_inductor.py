@@ -76,7 +76,7 @@ class Built:
 def convolutions() -> Component:
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Conv2d(4, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.SiLU(), nn.Conv2d(16, 4, 3, padding=1), nn.Softmax(dim=1))
-    return Component("convolutions", Call(layers), {"latents": torch.randn(2, 4, 8, 6)}, "image")
+    return Component("convolutions", Call(layers), {"latents": torch.randn(2, 4, 8, 6)}, ("image",))
 
 
 @pytest.fixture(scope="session")
