@@ -13,8 +13,6 @@ import json
 import sys
 import time
 
-MILESTONES = ("import", "open", "first step", "first frame", "clip")
-
 
 def runtime(
     passed: dict[str, float], clock: float, threads: int, bundle: str, backend: str, profile: str, speed: str, picture: str, prompt: str

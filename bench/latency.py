@@ -24,7 +24,7 @@ from timing import interleaved, machine, matrix_peak, percentiles, ratio
 from trip_engines.check import animator_for, precision_of
 from trip_engines.parity import Parity, measure, psnr
 from trip_engines.reference import Reference
-from trip_reference import demo_world
+from trip_export.recording import held_out
 from trip_rt import backends
 from trip_rt.animator import Animator
 from trip_rt.bundle import Bundle, open_bundle
@@ -132,8 +132,9 @@ def _clips(animator: Animator, speeds: Sequence[str], count: int) -> dict[str, d
     names = list(dict.fromkeys(["exact", *speeds]))
     seconds: dict[str, list[float]] = {name: [] for name in names}
     likeness: dict[str, list[float]] = {name: [] for name in names}
+    pictures, prompts = held_out(animator.config.height, animator.config.width, count)
     for seed in range(-1, count):  # the first warms up
-        picture, prompt = held_out(max(0, seed), animator.config.height, animator.config.width)
+        picture, prompt = pictures[max(0, seed)], prompts[max(0, seed)]
         clips = {}
         for name in names:
             began = time.perf_counter()
@@ -149,14 +150,6 @@ def _clips(animator: Animator, speeds: Sequence[str], count: int) -> dict[str, d
         }
         for name in names
     }
-
-
-def held_out(seed: int, height: int, width: int) -> tuple[np.ndarray, str]:
-    """A picture uint8 [height, width, 3] of the demo world that no training saw, and its sentence."""
-    scene, motion, caption = demo_world.sample(seed, held_out=True)
-    square = demo_world.render(scene, motion, 1, max(height, width))[0]
-    top, left = (len(square) - height) // 2, (len(square) - width) // 2
-    return square[top : top + height, left : left + width], caption
 
 
 def _compared(animator: Animator, args: argparse.Namespace) -> dict[str, Any]:
@@ -210,7 +203,7 @@ def _compared(animator: Animator, args: argparse.Namespace) -> dict[str, Any]:
 
 def _cold_start(args: argparse.Namespace, profile: Profile, backend: str, speed: str) -> dict[str, Any]:
     """Medians of fresh processes: seconds from their start to each milestone, and their peak memory."""
-    picture, prompt = held_out(0, profile.height, profile.width)
+    (picture,), (prompt,) = held_out(profile.height, profile.width, 1)
     with tempfile.TemporaryDirectory(prefix="trip-bench-") as folder:
         path = Path(folder) / "picture.png"
         Image.fromarray(picture).save(path)

@@ -27,7 +27,6 @@ from trip_rt.config import FirstFrame
 from trip_rt.errors import InputError
 from trip_rt.speed import LoopStep
 
-NAMES = ("eager", "compile", "onnxruntime", "openvino", "inductor")
 Network = Callable[[Sequence[Tensor]], Tensor]
 MAX_ERROR = 1e-3  # of a peer's latents: what is wrong is no rival
 

@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         scaling(args.plot, panels)
     print(_table(figures))
     print(json.dumps(figures))
-    return 0
+    return 0 if rows else 1
 
 
 def _measured(args: argparse.Namespace, point: Point) -> dict[str, float]:

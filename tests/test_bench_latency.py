@@ -12,7 +12,6 @@ import pytest
 BENCH = Path(__file__).parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
 
-from latency import held_out  # noqa: E402
 from peers import wrong  # noqa: E402
 from plots import bars, scaling  # noqa: E402
 from scaling import Point, _slopes  # noqa: E402
@@ -109,11 +108,6 @@ def test_a_wrong_rival_is_told():
     assert wrong(expected * np.nan, expected)
 
 
-def test_held_out_pictures_are_cut_from_the_middle():
-    square, caption = held_out(3, 64, 64)
-    assert np.array_equal(held_out(3, 32, 64)[0], square[16:48]) and held_out(3, 64, 32)[1] == caption
-
-
 @pytest.mark.slow
 def test_scaling_with_two_points(tmp_path):
     ran = bench(
@@ -151,7 +145,7 @@ for bad in lambda: time.sleep(9), lambda: os.kill(os.getpid(), signal.SIGKILL), 
 
 def test_scaling_that_leaves_all_out_says_so(tmp_path):
     ran = bench("scaling.py", "demo", "--frames", "2", "--sizes", "64", "--batches", "1", "--max-seconds", "0.01", "--plot", tmp_path / "lines.png")
-    assert ran.returncode == 0, ran.stderr
+    assert ran.returncode == 1, ran.stderr
     figures = json.loads(ran.stdout.splitlines()[-1])
     assert [point["frames"] for point in figures["left_out"]] == [2, 16] and figures["frames"] == {"points": [], "slopes": {}}
     assert "left out: 64x64, 2 frames, batch 1: export: cut off" in ran.stdout

@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -18,9 +17,9 @@ from numpy.typing import NDArray
 from trip_rt import backends, images, video
 from trip_rt.bundle import Bundle, open_bundle
 from trip_rt.config import TripConfig
-from trip_rt.devices import Device, open_device
+from trip_rt.devices import open_device
 from trip_rt.errors import InputError
-from trip_rt.manifest import COMPONENTS, EngineSpec
+from trip_rt.manifest import COMPONENTS
 from trip_rt.pipeline import Pipeline
 from trip_rt.sampler import Array, initial_noise
 from trip_rt.speed import LoopStep, Speed, loop_steps, speed_named
@@ -61,10 +60,6 @@ def check_seeds(seeds: Sequence[int]) -> None:
         raise InputError(f"seed: found {wrong[0]}, expected 0 to 2^64 − 1")
 
 
-def _open(cls: type[backends.Engine], bundle: Bundle, options: backends.EngineOptions, device: Device, spec: EngineSpec) -> backends.Engine:
-    return cls.open(bundle.engine_path(spec), spec, options, device)
-
-
 class Animator:
     """Runs a bundle's engines. Opening one verifies every file of the bundle.
 
@@ -92,7 +87,7 @@ class Animator:
         self._tokenizer = PromptTokenizer(opened.tokenizer_json, self.config.text_length)
         self._device = open_device(cls.probe(self.profile.engines["unet"][self.backend], options))
         self.engines: dict[str, backends.Engine] = {}
-        self._open = partial(_open, cls, opened, options, self._device)
+        self._bundle, self._engine_class, self._options = opened, cls, options
         try:
             if self._device.kind == "cpu":
                 with ThreadPoolExecutor(os.cpu_count()) as pool:  # opening an engine is mostly one thread's work, and the UNet's takes longest
@@ -215,7 +210,7 @@ class Animator:
         """A component's engine, opened when first asked for; None where the bundle has none for this backend."""
         spec = self.profile.engines.get(name, {}).get(self.backend)
         if spec and name not in self.engines:
-            self.engines[name] = self._open(spec)
+            self.engines[name] = self._engine_class.open(self._bundle.engine_path(spec), spec, self._options, self._device)
         return self.engines.get(name)
 
     def describe(self) -> dict[str, Any]:

@@ -70,10 +70,12 @@ class Pipeline:
 
     def _after_unet(self, guided: bool) -> AfterUNet:
         if guided not in self._after:
+            if not guided and self.after_unet.capturable:
+                return self.after_unet  # the kernel serves both kinds of step
             tnf = self._engine("tnf" if guided else "tnf_unguided")
+            if tnf is None:
+                return self.after_unet
             precision = _present(self._engine, "unet").spec.precision
-            if tnf is None or (not guided and self.after_unet.capturable):
-                return self.after_unet  # the kernel does both, and the engine of tnf all there is to do
             self._after[guided] = after_unet(self._device, self.buffers, tnf, self._folder, self._profile.kernels.get(precision))
         return self._after[guided]
 

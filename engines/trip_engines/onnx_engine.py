@@ -56,23 +56,30 @@ def finish_onnx_engine(graph: Path, destination: Path, like: Path | None = None)
     names = [destination.name]
     weights = graph.with_suffix(".weights")
     if weights.exists():
-        shared = _regions(onnx.load(like, load_external_data=False), like.parent) if like else {}
-        own = _regions(model, graph.parent)
-        if own.keys() <= shared.keys():
-            for digest, tensors in own.items():
-                for tensor in tensors:
-                    del tensor.external_data[:]
-                    tensor.external_data.extend(shared[digest][0].external_data)
-            names += {entry.value for tensors in shared.values() for entry in tensors[0].external_data if entry.key == "location"}
-        else:
-            names.append(f"{graph.stem}-{file_sha256(weights)[:16]}.weights")
-            for entry in (entry for tensors in own.values() for tensor in tensors for entry in tensor.external_data):
-                if entry.key == "location":
-                    entry.value = names[1]
+        shared = _shared(model, graph.parent, like) if like else None
+        names.append(shared or f"{graph.stem}-{file_sha256(weights)[:16]}.weights")
+        if not shared:
+            for tensor in model.graph.initializer:
+                for entry in tensor.external_data:
+                    if entry.key == "location":
+                        entry.value = names[1]
             os.replace(weights, destination.with_name(names[1]))
     graph.write_bytes(model.SerializeToString(deterministic=True))
     os.replace(graph, destination)
     return tuple(names)
+
+
+def _shared(model: onnx.ModelProto, folder: Path, like: Path) -> str | None:
+    """Have `model` refer to the weights file of the graph `like`, whose name is returned; None where that lacks some of its weights."""
+    there, own = _regions(onnx.load(like, load_external_data=False), like.parent), _regions(model, folder)
+    if not own.keys() <= there.keys():
+        return None
+    for digest, tensors in own.items():
+        for tensor in tensors:
+            del tensor.external_data[:]
+            tensor.external_data.extend(there[digest][0].external_data)
+    (name,) = {entry.value for tensors in there.values() for entry in tensors[0].external_data if entry.key == "location"}
+    return str(name)
 
 
 def _regions(model: onnx.ModelProto, folder: Path) -> dict[str, list[onnx.TensorProto]]:

@@ -31,7 +31,7 @@ def record(model: TripModel, tokenizer_json: str, batch: int, decode_frames: int
     engine's error is not counted twice.
     """
     config = model.config
-    pictures, prompts = _held_out(config.height, config.width, batch)
+    pictures, prompts = held_out(config.height, config.width, batch)
     steps = loop_steps(config, Speed(num_inference_steps=num_inference_steps))
     tokenizer = PromptTokenizer(tokenizer_json, config.text_length)
     samples: dict[str, list[Sample]] = defaultdict(list)
@@ -93,7 +93,8 @@ def _conditional(inputs: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
     return {name: tensor if tensor.ndim == 1 else tensor[batch:] for name, tensor in inputs.items()}
 
 
-def _held_out(height: int, width: int, count: int) -> tuple[NDArray[np.uint8], list[str]]:
+def held_out(height: int, width: int, count: int) -> tuple[NDArray[np.uint8], list[str]]:
+    """Pictures uint8 [count, height, width, 3] of the demo world that no training saw, and their sentences."""
     pictures, prompts = [], []
     for seed in range(count):
         scene, motion, _ = demo_world.sample(seed, held_out=True)
