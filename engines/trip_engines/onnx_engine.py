@@ -55,7 +55,7 @@ def finish_onnx_engine(graph: Path, destination: Path, like: Path | None = None)
             raise ValueError(f"{value.name}: found a dynamic shape, expected a static one; the exporter lost a constant")
     names = [destination.name]
     weights = graph.with_suffix(".weights")
-    if weights.exists():
+    if weights.exists() and weights.stat().st_size:  # a writer with only small tensors leaves an empty one
         shared = _shared(model, graph.parent, like) if like else None
         names.append(shared or f"{graph.stem}-{file_sha256(weights)[:16]}.weights")
         if not shared:
