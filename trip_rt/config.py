@@ -95,6 +95,10 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if value not in get_args(hint):
             raise InputError(f"{where}: found {value!r}, expected one of {', '.join(map(str, get_args(hint)))}")
         return value
+    if get_origin(hint) is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise InputError(f"{where}: found {value!r}, expected a list")
+        return tuple(_value(get_args(hint)[0], item, f"{where}.{i}") for i, item in enumerate(value))
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from diffusers import AutoencoderKL, UNet3DConditionModel
@@ -17,15 +15,11 @@ from trip_rt.config import TripConfig
 
 
 class TripModel(nn.Module):
-    """TRIP (arXiv 2403.17005). Public tensors are fp32 `[B, C, F, H, W]`; pixels lie in [−1, 1].
-
-    With `fused`, `predict_noise` runs the fusion as one Triton kernel; its gradient is the same.
-    """
+    """TRIP (arXiv 2403.17005). Public tensors are fp32 `[B, C, F, H, W]`; pixels lie in [−1, 1]. `sampling.sample` says how its parts make a clip."""
 
     def __init__(self, config: TripConfig, unet: UNet3DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel):
         super().__init__()
         self.config = config
-        self.fused = False
         self.residual_unet = ResidualUNet(unet, config.first_frame)
         self.fusion = NoiseFusion(config)
         self.vae = vae
@@ -42,18 +36,6 @@ class TripModel(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """[n, C, h, w] → [n, 3, H, W]."""
         return self.vae.decode(latents / self.config.scaling_factor).sample
-
-    def predict_noise(
-        self, latents: Tensor, first_frame: Tensor, timestep: Tensor, text: Tensor, sqrt_alpha_bar: Tensor, sqrt_one_minus_alpha_bar: Tensor
-    ) -> Tensor:
-        """The fused noise ε̃ that training compares with ε and DDIM steps along; all per-step values are [B] or [1]."""
-        residual = self.residual_unet(latents, first_frame, timestep, text)
-        fusion: Callable[..., Tensor] = self.fusion
-        if self.fused:
-            from trip_kernels.fuse_noise import fuse_noise  # Triton is there on Linux alone
-
-            fusion = partial(fuse_noise, self.fusion)
-        return fusion(latents, first_frame, residual, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, timestep)
 
 
 def build_unet(config: TripConfig, architecture: dict[str, Any]) -> UNet3DConditionModel:

@@ -35,7 +35,8 @@ def sample(
         for one in steps:
             step, halves = one.step, 2 if one.guided else 1
             latents[:, :, 0] = step.sqrt_alpha_bar * first_frame + step.sqrt_one_minus_alpha_bar * noise[:, :, 0]
-            signal, sigma, timestep = (torch.tensor([x]) for x in (step.sqrt_alpha_bar, step.sqrt_one_minus_alpha_bar, step.timestep))
+            values = step.sqrt_alpha_bar, step.sqrt_one_minus_alpha_bar, step.timestep
+            signal, sigma, timestep = (torch.tensor([value], device=noise.device) for value in values)
             given, clean = torch.cat([latents] * halves), torch.cat([first_frame] * halves)
             residual = residual_unet(given, clean, timestep, text[-halves * batch :], one.shallow)
             predicted = model.fusion(given, clean, residual, signal, sigma, timestep)
@@ -45,6 +46,6 @@ def sample(
             guided = unconditional + one.guidance_scale * (conditional - unconditional)
             terms = torch.stack([latents, guided, corrected, clean_1, clean_2])
             clean_1, clean_2 = (latents - step.sqrt_one_minus_alpha_bar * guided) / step.sqrt_alpha_bar, clean_1
-            latents, corrected = (torch.tensordot(torch.tensor(row, dtype=noise.dtype), terms, 1) for row in (step.latents, step.corrected))
+            latents, corrected = (torch.tensordot(noise.new_tensor(row), terms, 1) for row in (step.latents, step.corrected))
     latents[:, :, 0] = first_frame
     return latents

@@ -1,0 +1,182 @@
+"""Clips encoded once: latents and, where the text encoder is frozen, text embeddings, in safetensors files beside an index.
+
+    cache.json  latents-00000.safetensors  latents-00001.safetensors  …
+
+Reading one clip reads that clip's bytes alone, so a cache may be larger than memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from trip_reference.data.new_folder import new_folder
+from trip_reference.data.sample import BrokenClip, ClipDataset
+from trip_reference.data.tokens import tokenizer_of
+from trip_reference.demo_data import to_pixels
+from trip_reference.model import TripModel
+from trip_rt.command import note
+from trip_rt.errors import InputError
+
+INDEX = "cache.json"
+VERSION = 1
+PER_FILE = 256
+TEXTS = 8  # sentences drawn for a clip whose data set words it differently each time
+
+
+@dataclass(frozen=True)
+class CachedSample:
+    """latents: [C, F, h, w], scaled; embedding: [L, D] of `text`, or None where the text is encoded in training."""
+
+    latents: Tensor
+    text: str
+    name: str
+    embedding: Tensor | None
+
+
+class CachedClips:
+    """The clips of a cache folder; a clip with several sentences gets one of them at random."""
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder = Path(folder)
+        path = self.folder / INDEX
+        try:
+            self.index = json.loads(path.read_text(encoding="utf-8"))
+            version, self.clips = self.index["version"], int(self.index["clips"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: cannot be read as a cache's index ({error}); make the cache anew with trip-data cache") from error
+        if version != VERSION:
+            raise InputError(f"{path}: found version {version}, expected {VERSION}; make the cache anew with trip-data cache")
+
+    def __len__(self) -> int:
+        return self.clips
+
+    def clip(self, index: int, rng: np.random.Generator) -> CachedSample:
+        file, row = divmod(index, PER_FILE)
+        tensors, texts = _opened(self.folder / _file_name(file))
+        latents = tensors.get_slice("latents")[row].float()
+        embedding = tensors.get_slice("text")[row].float() if self.index["text_encoder"] else None
+        return CachedSample(latents, str(rng.choice(texts[row])), f"{self.folder}, clip {index}", embedding)
+
+    def text(self, index: int, rng: np.random.Generator) -> str:
+        """One of the clip's sentences."""
+        return self.clip(index, rng).text
+
+    def empty_text(self) -> Tensor:
+        """The embedding [L, D] of the empty sentence."""
+        with safe_open(self.folder / "empty.safetensors", "pt") as file:
+            return file.get_tensor("text").float()
+
+    def check(self, model: TripModel) -> None:
+        """Raise InputError unless the cache was made with this model's encoders."""
+        shape = list(latent_shape(model))
+        for what, found, expected in (
+            ("latents of shape", self.index["shape"], shape),
+            ("latents of the VAE", self.index["vae"], encoder_digest(model)),
+            ("embeddings of the text encoder", self.index["text_encoder"], digest(model.text_encoder)),
+        ):
+            if found not in (None, expected):
+                raise InputError(
+                    f"{self.folder}: found {what} {found}, expected {expected}; make the cache anew with trip-data cache and this checkpoint"
+                )
+
+
+@torch.no_grad()
+def write_cache(clips: ClipDataset, model: TripModel, tokenizer_json: str, folder: Path, seed: int = 0, texts: bool = False) -> int:
+    """Encode every clip that is not broken, one crop and start each, into `folder`, whole or not at all; returns how many were broken.
+
+    `texts` also encodes each clip's sentence, which then is one.
+    """
+    tokenize = tokenizer_of(tokenizer_json)
+    device = next(model.vae.parameters()).device
+
+    def embedded(sentences: list[str]) -> Tensor:
+        return model.encode_text(tokenize(sentences).to(device)).half().cpu()
+
+    broken = written = 0
+    held: list[tuple[Tensor, list[str]]] = []
+
+    with new_folder(folder) as draft:
+
+        def flush() -> None:
+            nonlocal written
+            tensors = {"latents": torch.stack([latents for latents, _ in held])}
+            if texts:
+                tensors["text"] = embedded([sentences[0] for _, sentences in held])
+            metadata = {"texts": json.dumps([sentences for _, sentences in held])}
+            save_file(tensors, draft / _file_name(written // PER_FILE), metadata=metadata)
+            written += len(held)
+            held.clear()
+
+        for index in tqdm(range(len(clips)), desc="encode clips", unit="clip", disable=None):
+            rng = np.random.default_rng([seed, index])
+            try:
+                sample = clips.clip(index, rng)
+            except BrokenClip as error:
+                broken += 1
+                note(f"warning: left out: {error}")
+                continue
+            latents = model.encode_image(to_pixels(sample.frames).to(device)).transpose(0, 1)  # [C, F, h, w]
+            sentences = list(dict.fromkeys([sample.text] + [clips.text(index, rng) for _ in range(0 if texts else TEXTS - 1)]))
+            held.append((latents.half().cpu(), sentences))
+            if len(held) == PER_FILE:
+                flush()
+        if held:
+            flush()
+        if not written:
+            raise InputError("data: found no clip that could be read; `trip-data check` reports on a data set")
+        if texts:
+            save_file({"text": embedded([""])[0]}, draft / "empty.safetensors")
+        described = {
+            "version": VERSION,
+            "clips": written,
+            "shape": list(latent_shape(model)),
+            "vae": encoder_digest(model),
+            "text_encoder": digest(model.text_encoder) if texts else None,
+        }
+        (draft / INDEX).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    return broken
+
+
+def latent_shape(model: TripModel) -> tuple[int, int, int, int]:
+    """One clip's [C, F, h, w]."""
+    config = model.config
+    return config.latent_channels, config.num_frames, config.latent_height, config.latent_width
+
+
+def encoder_digest(model: TripModel) -> str:
+    """What latents depend on: the VAE's weights and the scale."""
+    return f"{digest(model.vae)} scaled {model.config.scaling_factor:g}"
+
+
+def digest(module: nn.Module) -> str:
+    """A short hash of all weights, in fp16: a checkpoint's weights are stored so and must be found again."""
+    found = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        found.update(tensor.detach().half().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def _file_name(number: int) -> str:
+    return f"latents-{number:05d}.safetensors"
+
+
+@lru_cache(maxsize=256)
+def _opened(path: Path) -> tuple[Any, list[list[str]]]:
+    try:
+        file = safe_open(path, "pt")
+        return file, json.loads(file.metadata()["texts"])
+    except Exception as error:
+        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]}); make the cache anew with trip-data cache") from error

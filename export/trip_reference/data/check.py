@@ -1,0 +1,170 @@
+"""Looking a data set over before training spends hours on it."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+
+from trip_reference.data.annotations import read_annotations
+from trip_reference.data.sample import BrokenClip, ClipFormat
+from trip_reference.data.shard_files import read_shard
+from trip_reference.data.shards import list_shards
+from trip_reference.data.videos import SUFFIXES, open_video, read_clip
+from trip_rt.errors import EngineError, printable
+
+NAMED = 20  # of a list of files; the rest is a number
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one clip turned out to be; of a broken one `reason` alone says something. `text` is set where the video came with it."""
+
+    reason: str = ""
+    bytes: int = 0
+    seconds: float = 0.0
+    fps: float | None = None
+    size: str = ""
+    text: str | None = None
+
+
+def check_folder(folder: Path, clip: ClipFormat, workers: int | None = None) -> dict[str, Any]:
+    """A report on a folder of videos with annotations.json, or of shards: `train`, `val` (None without one) and `unused_videos`.
+
+    One clip of every video is decoded, in `workers` processes (as many as cores; 0 for none but this). InputError for a folder that is neither.
+    """
+    folder = Path(folder)
+    if (folder / "annotations.json").exists() or not any(folder.glob("*.tar")):
+        return _check_videos(folder, clip, workers)
+    val = folder / "val"
+    return {
+        "kind": "shards",
+        "train": _check_shards(folder, clip, workers),
+        "val": _check_shards(val, clip, workers) if any(val.glob("*.tar")) else None,
+        "unused_videos": _named([]),
+    }
+
+
+def broken_count(figures: dict[str, Any]) -> int:
+    """Of a report."""
+    return sum(figures[split]["broken"]["count"] for split in ("train", "val") if figures[split])
+
+
+def _check_videos(folder: Path, clip: ClipFormat, workers: int | None) -> dict[str, Any]:
+    files = {"train": "annotations.json", "val": "val_annotations.json"}
+    splits = {split: read_annotations(folder, file) for split, file in files.items() if split == "train" or (folder / file).exists()}
+    used: set[str] = set()
+    report: dict[str, Any] = {"kind": "folder", "val": None}
+    for split, entries in splits.items():
+        videos = list(dict.fromkeys(str(entry.video) for entry in entries))
+        used.update(map(os.path.normpath, videos))
+        findings = [found for finds in _in_processes(partial(_find_in_video, clip=clip), videos, workers, f"check {split}") for found in finds]
+        report[split] = _summary(findings, [entry.text for entry in entries])
+    unused = [os.path.relpath(path, folder) for path in _videos_in(os.path.realpath(folder)) if path not in used]
+    return report | {"unused_videos": _named(sorted(unused))}
+
+
+def _check_shards(folder: Path, clip: ClipFormat, workers: int | None) -> dict[str, Any]:
+    finds = _in_processes(partial(_find_in_shard, clip=clip), list_shards(str(folder)), workers, f"check {folder.name}")
+    findings = [found for shard in finds for found in shard]
+    return _summary(findings, [found.text for found in findings if found.text is not None])
+
+
+def _find_in_video(path: str, clip: ClipFormat) -> list[Finding]:
+    return [_find(Path(path), path, clip, None)]
+
+
+def _find_in_shard(shard: str, clip: ClipFormat) -> list[Finding]:
+    findings = []
+    for raw in read_shard(shard, clip):
+        try:
+            if isinstance(raw, BrokenClip):
+                raise raw
+            findings.append(_find(io.BytesIO(raw.video), raw.name, clip, raw.text))
+        except BrokenClip as error:
+            findings.append(Finding(str(error)))
+    return findings
+
+
+def _find(source: Path | BinaryIO, name: str, clip: ClipFormat, text: str | None) -> Finding:
+    try:
+        with open_video(source, name, clip) as video:
+            read_clip(video, clip, np.random.default_rng(0))
+            return Finding("", video.bytes, video.seconds, video.fps, f"{video.width}x{video.height}", text)
+    except BrokenClip as error:
+        return Finding(str(error), text=text)
+
+
+def _in_processes(find: Callable[[str], list[Finding]], names: Sequence[str], workers: int | None, label: str) -> Iterable[list[Finding]]:
+    """`find` of every name, in order."""
+    with tqdm(total=len(names), desc=label, unit="file", disable=None) as progress:
+        if workers == 0:
+            return [_counted(find(name), progress) for name in names]
+        workers = min(workers or os.cpu_count() or 1, len(names))
+        # Spawned, not forked: torch and FFmpeg may have threads here already.
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _leave_interrupts_to_the_parent)
+        try:
+            futures = [pool.submit(find, name) for name in names]
+            for future in as_completed(futures):
+                _counted(future.result(), progress)
+            return [future.result() for future in futures]
+        except BrokenProcessPool as error:
+            raise EngineError(
+                f"{label}: a decoding process was killed, by lack of memory or a fault of the decoder; try again with --workers 1"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _counted(findings: list[Finding], progress: Any) -> list[Finding]:
+    progress.update()
+    return findings
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _videos_in(folder: str) -> Iterator[str]:
+    for parent, _, files in os.walk(folder):
+        yield from (os.path.join(parent, file) for file in files if file.lower().endswith(SUFFIXES))
+
+
+def _summary(findings: list[Finding], captions: list[str]) -> dict[str, Any]:
+    whole = [found for found in findings if not found.reason]
+    seconds = [found.seconds for found in whole]
+    return {
+        "captions": len(captions),
+        "videos": len(findings),
+        "bytes": sum(found.bytes for found in whole),
+        "seconds": _spread(seconds) | {"total": round(sum(seconds), 2)},
+        "resolutions": dict(Counter(found.size for found in whole).most_common(NAMED)),
+        "fps": dict(Counter(f"{found.fps:.4g}" if found.fps else "single frame" for found in whole).most_common(NAMED)),
+        "broken": _named([found.reason for found in findings if found.reason]),
+        "caption_words": _spread([len(caption.split()) for caption in captions]),
+        "duplicate_captions": len(captions) - len(set(captions)),
+    }
+
+
+def _spread(values: list[float] | list[int]) -> dict[str, float | None]:
+    """min, median, p95 and max; None of nothing."""
+    return {name: round(float(np.percentile(values, share)), 2) if values else None for name, share in _SHARES.items()}
+
+
+_SHARES = {"min": 0, "median": 50, "p95": 95, "max": 100}
+
+
+def _named(names: list[str]) -> dict[str, Any]:
+    return {"count": len(names), "first": [printable(name) for name in names[:NAMED]]}

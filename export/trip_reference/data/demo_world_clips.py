@@ -1,0 +1,64 @@
+"""The demo world as a source of training data, and as a data set of real files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from trip_reference import demo_world
+from trip_reference.data.new_folder import new_folder
+from trip_reference.data.sample import Sample
+from trip_rt.config import TripConfig
+from trip_rt.errors import InputError
+from trip_rt.video import save
+
+
+class DemoWorldClips:
+    """The clips of seeds `first_seed` … `first_seed + count − 1`, rendered when asked for, in words drawn anew each time; a ClipDataset."""
+
+    def __init__(self, config: TripConfig, count: int, first_seed: int = 0, held_out: bool = False):
+        if config.width != config.height:
+            raise InputError(f"size: found {config.width} x {config.height}, expected a square; the demo world has no other pictures")
+        self._config, self._count, self._first_seed, self._held_out = config, count, first_seed, held_out
+
+    def __len__(self) -> int:
+        return self._count
+
+    def clip(self, index: int, rng: np.random.Generator) -> Sample:
+        seed, scene, motion = self._scene(index)
+        frames = demo_world.render(scene, motion, self._config.num_frames, self._config.height)
+        return Sample(frames, demo_world.caption(scene, motion, rng), f"demo world, seed {seed}")
+
+    def text(self, index: int, rng: np.random.Generator) -> str:
+        _, scene, motion = self._scene(index)
+        return demo_world.caption(scene, motion, rng)
+
+    def _scene(self, index: int) -> tuple[int, demo_world.Scene, str]:
+        seed = self._first_seed + range(self._count)[index]
+        scene, motion, _ = demo_world.sample(seed, self._held_out)
+        return seed, scene, motion
+
+
+def write_demo_folder(folder: Path, count: int, val_count: int, size: int = 64, num_frames: int = 16, fps: float = 4.0) -> None:
+    """A data set of `count` .mp4 files of size × size pixels, and `val_count` of combinations that those leave out (no file for none).
+
+    Appears whole; raises InputError where `folder` holds anything.
+    """
+    if min(count, size, num_frames) < 1 or val_count < 0:
+        found = f"{count} clips, {val_count} for validation, {num_frames} frames of {size} pixels"
+        raise InputError(f"demo: found {found}, expected at least 1, 0, 1 and 1")
+    splits = [("annotations.json", "video", count, False), ("val_annotations.json", "val", val_count, True)]
+    with new_folder(folder) as draft, tqdm(total=count + val_count, desc="write clips", unit="clip", disable=None) as progress:
+        (draft / "videos").mkdir()
+        for file, stem, clips, held_out in splits:
+            entries = []
+            for seed in range(clips):
+                scene, motion, text = demo_world.sample(seed, held_out)
+                entries.append({"video_path": f"videos/{stem}_{seed:06d}.mp4", "text": text})
+                save(demo_world.render(scene, motion, num_frames, size), draft / entries[-1]["video_path"], fps)
+                progress.update()
+            if entries:
+                (draft / file).write_text("[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n")

@@ -1,0 +1,67 @@
+"""What every source of training data gives: clips of one format, each with its sentence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trip_rt.errors import InputError
+
+Frames = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`frames` is uint8 [F, H, W, 3]; `name` says where the clip came from."""
+
+    frames: Frames
+    text: str
+    name: str
+
+
+class BrokenClip(Exception):
+    """A clip that cannot be used; the message is one line that names its file. Training goes on without it."""
+
+
+@dataclass(frozen=True)
+class ClipFormat:
+    """The clips that training wants, `num_frames` pictures with stride / fps seconds between them, and the most it takes of a file.
+
+    A clip starts at a random frame from which all of it fits, or at the first. Pictures are scaled until they cover height × width, then
+    cut. `max_bytes` is of a file, `max_pixels` of a picture in it, `max_seconds` of its length.
+    """
+
+    num_frames: int
+    height: int
+    width: int
+    fps: float = 4.0
+    stride: int = 1
+    crop: Literal["centre", "random"] = "random"
+    start: Literal["random", "first"] = "random"
+    max_bytes: int = 2**30
+    max_pixels: int = 4096 * 4096
+    max_seconds: float = 3600.0
+
+    def __post_init__(self) -> None:
+        for name in ("num_frames", "height", "width", "stride"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: found {getattr(self, name)}, expected at least 1")
+        if not 0 < self.fps <= 1000:
+            raise InputError(f"fps: found {self.fps:g}, expected more than 0 and at most 1000")
+
+
+class ClipDataset(Protocol):
+    """Clips that can be had in any order."""
+
+    def __len__(self) -> int: ...
+
+    def clip(self, index: int, rng: np.random.Generator) -> Sample:
+        """Clip `index`. All that is random about it comes from `rng`. Raises BrokenClip."""
+        ...
+
+    def text(self, index: int, rng: np.random.Generator) -> str:
+        """A sentence for clip `index`, without its pictures."""
+        ...

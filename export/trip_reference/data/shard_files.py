@@ -1,0 +1,140 @@
+"""One shard: a tar of videos and sentences in WebDataset's manner, `key.mp4` beside `key.txt` or a `key.json` with "text"."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from trip_reference.data.sample import BrokenClip, ClipFormat, Sample
+from trip_reference.data.videos import SUFFIXES, decode_clip
+from trip_rt.errors import printable
+
+_TEXTS = (".txt", ".json")
+_MOST_TEXT = 2**20  # bytes
+
+
+@dataclass
+class RawSample:
+    """What a shard holds under one key, by ending. `problem` says why nothing can come of it."""
+
+    name: str
+    fields: dict[str, bytes] = field(default_factory=dict)
+    problem: str = ""
+
+    @property
+    def size(self) -> int:
+        return sum(map(len, self.fields.values()))
+
+    @property
+    def video(self) -> bytes:
+        """Raises BrokenClip where there is none, or more than one may take into memory."""
+        video = next((data for suffix, data in self.fields.items() if suffix in SUFFIXES), None)
+        if self.problem or video is None:
+            missing = f"found no video, expected a member ending in {', '.join(SUFFIXES)}"
+            raise BrokenClip(f"{self.name}: {self.problem or missing}")
+        return video
+
+    @property
+    def text(self) -> str:
+        """Raises BrokenClip where there is none."""
+        try:
+            txt = self.fields.get(".txt")
+            text = json.loads(self.fields[".json"])["text"] if txt is None else txt.decode("utf-8-sig")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise BrokenClip(f'{self.name}: found no sentence, expected UTF-8 in .txt, or .json with "text"') from error
+        if not isinstance(text, str) or not text.strip():
+            raise BrokenClip(f"{self.name}: found an empty sentence or none, expected some text")
+        return text.strip()
+
+
+def decode_sample(raw: RawSample, clip: ClipFormat, rng: np.random.Generator) -> Sample:
+    """Raises BrokenClip."""
+    video, text = raw.video, raw.text
+    return Sample(decode_clip(io.BytesIO(video), raw.name, clip, rng), text, raw.name)
+
+
+def read_shard(shard: str, clip: ClipFormat, contents: bool = True) -> Iterator[RawSample | BrokenClip]:
+    """The shard's samples in order; a BrokenClip that names the shard stands for all that damage hides, and for samples where there are none.
+
+    Without `contents` their fields are empty: a local shard's samples are counted at the cost of their headers.
+    """
+    from webdataset.tariterators import base_plus_ext
+
+    name = printable(os.path.basename(shard))
+    key, sample, found = None, None, False
+    try:
+        with closing(_open(shard)) as file, tarfile.open(fileobj=file, mode="r:" if file.seekable() else "r|", tarinfo=_StrictHeader) as archive:
+            while (member := archive.next()) is not None:
+                archive.members.clear()  # or a tar remembers all its headers
+                prefix, suffix = base_plus_ext(member.name)
+                suffix = f".{(suffix or '').lower()}"
+                if not member.isreg() or suffix not in SUFFIXES + _TEXTS:
+                    continue
+                if prefix != key:
+                    if sample:
+                        yield sample
+                    key, sample, found = prefix, RawSample(f"{name}: {printable(prefix)}"), True
+                most = clip.max_bytes if suffix in SUFFIXES else _MOST_TEXT
+                if member.size > most:
+                    sample.problem = f"found a {suffix} of {member.size / 2**20:.1f} MiB, expected at most {most / 2**20:.1f} MiB"
+                elif contents:
+                    sample.fields[suffix] = archive.extractfile(member).read()
+            if sample:
+                yield sample
+            if not found:
+                yield BrokenClip(f"{name}: found no samples, expected members such as 000.mp4 and 000.txt")
+    except (tarfile.TarError, OSError, ValueError, ArithmeticError) as error:
+        reason = printable(getattr(error, "strerror", None) or str(error))[:120]
+        yield BrokenClip(f"{name}: found a damaged tar ({reason}), expected a whole one; the samples after the damage are left out")
+
+
+class _StrictHeader(tarfile.TarInfo):
+    """Takes a garbled header, or a file that ends without the mark for it, for damage; tarfile takes both for the end."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Any:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from error
+
+
+def _open(shard: str) -> BinaryIO:
+    if not is_remote(shard):
+        return open(shard, "rb")
+    from webdataset.gopen import gopen
+
+    return _Piped(gopen(shard))
+
+
+def is_remote(shard: str) -> bool:
+    """Whether webdataset is to open it, as a download or a command."""
+    return "://" in shard or shard.startswith("pipe:")
+
+
+class _Piped(io.RawIOBase):
+    """webdataset's stream as tarfile wants it."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        return self._stream.read(size)
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            self._stream.close()

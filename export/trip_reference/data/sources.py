@@ -1,0 +1,34 @@
+"""From the words of a recipe to clips: the demo world, a folder of videos, shards, or a cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trip_reference.data.cache import INDEX, CachedClips
+from trip_reference.data.demo_world_clips import DemoWorldClips
+from trip_reference.data.folder import VideoFolder
+from trip_reference.data.sample import ClipDataset, ClipFormat
+from trip_reference.data.shards import ShardSource
+from trip_rt.config import TripConfig
+from trip_rt.errors import InputError
+
+DEMO = "demo"
+ANNOTATIONS, VALIDATION = "annotations.json", "val_annotations.json"
+
+
+def open_source(source: str, config: TripConfig, clip: ClipFormat, clips: int, shuffle: int, validation: bool = False) -> ClipDataset | ShardSource:
+    """The clips that `source` names: `demo`, a cache, a folder with annotations, or shards (a folder or a pattern such as part-{000..099}.tar).
+
+    `validation` takes the held-out clips of the demo world, and a folder's val_annotations.json where there is one.
+    """
+    if source == DEMO:
+        return DemoWorldClips(config, clips, held_out=validation)
+    folder = Path(source)
+    if (folder / INDEX).is_file():
+        return CachedClips(folder)
+    name = VALIDATION if validation and (folder / VALIDATION).is_file() else ANNOTATIONS
+    if (folder / name).is_file():
+        return VideoFolder(folder, clip, name)
+    if source.endswith(".tar") or any(folder.glob("*.tar")):
+        return ShardSource(source, clip, shuffle)
+    raise InputError(f"data: found neither {ANNOTATIONS}, shards nor {INDEX} in {source}, expected a data set; `trip-data demo` writes one to try")

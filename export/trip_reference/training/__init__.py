@@ -1,0 +1,1 @@
+"""Training: recipes, data in order, the loop, and what it leaves behind."""

@@ -1,0 +1,223 @@
+"""What a training run is told: a recipe of this package, a TOML file over it, and single settings over that."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from trip_reference.presets import PRESETS
+from trip_rt.config import FirstFrame, Fusion, from_json
+from trip_rt.errors import InputError
+
+RECIPES = Path(__file__).with_name("recipes")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Where the weights start. recipes/demo.toml explains every field."""
+
+    preset: str
+    checkpoint: str
+    modelscope: str
+    stable_diffusion: str
+    vae: str
+    fusion: Fusion
+    first_frame: FirstFrame
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str
+    validation: str
+    cache: bool
+    clips: int
+    fps: float
+    stride: int
+    crop: Literal["centre", "random"]
+    start: Literal["first", "random"]
+    workers: int
+    shuffle: int
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """The demo's first stage; 0 steps leave the VAE as it is."""
+
+    steps: int
+    batch: int
+    lr: float
+    ema_decay: float
+    kl_weight: float
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    weighting: Literal["none", "min-snr", "clean"]
+    min_snr_gamma: float
+    max_weight: float
+    timesteps: Literal["uniform", "high"]
+    text_dropout: float
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on the UNet; rank 0 is none."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    weight_decay: float
+    betas: tuple[float, ...]
+    clip: float
+    final_lr: float
+    ema_decay: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`trains` are patterns of parameter names; rates are at their highest, after `warmup` steps."""
+
+    name: str
+    steps: int
+    trains: tuple[str, ...]
+    unet_lr: float
+    tnf_lr: float
+    warmup: int
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    seed: int
+    batch: int
+    accumulation: int
+    mixed_precision: Literal["no", "fp16", "bf16"]
+    gradient_checkpointing: bool
+    dropout: bool
+    fused_kernel: bool
+    weights: Literal["fp16", "fp32"]
+    save_every: int
+    log_every: int
+    validate_every: int
+    validation_clips: int
+    checkpoint_every: int
+    max_bad_steps: int
+    tracker: Literal["tensorboard", "wandb", "none"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    model: ModelConfig
+    data: DataConfig
+    vae: VaeConfig
+    loss: LossConfig
+    lora: LoraConfig
+    optimizer: OptimizerConfig
+    stages: tuple[Stage, ...]
+    run: RunConfig
+
+
+def lr_factor(step: int, steps: int, warmup: int, final: float) -> float:
+    """Linear warm-up times a cosine from 1 to `final`, for step 0 … steps − 1."""
+    cosine = final + (1 - final) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+    return min(1.0, (step + 1) / max(warmup, 1)) * cosine
+
+
+def load_config(recipe: str, file: Path | None = None, settings: Sequence[str] = ()) -> TrainConfig:
+    """The settings of a recipe, changed by a TOML file's and then by `section.name=value` words.
+
+    Raises InputError for unknown names and values of the wrong kind or out of range, naming the file or word.
+    """
+    data = _read(RECIPES / f"{recipe}.toml")
+    if file is not None:
+        given = _read(file)
+        if unknown := given.keys() - data.keys():
+            raise InputError(f"{file}: found section {', '.join(sorted(unknown))}, expected {', '.join(data)}")
+        for section, values in given.items():
+            data[section] = data[section] | values if isinstance(values, dict) and isinstance(data[section], dict) else values
+    for word in settings:
+        _set(data, word)
+    config = from_json(TrainConfig, data, str(file or f"recipe {recipe}"))
+    _check(config)
+    return config
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as TOML: {error}") from error
+
+
+def _set(data: dict[str, Any], word: str) -> None:
+    """Put `section.name=value` (stages by their number: stages.0.steps=100) into `data`."""
+    where, equals, text = word.partition("=")
+    *path, name = where.split(".")
+    target: Any = data
+    for part in path:
+        numbered = isinstance(target, list) and part.isdecimal() and int(part) < len(target)
+        target = target[int(part)] if numbered else target.get(part) if isinstance(target, dict) else None
+    if not equals or not isinstance(target, dict) or name not in target:
+        raise InputError(f"{word!r}: found no such setting, expected section.name=value with a name that the recipe has, as run.batch=16")
+    try:
+        target[name] = tomllib.loads(f"value = {text}")["value"]
+    except ValueError:
+        target[name] = text  # a bare word
+
+
+def _check(config: TrainConfig) -> None:
+    run, optimizer = config.run, config.optimizer
+    least = {
+        "run.seed": (run.seed, 0),
+        "run.batch": (run.batch, 1),
+        "run.accumulation": (run.accumulation, 1),
+        "run.save_every": (run.save_every, 1),
+        "run.log_every": (run.log_every, 1),
+        "run.max_bad_steps": (run.max_bad_steps, 1),
+        "run.validate_every": (run.validate_every, 0),
+        "run.validation_clips": (run.validation_clips, 0),
+        "run.checkpoint_every": (run.checkpoint_every, 0),
+        "data.clips": (config.data.clips, 1),
+        "data.workers": (config.data.workers, 0),
+        "data.stride": (config.data.stride, 1),
+        "data.shuffle": (config.data.shuffle, 1),
+        "lora.rank": (config.lora.rank, 0),
+        "vae.steps": (config.vae.steps, 0),
+        "vae.batch": (config.vae.batch, 1),
+        "stages": (len(config.stages), 1),
+    }
+    for i, stage in enumerate(config.stages):
+        least |= {f"stages.{i}.steps": (stage.steps, 1), f"stages.{i}.warmup": (stage.warmup, 0), f"stages.{i}.trains": (len(stage.trains), 1)}
+        for name in ("unet_lr", "tnf_lr"):
+            if not 0 < getattr(stage, name) < 1:
+                raise InputError(f"stages.{i}.{name}: found {getattr(stage, name):g}, expected more than 0 and less than 1")
+    for name, (found, minimum) in least.items():
+        if found < minimum:
+            raise InputError(f"{name}: found {found}, expected at least {minimum}")
+    for name, share in (
+        ("loss.text_dropout", config.loss.text_dropout),
+        ("optimizer.ema_decay", optimizer.ema_decay),
+        ("optimizer.final_lr", optimizer.final_lr),
+    ):
+        if not 0 <= share <= 1:
+            raise InputError(f"{name}: found {share:g}, expected 0 to 1")
+    if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
+        raise InputError(f"optimizer.betas: found {list(optimizer.betas)}, expected two numbers from 0 to less than 1")
+    if optimizer.clip <= 0 or config.data.fps <= 0 or config.loss.max_weight <= 0 or config.loss.min_snr_gamma <= 0:
+        raise InputError("optimizer.clip, data.fps, loss.max_weight and loss.min_snr_gamma: expected more than 0")
+    names = [stage.name for stage in config.stages]
+    if len(set(names)) != len(names):
+        raise InputError(f"stages: found the names {', '.join(names)}, expected each once")
+    if config.model.preset not in PRESETS:
+        raise InputError(f"model.preset: found {config.model.preset!r}, expected one of {', '.join(PRESETS)}")
+    if bool(config.model.modelscope) != bool(config.model.stable_diffusion):
+        raise InputError("model.modelscope and model.stable_diffusion: found one of them, expected both or neither")
+    if config.run.batch % config.run.accumulation:
+        raise InputError(f"run.batch: found {run.batch}, expected a multiple of run.accumulation, which is {run.accumulation}")

@@ -1,0 +1,80 @@
+"""What a run says while it goes: a line of JSON every few steps, the same to a tracker, the bar, and warnings of broken clips."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from trip_rt.command import note
+
+MOST_WARNINGS = 20
+
+
+class Log:
+    """Appends to `path`; `batch` is the clips of a step, over all processes."""
+
+    def __init__(self, accelerator: Accelerator, path: Path, batch: int, every: int):
+        self.accelerator, self.path, self.batch, self.every = accelerator, path, batch, every
+        self.broken = 0
+        self._losses: list[float] = []
+        self._since = time.monotonic()
+        self._waited = 0.0
+
+    def step(self, done: int, loss: float, norm: float, groups: Sequence[dict[str, Any]], waited: float, last: bool, bar: Any) -> None:
+        """Take in a step; every `every`th, and after the last, say how it goes."""
+        self._losses.append(loss)
+        if done % self.every and not last:
+            return
+        seconds = time.monotonic() - self._since
+        record = {
+            "step": done,
+            "loss": round(float(np.mean(self._losses)), 6),
+            "gradient_norm": round(norm, 6),
+            "lr": max(group["lr"] for group in groups),
+            "clips_per_second": round(len(self._losses) * self.batch / seconds, 3),
+            "waited_for_data": round((waited - self._waited) / seconds, 4),
+            "peak_memory_mb": peak_memory() >> 20,
+        }
+        self.write(record)
+        bar.set_postfix_str("loss {loss:.4g}, {clips_per_second:.3g} clips/s, data {waited_for_data:.0%}, {peak_memory_mb} MB".format(**record))
+        self._losses, self._since, self._waited = [], time.monotonic(), waited
+
+    def rewind(self, step: int) -> None:
+        """Forget what was written of later steps: they are to be taken again."""
+        if self.accelerator.is_main_process and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            self.path.write_text("".join(kept), encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One record to the file and the tracker."""
+        self.accelerator.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
+        if self.accelerator.is_main_process:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def warn_of(self, broken: Iterable[str]) -> None:
+        """Name clips that could not be read, the first ones each and then only their number."""
+        for message in broken:
+            self.broken += 1
+            if self.broken <= MOST_WARNINGS:
+                more = "; further ones are only counted" if self.broken == MOST_WARNINGS else ""
+                with tqdm.external_write_mode():
+                    note(f"warning: left out: {message}{more}")
+
+
+def peak_memory() -> int:
+    """The most bytes this process has had: of the GPU where there is one, else of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

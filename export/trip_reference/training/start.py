@@ -1,0 +1,63 @@
+"""The model that a run starts from, and what of it is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from trip_reference import checkpoint
+from trip_reference.demo_text import build_tokenizer, text_overrides
+from trip_reference.model import TripModel, build_model
+from trip_reference.presets import PRESETS
+from trip_reference.training.config import ModelConfig
+from trip_rt.errors import InputError
+
+
+def start_model(config: ModelConfig, seed: int) -> tuple[TripModel, str]:
+    """A TripModel and the text of its tokenizer.json: a checkpoint's, published parts', or a preset's at random weights drawn from `seed`."""
+    if config.checkpoint:
+        model, tokenizer_json = checkpoint.from_pretrained(config.checkpoint), checkpoint.load_tokenizer_json(config.checkpoint)
+        for name in ("fusion", "first_frame"):
+            found, expected = getattr(model.config, name), getattr(config, name)
+            if found != expected:
+                raise InputError(f"{config.checkpoint}: {name}: found {found}, expected {expected}; --set model.{name}={found} takes it as it is")
+    else:
+        preset = PRESETS[config.preset]
+        trip = dataclasses.replace(preset.trip, fusion=config.fusion, first_frame=config.first_frame)
+        torch.manual_seed(seed)
+        if config.modelscope:
+            model, tokenizer_json = checkpoint.assemble(trip, config.modelscope, config.stable_diffusion)
+        else:
+            # Words are the demo world's, as no other tokenizer comes with a preset.
+            tokenizer = build_tokenizer(trip.text_length)
+            overrides = {} if "vocab_size" in preset.text_encoder else text_overrides(tokenizer)
+            model, tokenizer_json = build_model(dataclasses.replace(preset, trip=trip), overrides), tokenizer.to_str(pretty=True)
+    if config.vae:
+        model.vae = checkpoint.load_vae(Path(config.vae))
+        model.config = dataclasses.replace(model.config, scaling_factor=checkpoint.load_config(config.vae).scaling_factor)
+    return model, tokenizer_json
+
+
+def train_only(module: nn.Module, patterns: Sequence[str]) -> None:
+    """Freeze all parameters but those whose names fit one of the patterns; InputError for a pattern that fits none."""
+    names = [name for name, _ in module.named_parameters()]
+    parts = {name.split(".")[0] for name in names}
+    for pattern in patterns:
+        # A part without any parameter, as `none`'s fusion, may be named all the same.
+        absent = pattern.split(".")[0] in dict(module.named_children()).keys() - parts
+        if not absent and not any(fnmatchcase(name, pattern) for name in names):
+            raise InputError(f"trains: found no parameter like {pattern!r}, expected names as {names[0]!r} or patterns as 'fusion.*'")
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))
+
+
+def without_dropout(module: nn.Module) -> None:
+    """Set every dropout's probability to 0, in place."""
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
