@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from trip_reference import checkpoint, evaluate_demo
+from trip_reference import checkpoint
+from trip_reference.evaluation.clips import Settings, demo_cases, make_clips
+from trip_reference.evaluation.demo import judge_clips
 
 DEMO = Path(__file__).parent.parent / "checkpoints" / "demo"
 
@@ -27,9 +29,9 @@ def test_it_is_the_demo_preset(model):
 
 
 def test_it_animates_held_out_pictures(model):
-    figures, clips, _ = evaluate_demo.evaluate(
-        model, checkpoint.load_tokenizer_json(DEMO), count=8, steps=12, guidance_scale=model.config.guidance_scale
-    )
+    cases = demo_cases(model.config, 8)
+    clips = make_clips(DEMO, cases, Settings(num_inference_steps=12))
+    figures = judge_clips(clips, cases)
     everything = figures["all"]
     assert everything["frame 1"] == 100
     assert everything["background_psnr"] >= 28

@@ -111,7 +111,16 @@ def test_bad_input_is_one_line(main, arguments, message, tiny_bundle, tiny_check
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", ["trip_export.command:export_main", "trip_export.command:parity_main", "trip_reference.training.command:main", "trip_reference.data.command:main"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "trip_export.command:export_main",
+        "trip_export.command:parity_main",
+        "trip_reference.training.command:main",
+        "trip_reference.data.command:main",
+        "trip_reference.evaluation.command:main",
+    ],
+)
 def test_help_has_an_example(command):
     module, function = command.split(":")
     code = f"import {module} as m; m.{function}(['--help'])"

@@ -1,4 +1,4 @@
-"""The named models: `demo`, which is trained and shipped here, `bench` for benchmarks, and `trip-256`, the paper's full size."""
+"""The named models: `demo`, which is trained and shipped here, `demo-small` for ablations, `bench` for benchmarks, `trip-256`, the paper's size."""
 
 from __future__ import annotations
 
@@ -149,4 +149,11 @@ BENCH = Preset(
     text_encoder=TRIP_256.text_encoder | dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=4, num_attention_heads=12),
 )
 
-PRESETS = {"demo": DEMO, "bench": BENCH, "trip-256": TRIP_256}
+# The demo at half its width and frames: what a comparison of recipes can afford to train many times. Its VAE is the demo's.
+DEMO_SMALL = dataclasses.replace(
+    DEMO,
+    trip=dataclasses.replace(DEMO.trip, num_frames=8),
+    unet=DEMO.unet | dict(block_out_channels=(32, 64)),
+)
+
+PRESETS = {"demo": DEMO, "demo-small": DEMO_SMALL, "bench": BENCH, "trip-256": TRIP_256}

@@ -1,0 +1,1 @@
+"""Evaluation: what the paper measures, and what the demo world lets one judge."""

@@ -1,0 +1,141 @@
+"""What is evaluated: pictures with their sentences and true clips, and the clips that a checkpoint or a bundle makes of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from trip_reference import checkpoint, demo_world
+from trip_reference.data.folder import VideoFolder
+from trip_reference.data.sample import BrokenClip, ClipFormat
+from trip_reference.demo_data import to_pixels
+from trip_reference.model import TripModel
+from trip_reference.sampling import sample
+from trip_rt import Animator
+from trip_rt.animator import run_steps
+from trip_rt.command import note
+from trip_rt.config import TripConfig
+from trip_rt.errors import InputError
+from trip_rt.images import to_frames
+from trip_rt.sampler import initial_noise
+from trip_rt.speed import LoopStep
+from trip_rt.tokenizer import PromptTokenizer
+
+Clip = NDArray[np.uint8]
+
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """A true clip uint8 [F, H, W, 3], whose first frame is animated, its sentence, and what the demo world knows of it."""
+
+    clip: Clip
+    prompt: str
+    scene: demo_world.Scene | None = None
+    motion: str = ""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How clips are sampled; None is the model's own."""
+
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    speed: str = "exact"
+    seed: int = 0
+
+    def steps(self, config: TripConfig) -> list[LoopStep]:
+        return run_steps(config, self.speed, self.num_inference_steps, self.guidance_scale)
+
+
+def demo_cases(config: TripConfig, count: int) -> list[Case]:
+    """The first `count` held-out scenes of the demo world."""
+    drawn = [demo_world.sample(seed, held_out=True) for seed in range(count)]
+    return [Case(demo_world.render(scene, motion, config.num_frames, config.height), text, scene, motion) for scene, motion, text in drawn]
+
+
+def folder_cases(folder: Path, annotations: str, config: TripConfig, fps: float, count: int) -> list[Case]:
+    """The first `count` clips of a data set, from their beginnings, cut at the centre; broken ones are named and left out."""
+    clip_format = ClipFormat(config.num_frames, config.height, config.width, fps, crop="centre", start="first")
+    clips = VideoFolder(folder, clip_format, annotations)
+    cases: list[Case] = []
+    for index in range(len(clips)):
+        if len(cases) == count:
+            break
+        try:
+            found = clips.clip(index, np.random.default_rng(index))
+            cases.append(Case(found.frames, found.text))
+        except BrokenClip as error:
+            note(f"warning: left out: {error}")
+    if not cases:
+        raise InputError(f"{folder}: found no clip that could be read; `trip-data check` reports on a data set")
+    return cases
+
+
+def config_of(source: Path) -> TripConfig:
+    """The config of a checkpoint or bundle."""
+    if (source / "manifest.json").is_file():
+        with Animator(source) as animator:
+            return animator.config
+    return checkpoint.load_config(source)
+
+
+def make_clips(source: Path, cases: Sequence[Case], settings: Settings) -> list[Clip]:
+    """Each case's first frame animated by its sentence: by the PyTorch model of a checkpoint, or by a bundle's engines."""
+    seeds = [settings.seed + i for i in range(len(cases))]
+    if (source / "manifest.json").is_file():
+        return _by_engines(source, cases, settings, seeds)
+    model = checkpoint.from_pretrained(source)
+    steps = settings.steps(model.config)
+    tokenizer = PromptTokenizer(checkpoint.load_tokenizer_json(source), model.config.text_length)
+
+    def animate(start: int) -> list[Clip]:
+        group = slice(start, start + BATCH)
+        return animate_batch(model, tokenizer, [case.clip[0] for case in cases[group]], [case.prompt for case in cases[group]], seeds[group], steps)
+
+    starts = range(0, len(cases), BATCH)
+    # A thread a core, each running whole batches: tensors as small as the demo's do not keep several cores busy.
+    with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        groups = tqdm(pool.map(animate, starts), total=len(starts), desc="animate", unit="batch", disable=None)
+        return [clip for group in groups for clip in group]
+
+
+@torch.no_grad()
+def animate_batch(
+    model: TripModel, tokenizer: PromptTokenizer, pictures: Sequence[Clip], prompts: Sequence[str], seeds: Sequence[int], steps: Sequence[LoopStep]
+) -> list[Clip]:
+    """Clips of pictures uint8 [H, W, 3], by the oracle."""
+    config = model.config
+    text = model.encode_text(torch.from_numpy(tokenizer([""] * len(prompts) + list(prompts))))
+    first_frame = model.encode_image(to_pixels(np.stack(pictures)))
+    shape = (config.latent_channels, config.num_frames, config.latent_height, config.latent_width)
+    latents = sample(model, first_frame, torch.from_numpy(initial_noise(seeds, shape)), text, steps)
+    return [to_frames(model.decode(clip.transpose(0, 1)).numpy()) for clip in latents]
+
+
+def _by_engines(source: Path, cases: Sequence[Case], settings: Settings, seeds: Sequence[int]) -> list[Clip]:
+    with Animator(source) as animator, tqdm(desc="animate", unit="step", disable=None) as bar:
+
+        def on_step(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        made = animator.batch(
+            [case.clip[0] for case in cases],
+            [case.prompt for case in cases],
+            seeds=seeds,
+            speed=settings.speed,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            on_step=on_step,
+        )
+    return [animation.frames for animation in made]

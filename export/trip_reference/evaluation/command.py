@@ -1,0 +1,183 @@
+"""`trip-evaluate`: how good are the clips of a checkpoint or a bundle?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trip_rt.command import CommandParser, add_json_flag, main_of, report
+from trip_rt.errors import InputError, printable
+from trip_rt.speed import SPEEDS
+
+EPILOG = """examples:
+  trip-evaluate checkpoints/demo --clips 200                       the demo world, by the PyTorch model
+  trip-evaluate bundle --clips 200 --speed balanced -o figures.json     by a bundle's engines: several times as fast
+  trip-evaluate checkpoint --data webvid --clip-encoder clip-vit-large-patch14 --i3d i3d_torchscript.pt --fid-net inception.pt
+
+What has no network named for it is left out, and said so. TorchScript files are code that runs with your rights: open files you trust."""
+
+# TRIP (arXiv 2403.17005), table 1: WebVid-10M.
+PAPER = {"F-Consistency4": 95.36, "F-Consistency-all": 96.41, "FVD": 38.9}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        prog="trip-evaluate",
+        description="Animate pictures that training has not seen and measure the clips: F-Consistency, FVD, FID, frame 1, on the demo world whether "
+        "everything moved as it was told.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", type=Path, metavar="CHECKPOINT_OR_BUNDLE")
+    data = parser.add_mutually_exclusive_group()
+    data.add_argument("--demo", action="store_true", help="held-out scenes of the demo world (the default)")
+    data.add_argument("--data", type=Path, metavar="DIR", help="a folder of videos with annotations")
+    parser.add_argument("--annotations", metavar="FILE", help="of --data (val_annotations.json where there is one, else annotations.json)")
+    parser.add_argument("--fps", type=float, default=4.0, help="frames a second that are taken from the videos of --data (%(default)s)")
+    parser.add_argument("--clips", type=int, default=200, help="(%(default)s)")
+    parser.add_argument("--steps", type=int, help="of the solver (the model's own number, or the speed's)")
+    parser.add_argument("--guidance-scale", type=float, help="(the model's own)")
+    parser.add_argument("--speed", choices=tuple(SPEEDS), default="exact", help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first clip; the next has the next (%(default)s)")
+    parser.add_argument("--clip-encoder", type=Path, metavar="DIR", help="a CLIP image encoder, for F-Consistency")
+    parser.add_argument("--pairs", choices=("consecutive", "first"), default="consecutive", help="which frames F-Consistency compares (%(default)s)")
+    parser.add_argument("--i3d", type=Path, metavar="FILE.pt", help="a TorchScript network of clips, for FVD")
+    parser.add_argument("--i3d-size", type=int, default=224, metavar="PIXELS", help="its picture size (%(default)s)")
+    parser.add_argument("--fid-net", type=Path, metavar="FILE.pt", help="a TorchScript network of pictures, for FID")
+    parser.add_argument("--fid-size", type=int, default=299, metavar="PIXELS", help="its picture size (%(default)s)")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="write all figures there")
+    parser.add_argument("--markdown", type=Path, metavar="FILE.md", help="write the tables there")
+    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="write a contact sheet of the first 24 clips")
+    add_json_flag(parser)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    for name, least in (("clips", 1), ("seed", 0), ("i3d_size", 1), ("fid_size", 1)):
+        if getattr(args, name) < least:
+            raise InputError(f"{name.replace('_', '-')}: found {getattr(args, name)}, expected at least {least}")
+    from trip_reference.evaluation.clips import Settings, config_of, demo_cases, folder_cases, make_clips
+    from trip_rt.images import contact_sheet
+
+    if not args.source.is_dir():
+        raise InputError(f"{printable(str(args.source))}: found no such folder, expected a checkpoint or a bundle")
+    networks = _networks(args)  # before the long work
+    config = config_of(args.source)
+    if args.data:
+        held_out = "val_annotations.json"
+        annotations = args.annotations or (held_out if (args.data / held_out).is_file() else "annotations.json")
+        cases = folder_cases(args.data, annotations, config, args.fps, args.clips)
+    else:
+        cases = demo_cases(config, args.clips)
+    settings = Settings(args.steps, args.guidance_scale, args.speed, args.seed)
+    steps = settings.steps(config)
+    clips = make_clips(args.source, cases, settings)
+    figures: dict[str, Any] = {
+        "source": args.source.name,
+        "data": args.data.name if args.data else "demo world, held out",
+        "clips": len(clips),
+        "frames": config.num_frames,
+        "height": config.height,
+        "width": config.width,
+        "steps": len(steps),
+        "guidance_scale": config.guidance_scale if args.guidance_scale is None else args.guidance_scale,
+        "speed": args.speed,
+        "seed": args.seed,
+        **_measured(args, networks, clips, [case.clip for case in cases]),
+    }
+    if not args.data:
+        from trip_reference.evaluation.demo import judge_clips
+
+        figures["demo"] = judge_clips(clips, cases)
+    figures["versions"] = _versions()
+    text = tables(figures)
+    if args.sheet:
+        contact_sheet(clips[:24], labels=[case.prompt for case in cases[:24]]).save(args.sheet)
+    for path, content in ((args.output, json.dumps(figures, indent=2)), (args.markdown, text)):
+        if path:
+            path.write_text(content + "\n", encoding="utf-8")
+    report(args, figures, text)
+    return 0
+
+
+def tables(figures: dict[str, Any]) -> str:
+    """The figures as Markdown, beside the paper's."""
+    lines = ["| | measured | the paper, WebVid-10M |", "| --- | --- | --- |"]
+    rows = {name: figures.get(name) for name in ("F-Consistency4", "F-Consistency-all", "FVD", "FID", "frame 1, dB", "frame 1 at worst, dB")}
+    for name, found in rows.items():
+        value = found["value"] if isinstance(found, dict) else found
+        lines.append(f"| {name} | {'not measured' if value is None else f'{value:.2f}'} | {PAPER.get(name, '')} |")
+    about = f"{figures['clips']} clips of {figures['frames']} frames, {figures['width']}×{figures['height']}, {figures['data']}; "
+    about += f"{figures['steps']} steps, guidance {figures['guidance_scale']:g}."
+    notes = [about, "Figures of other data, networks or clip counts cannot be compared with the paper's."]
+    for name in ("FVD", "FID"):
+        if found := figures.get(name):
+            limit = f", {found['extrapolated']:.2f} when continued to endless data" if found.get("extrapolated") is not None else ""
+            bias = "; so few for that width that it is biased upwards" if found["biased"] else ""
+            count = f"{found['clips']} clips" if "clips" in found else f"{found['frames']} frames"
+            notes.append(f"{name}: {found['feature_width']} features of {count} at {found['size']}×{found['size']}{bias}{limit}.")
+    for name, option in figures["left_out"].items():
+        notes.append(f"{name} needs {option}.")
+    text = "\n".join(lines) + "\n\n" + "\n".join(notes)
+    if "demo" in figures:
+        from trip_reference.evaluation.demo import table
+
+        text += "\n\n" + table(figures["demo"])
+    return text
+
+
+def _networks(args: argparse.Namespace) -> dict[str, Any]:
+    """The networks that were named, opened."""
+    from trip_reference.evaluation.consistency import ClipEncoder
+    from trip_reference.evaluation.networks import Network
+
+    named = {"clip_encoder": (ClipEncoder, args.clip_encoder), "i3d": (Network, args.i3d), "fid_net": (Network, args.fid_net)}
+    return {name: cls(path) for name, (cls, path) in named.items() if path}
+
+
+def _measured(args: argparse.Namespace, networks: dict[str, Any], clips: Sequence[np.ndarray], real: Sequence[np.ndarray]) -> dict[str, Any]:
+    from trip_reference.evaluation.consistency import consistency
+    from trip_reference.evaluation.networks import fid, fvd
+
+    figures: dict[str, Any] = {}
+    left_out = {"F-Consistency": "--clip-encoder", "FVD": "--i3d", "FID": "--fid-net"}
+    if encoder := networks.get("clip_encoder"):
+        del left_out["F-Consistency"]
+        embedded = [encoder.embed(clip) for clip in clips]
+        for name, frames in (("F-Consistency4", 4), ("F-Consistency-all", None)):
+            figures[name] = round(float(np.mean([consistency(one, frames, args.pairs) for one in embedded])), 3)
+        figures["F-Consistency pairs"] = args.pairs
+    if network := networks.get("i3d"):
+        del left_out["FVD"]
+        figures["FVD"] = fvd(network, clips, real, args.i3d_size)
+    if network := networks.get("fid_net"):
+        del left_out["FID"]
+        figures["FID"] = fid(network, clips, real, args.fid_size)
+    firsts = [_psnr(clip[0], true[0]) for clip, true in zip(clips, real, strict=True)]
+    return figures | {"frame 1, dB": round(float(np.mean(firsts)), 2), "frame 1 at worst, dB": round(min(firsts), 2), "left_out": left_out}
+
+
+def _psnr(one: np.ndarray, other: np.ndarray) -> float:
+    error = float(np.square(one.astype(np.float64) - other).mean())
+    return 10 * float(np.log10(255**2 / max(error, 1e-3)))
+
+
+def _versions() -> dict[str, str]:
+    import torch
+    import torchmetrics
+    import transformers
+
+    named = {"torch": torch, "torchmetrics": torchmetrics, "transformers": transformers, "numpy": np}
+    return {"python": platform.python_version()} | {name: module.__version__ for name, module in named.items()}
+
+
+main = main_of(build_parser, run)
+
+if __name__ == "__main__":
+    raise SystemExit(main())
