@@ -111,15 +111,11 @@ def test_bad_input_is_one_line(main, arguments, message, tiny_bundle, tiny_check
     assert not list(tmp_path.iterdir())
 
 
+COMMANDS = ("trip_reference.training", "trip_reference.data", "trip_reference.evaluation")
+
+
 @pytest.mark.parametrize(
-    "command",
-    [
-        "trip_export.command:export_main",
-        "trip_export.command:parity_main",
-        "trip_reference.training.command:main",
-        "trip_reference.data.command:main",
-        "trip_reference.evaluation.command:main",
-    ],
+    "command", ["trip_export.command:export_main", "trip_export.command:parity_main", *(f"{package}.command:main" for package in COMMANDS)]
 )
 def test_help_has_an_example(command):
     module, function = command.split(":")
