@@ -168,3 +168,13 @@ def test_plots(tmp_path):
     bars(tmp_path / "bars.png", "title", {"one": 1.0, "another": 2.0})
     scaling(tmp_path / "lines.png", [("title", "x", [1, 2, 4], {"y": [1, 2, 4]})])
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("bars.png", "lines.png"))
+
+
+def test_training_says_what_a_step_and_its_data_cost(tmp_path):
+    ran = bench("training.py", "demo-small", "--batch", 1, "--rounds", 1, "--clips", 4, "--workers", 0, "--output", tmp_path / "figures.json")
+    assert ran.returncode == 0, ran.stderr
+    figures = json.loads(ran.stdout)
+    assert figures == json.loads((tmp_path / "figures.json").read_text())
+    assert 0 < figures["memory_share"] < 0.8
+    assert figures["largest_gradient_difference"] <= 1e-6
+    assert figures["loader_clips_per_second"] > 0

@@ -179,7 +179,7 @@ def test_validation_looks_at_held_out_clips_and_changes_nothing(tmp_path):
 
 def test_adapters_alone_are_trained_and_merged_into_the_checkpoint(tmp_path):
     train_tiny(tmp_path / "start", "stages.0.steps=1")
-    options = [f"model.checkpoint={str(tmp_path / 'start')!r}", "lora.rank=2", "stages.0.trains=['*.lora_*']", "stages.0.unet_lr=1e-2"]
+    options = [f"model.checkpoint={str(tmp_path / 'start')!r}", "lora.rank=2", "stages.0.trains=['residual_unet.*']", "stages.0.unet_lr=1e-2"]
     train_tiny(tmp_path / "run", *options)
     before, after = weights(tmp_path / "start"), weights(tmp_path / "run")
     changed = {name for name in before if not torch.equal(before[name], after[name])}

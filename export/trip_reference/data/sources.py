@@ -9,6 +9,7 @@ from trip_reference.data.demo_world_clips import DemoWorldClips
 from trip_reference.data.folder import VideoFolder
 from trip_reference.data.sample import ClipDataset, ClipFormat
 from trip_reference.data.shards import ShardSource
+from trip_reference.training.config import DataConfig
 from trip_rt.config import TripConfig
 from trip_rt.errors import InputError
 
@@ -32,3 +33,9 @@ def open_source(source: str, config: TripConfig, clip: ClipFormat, clips: int, s
     if source.endswith(".tar") or any(folder.glob("*.tar")):
         return ShardSource(source, clip, shuffle)
     raise InputError(f"data: found neither {ANNOTATIONS}, shards nor {INDEX} in {source}, expected a data set; `trip-data demo` writes one to try")
+
+
+def clip_format(data: DataConfig, trip: TripConfig, steady: bool = False) -> ClipFormat:
+    """How clips are cut out of videos for this model; `steady`: always the same cut."""
+    crop, start = ("centre", "first") if steady else (data.crop, data.start)
+    return ClipFormat(trip.num_frames, trip.height, trip.width, data.fps, data.stride, crop, start)

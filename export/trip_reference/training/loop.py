@@ -46,7 +46,7 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Hook:
-    """Something to do after every `every`th step and, unless that is 0, after the last."""
+    """Something to do after every `every`th step and after the last."""
 
     every: int
     act: Callable[[int], None]
@@ -147,10 +147,10 @@ def train(
             stop = told[1] > 0
             if done % run.save_every == 0 or last or stop:
                 save(done)
-            if stop and not last:
+            if stop:
                 raise Stopped(caught[0] if caught else signal.SIGTERM, done)
             for hook in acts:
-                if hook.every and (done % hook.every == 0 or last):
+                if done % hook.every == 0 or last:
                     hook.act(done)
     result = {name: whole(tensor).clone() for name, tensor in average.tensors.items()}
     accelerator.free_memory()

@@ -12,9 +12,12 @@ from torch import nn
 
 from trip_reference import checkpoint
 from trip_reference.demo_text import build_tokenizer, text_overrides
+from trip_reference.gradient_checkpointing import checkpoint_gradients
 from trip_reference.model import TripModel, build_model
 from trip_reference.presets import PRESETS
-from trip_reference.training.config import ModelConfig
+from trip_reference.training.config import ModelConfig, TrainConfig
+from trip_reference.training.denoiser import Denoiser
+from trip_reference.training.lora import add_adapters
 from trip_rt.errors import InputError
 
 
@@ -43,8 +46,27 @@ def start_model(config: ModelConfig, seed: int) -> tuple[TripModel, str]:
     return model, tokenizer_json
 
 
-def train_only(module: nn.Module, patterns: Sequence[str]) -> None:
-    """Freeze all parameters but those whose names fit one of the patterns; InputError for a pattern that fits none."""
+def trainable(model: TripModel, config: TrainConfig) -> Denoiser:
+    """The denoiser of `model` as a recipe trains it: with adapters, without dropout, with checkpointed gradients."""
+    if config.lora.rank:
+        add_adapters(model.residual_unet.unet, config.lora)
+    if not config.run.dropout:
+        for part in model.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0
+    if config.run.gradient_checkpointing:
+        checkpoint_gradients(model.residual_unet.unet)
+    return Denoiser(model, config.loss, config.run.fused_kernel)
+
+
+def learns(name: str, patterns: Sequence[str], adapters: bool) -> bool:
+    """Whether a Denoiser's parameter fits one of the patterns; where there are adapters, of the UNet only they do."""
+    frozen = adapters and name.startswith("residual_unet.") and ".lora_" not in name
+    return not frozen and any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def train_only(module: nn.Module, patterns: Sequence[str], adapters: bool = False) -> None:
+    """Freeze all parameters but those that `learns` names; InputError for a pattern that fits none."""
     names = [name for name, _ in module.named_parameters()]
     parts = {name.split(".")[0] for name in names}
     for pattern in patterns:
@@ -53,11 +75,4 @@ def train_only(module: nn.Module, patterns: Sequence[str]) -> None:
         if not absent and not any(fnmatchcase(name, pattern) for name in names):
             raise InputError(f"trains: found no parameter like {pattern!r}, expected names as {names[0]!r} or patterns as 'fusion.*'")
     for name, parameter in module.named_parameters():
-        parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in patterns))
-
-
-def without_dropout(module: nn.Module) -> None:
-    """Set every dropout's probability to 0, in place."""
-    for part in module.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
+        parameter.requires_grad_(learns(name, patterns, adapters))

@@ -1,0 +1,159 @@
+"""One stage of a run: a stretch of steps over the parameters that it trains, on a model built for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor
+
+from trip_reference.data.cache import CachedClips, latent_shape
+from trip_reference.data.collate import Collate
+from trip_reference.data.loader import BatchPlan, Loader
+from trip_reference.data.sample import ClipDataset
+from trip_reference.data.shards import ShardSource
+from trip_reference.data.sources import clip_format, open_source
+from trip_reference.data.tokens import tokenizer_of
+from trip_reference.model import TripModel
+from trip_reference.training.average import Average
+from trip_reference.training.config import Stage, TrainConfig
+from trip_reference.training.denoiser import Denoiser
+from trip_reference.training.draws import draw
+from trip_reference.training.log import Log
+from trip_reference.training.loop import Hook, Stretch, train
+from trip_reference.training.start import learns, train_only, trainable
+from trip_reference.training.state import Place, whole
+from trip_reference.training.validation import Validation
+from trip_rt.errors import InputError
+
+WriteCheckpoint = Callable[[Path, dict[str, Tensor]], None]
+
+
+class StageRun:
+    """Trains `stage`, whose first step is the run's step `first`, on `source`; `state` is the run's file, which knows the run by `run_id`."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        stage: Stage,
+        first: int,
+        model: TripModel,
+        tokenizer_json: str,
+        source: ClipDataset | ShardSource,
+        accelerator: Accelerator,
+        state: Path,
+        run_id: str,
+        write_checkpoint: WriteCheckpoint,
+    ):
+        self.config, self.stage, self.model, self.source = config, stage, model, source
+        self.tokenizer_json, self.accelerator, self.state, self.run_id = tokenizer_json, accelerator, state, run_id
+        self.write_checkpoint = write_checkpoint
+        self.stretch = Stretch(stage.name, first, first + stage.steps, stage.warmup)
+        self.plan = BatchPlan(config.run.batch, config.run.accumulation, accelerator.process_index, accelerator.num_processes)
+        self.log = Log(accelerator, state.with_name("denoiser.jsonl"), config.run.batch, config.run.log_every)
+        self.loader: Loader | None = None
+
+    def train(self) -> dict[str, Tensor]:
+        """The average of all weights that any stage trains, by their names in the Denoiser."""
+        config, model, device = self.config, self.model, self.accelerator.device
+        denoiser = trainable(model, config)
+        train_only(denoiser, self.stage.trains, adapters=config.lora.rank > 0)
+        cached_text = isinstance(self.source, CachedClips) and self.source.index["text_encoder"] is not None
+        if cached_text and any(p.requires_grad for p in denoiser.text_encoder.parameters()):
+            raise InputError("stages: found a text encoder that is trained, on a cache of its embeddings; make the cache without --text")
+        model.vae.to(device).eval().requires_grad_(False)
+        denoiser.to(device)
+        everything = [pattern for stage in config.stages for pattern in stage.trains]
+        return train(
+            self.accelerator,
+            denoiser,
+            lambda name: self.stage.tnf_lr if name.startswith("fusion.") else self.stage.unet_lr,
+            self.stretch,
+            self._parts_from,
+            self._inputs_of(cached_text),
+            self.state,
+            self.run_id,
+            config.run,
+            config.optimizer,
+            self.log,
+            keeps=lambda name: learns(name, everything, config.lora.rank > 0),
+            hooks=self._hooks,
+            data_state=lambda: self.loader.state() if self.loader else [],
+        )
+
+    def _parts_from(self, place: Place) -> Iterator[dict[str, Any]]:
+        streamed = isinstance(self.source, ShardSource)
+        if streamed and place.data and len(place.data) != self.plan.world:
+            raise InputError(f"found {self.plan.world} processes, expected {len(place.data)} as when this run began: each has its own shards")
+        self.loader = Loader(
+            self.source,
+            self.plan,
+            self.config.run.seed,
+            Collate(self.tokenizer_json),
+            place.step * self.config.run.accumulation,
+            self.stretch.last * self.config.run.accumulation,
+            self.config.data.workers,
+            place.data[self.plan.rank] if streamed and place.data else None,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        return iter(self.loader)
+
+    def _inputs_of(self, cached_text: bool) -> Callable[[int, int, dict[str, Any]], dict[str, Tensor]]:
+        """What the Denoiser takes, of a batch: its latents, noise and timesteps, and its sentences but those that are dropped."""
+        run, device, shape = self.config.run, self.accelerator.device, latent_shape(self.model)
+        num_train_timesteps = self.model.config.schedule.num_train_timesteps
+        kind = "text" if cached_text else "ids"
+        empty = self.source.empty_text() if cached_text else tokenizer_of(self.tokenizer_json)([""])[0]
+        empty = empty.to(device)
+
+        def inputs_of(step: int, part: int, batch: dict[str, Any]) -> dict[str, Tensor]:
+            draws = draw(run.seed, step, self.plan.positions(part), run.batch, shape, num_train_timesteps, self.config.loss)
+            dropped = draws.drop_text.to(device).reshape(-1, *[1] * empty.ndim)
+            return {
+                "latents": self._latents(batch),
+                "noise": draws.noise.to(device),
+                "timestep": draws.timestep.to(device),
+                kind: torch.where(dropped, empty, batch[kind].to(device)),
+            }
+
+        return inputs_of
+
+    @torch.no_grad()
+    def _latents(self, batch: dict[str, Any]) -> Tensor:
+        """[B, C, F, h, w], as cached or of frames uint8 [B, F, H, W, 3], encoded a clip at a time."""
+        device = self.accelerator.device
+        if "latents" in batch:
+            return batch["latents"].to(device, non_blocking=True)
+        frames = batch["frames"].to(device, non_blocking=True)
+        return torch.stack([self.model.encode_image(clip.movedim(-1, -3).float() / 127.5 - 1).transpose(0, 1) for clip in frames])
+
+    def _hooks(self, denoiser: Denoiser, average: Average) -> Sequence[Hook]:
+        run, hooks = self.config.run, []
+        if run.checkpoint_every:
+            checkpoints = self.state.parent.parent / "checkpoints"
+
+            def write(step: int) -> None:
+                self.write_checkpoint(checkpoints / f"step-{step:06d}", {name: whole(tensor) for name, tensor in average.tensors.items()})
+
+            hooks.append(Hook(run.checkpoint_every, write))
+        if run.validate_every and run.validation_clips and self.config.data.validation:
+            validation = self._validation()
+            samples = self.accelerator.distributed_type != DistributedType.FSDP  # whose shards only the whole denoiser gathers
+            hooks.append(Hook(run.validate_every, lambda step: validation.look(denoiser, average, step, samples)))
+        return hooks
+
+    def _validation(self) -> Validation:
+        data, count = self.config.data, self.config.run.validation_clips
+        source = open_source(data.validation, self.model.config, clip_format(data, self.model.config, steady=True), count, 1, validation=True)
+        if isinstance(source, ShardSource):
+            raise InputError("data.validation: found shards, expected demo, a cache or a folder with annotations")
+        samples = [source.clip(i, np.random.default_rng(i)) for i in range(min(count, len(source)))]
+        captions = [sample.text for sample in samples]
+        ids = tokenizer_of(self.tokenizer_json)([*captions, ""]).to(self.accelerator.device)
+        latents = self._latents(Collate(self.tokenizer_json)(samples))
+        return Validation(self.model, latents, ids, captions, self.config.loss, self.state.with_name("samples"), self.log)
