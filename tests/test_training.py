@@ -84,6 +84,13 @@ def test_parts_of_a_step_add_up_to_it(tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=1e-4)
 
 
+@pytest.mark.parametrize(("setting", "tolerance"), [("run.gradient_checkpointing=true", 1e-6), ("run.mixed_precision=bf16", 3e-2)])
+def test_other_ways_of_computing_give_the_same_losses(tmp_path, setting, tolerance):
+    train_tiny(tmp_path / "plain", "stages.0.steps=6")
+    train_tiny(tmp_path / "other", "stages.0.steps=6", setting)
+    np.testing.assert_allclose(losses(tmp_path / "other"), losses(tmp_path / "plain"), rtol=tolerance)
+
+
 def test_sigterm_saves_and_the_run_goes_on(undisturbed, tmp_path):
     code = (
         "import sys; sys.path.insert(0, 'tests'); import training_runs, torch; torch.set_num_threads(1)\n"
@@ -333,6 +340,12 @@ def test_bad_input_is_one_line(tmp_path, capsys, arguments, message):
     error = capsys.readouterr().err
     assert error.startswith(f"trip-train: {message}")
     assert error.count("\n") == 1
+
+
+def test_a_tracker_that_is_not_installed_is_one_line(monkeypatch):
+    monkeypatch.setattr("trip_reference.training.config.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="run.tracker: found wandb, which is not installed"):
+        load_config("demo", None, ["run.tracker=wandb"])
 
 
 def test_the_recipes_are_whole_and_can_be_printed(capsys, tmp_path):

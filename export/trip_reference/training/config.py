@@ -6,6 +6,7 @@ import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -212,6 +213,8 @@ def _check(config: TrainConfig) -> None:
         raise InputError(f"optimizer.betas: found {list(optimizer.betas)}, expected two numbers from 0 to less than 1")
     if optimizer.clip <= 0 or config.data.fps <= 0 or config.loss.max_weight <= 0 or config.loss.min_snr_gamma <= 0:
         raise InputError("optimizer.clip, data.fps, loss.max_weight and loss.min_snr_gamma: expected more than 0")
+    if run.tracker == "wandb" and find_spec("wandb") is None:
+        raise InputError("run.tracker: found wandb, which is not installed; `pip install wandb`, or set tensorboard or none")
     names = [stage.name for stage in config.stages]
     if len(set(names)) != len(names):
         raise InputError(f"stages: found the names {', '.join(names)}, expected each once")
