@@ -20,7 +20,8 @@ from trip_reference.demo_data import to_pixels
 from trip_reference.model import TripModel
 from trip_reference.sampling import sample
 from trip_rt import Animator
-from trip_rt.animator import run_steps
+from trip_rt.animator import check_seeds, run_steps
+from trip_rt.bundle import MANIFEST, read_manifest
 from trip_rt.command import note
 from trip_rt.config import TripConfig
 from trip_rt.errors import InputError
@@ -58,7 +59,9 @@ class Settings:
 
 
 def demo_cases(config: TripConfig, count: int) -> list[Case]:
-    """The first `count` held-out scenes of the demo world."""
+    """The first `count` held-out scenes of the demo world, which is square."""
+    if config.height != config.width:
+        raise InputError(f"demo world: found a model of {config.width} × {config.height} pixels, expected a square one; name videos with --data")
     drawn = [demo_world.sample(seed, held_out=True) for seed in range(count)]
     return [Case(demo_world.render(scene, motion, config.num_frames, config.height), text, scene, motion) for scene, motion, text in drawn]
 
@@ -83,16 +86,17 @@ def folder_cases(folder: Path, annotations: str, config: TripConfig, fps: float,
 
 def config_of(source: Path) -> TripConfig:
     """The config of a checkpoint or bundle."""
-    if (source / "manifest.json").is_file():
-        with Animator(source) as animator:
-            return animator.config
+    if (source / MANIFEST).is_file():
+        manifest = read_manifest(source)
+        return manifest.config_of(manifest.profile())
     return checkpoint.load_config(source)
 
 
 def make_clips(source: Path, cases: Sequence[Case], settings: Settings) -> list[Clip]:
     """Each case's first frame animated by its sentence: by the PyTorch model of a checkpoint, or by a bundle's engines."""
     seeds = [settings.seed + i for i in range(len(cases))]
-    if (source / "manifest.json").is_file():
+    check_seeds(seeds)
+    if (source / MANIFEST).is_file():
         return _by_engines(source, cases, settings, seeds)
     model = checkpoint.from_pretrained(source)
     steps = settings.steps(model.config)

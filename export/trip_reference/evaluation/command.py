@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import platform
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from trip_rt.bundle import file_sha256
 from trip_rt.command import CommandParser, add_json_flag, main_of, report
+from trip_rt.config import TripConfig
 from trip_rt.errors import InputError, printable
 from trip_rt.speed import SPEEDS
 
 EPILOG = """examples:
   trip-evaluate checkpoints/demo --clips 200                       the demo world, by the PyTorch model
   trip-evaluate bundle --clips 200 --speed balanced -o figures.json     by a bundle's engines: several times as fast
+  trip-evaluate bundle --generated clips -o figures.json           clips made earlier, in order of their names
   trip-evaluate checkpoint --data webvid --clip-encoder clip-vit-large-patch14 --i3d i3d_torchscript.pt --fid-net inception.pt
 
 What has no network named for it is left out, and said so. TorchScript files are code that runs with your rights: open files you trust."""
-
-# TRIP (arXiv 2403.17005), table 1: WebVid-10M.
-PAPER = {"F-Consistency4": 95.36, "F-Consistency-all": 96.41, "FVD": 38.9}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,6 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--annotations", metavar="FILE", help="of --data (val_annotations.json where there is one, else annotations.json)")
     parser.add_argument("--fps", type=float, default=4.0, help="frames a second that are taken from the videos of --data (%(default)s)")
     parser.add_argument("--clips", type=int, default=200, help="(%(default)s)")
+    made = "measure the clips in there, .mp4, .gif, .webp or folders of PNGs, the n-th by name as the n-th picture's, and make none"
+    parser.add_argument("--generated", type=Path, metavar="DIR", help=made)
     parser.add_argument("--steps", type=int, help="of the solver (the model's own number, or the speed's)")
     parser.add_argument("--guidance-scale", type=float, help="(the model's own)")
     parser.add_argument("--speed", choices=tuple(SPEEDS), default="exact", help="(%(default)s)")
@@ -62,7 +67,12 @@ def run(args: argparse.Namespace) -> int:
     for name, least in (("clips", 1), ("seed", 0), ("i3d_size", 1), ("fid_size", 1)):
         if getattr(args, name) < least:
             raise InputError(f"{name.replace('_', '-')}: found {getattr(args, name)}, expected at least {least}")
+    for path, ending in ((args.output, ""), (args.markdown, ""), (args.sheet, ".png")):
+        if path and (path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK) or not path.name.lower().endswith(ending)):
+            raise InputError(f"{printable(str(path))}: expected a file name{ending and f' ending in {ending}'}, in a folder to write in")
     from trip_reference.evaluation.clips import Settings, config_of, demo_cases, folder_cases, make_clips
+    from trip_reference.evaluation.made_clips import read_clips
+    from trip_reference.evaluation.tables import tables
     from trip_rt.images import contact_sheet
 
     if not args.source.is_dir():
@@ -77,18 +87,20 @@ def run(args: argparse.Namespace) -> int:
         cases = demo_cases(config, args.clips)
     settings = Settings(args.steps, args.guidance_scale, args.speed, args.seed)
     steps = settings.steps(config)
-    clips = make_clips(args.source, cases, settings)
+    if args.generated:
+        clips = read_clips(args.generated, config, len(cases))
+        cases = cases[: len(clips)]
+    else:
+        clips = make_clips(args.source, cases, settings)
     figures: dict[str, Any] = {
-        "source": args.source.name,
+        "source": args.generated.name if args.generated else args.source.resolve().name,
         "data": args.data.name if args.data else "demo world, held out",
         "clips": len(clips),
         "frames": config.num_frames,
         "height": config.height,
         "width": config.width,
-        "steps": len(steps),
-        "guidance_scale": config.guidance_scale if args.guidance_scale is None else args.guidance_scale,
-        "speed": args.speed,
-        "seed": args.seed,
+        **({} if args.generated else _settings(args, config, len(steps))),
+        "networks": _named_networks(args),
         **_measured(args, networks, clips, [case.clip for case in cases]),
     }
     if not args.data:
@@ -98,38 +110,36 @@ def run(args: argparse.Namespace) -> int:
     figures["versions"] = _versions()
     text = tables(figures)
     if args.sheet:
-        contact_sheet(clips[:24], labels=[case.prompt for case in cases[:24]]).save(args.sheet)
+        picture = io.BytesIO()
+        contact_sheet(clips[:24], labels=[case.prompt for case in cases[:24]]).save(picture, "PNG")
+        _write(args.sheet, picture.getvalue())
     for path, content in ((args.output, json.dumps(figures, indent=2)), (args.markdown, text)):
         if path:
-            path.write_text(content + "\n", encoding="utf-8")
+            _write(path, (content + "\n").encode())
     report(args, figures, text)
     return 0
 
 
-def tables(figures: dict[str, Any]) -> str:
-    """The figures as Markdown, beside the paper's."""
-    lines = ["| | measured | the paper, WebVid-10M |", "| --- | --- | --- |"]
-    rows = {name: figures.get(name) for name in ("F-Consistency4", "F-Consistency-all", "FVD", "FID", "frame 1, dB", "frame 1 at worst, dB")}
-    for name, found in rows.items():
-        value = found["value"] if isinstance(found, dict) else found
-        lines.append(f"| {name} | {'not measured' if value is None else f'{value:.2f}'} | {PAPER.get(name, '')} |")
-    about = f"{figures['clips']} clips of {figures['frames']} frames, {figures['width']}×{figures['height']}, {figures['data']}; "
-    about += f"{figures['steps']} steps, guidance {figures['guidance_scale']:g}."
-    notes = [about, "Figures of other data, networks or clip counts cannot be compared with the paper's."]
-    for name in ("FVD", "FID"):
-        if found := figures.get(name):
-            limit = f", {found['extrapolated']:.2f} when continued to endless data" if found.get("extrapolated") is not None else ""
-            bias = "; so few for that width that it is biased upwards" if found["biased"] else ""
-            count = f"{found['clips']} clips" if "clips" in found else f"{found['frames']} frames"
-            notes.append(f"{name}: {found['feature_width']} features of {count} at {found['size']}×{found['size']}{bias}{limit}.")
-    for name, option in figures["left_out"].items():
-        notes.append(f"{name} needs {option}.")
-    text = "\n".join(lines) + "\n\n" + "\n".join(notes)
-    if "demo" in figures:
-        from trip_reference.evaluation.demo import table
+def _settings(args: argparse.Namespace, config: TripConfig, steps: int) -> dict[str, Any]:
+    guidance_scale = config.guidance_scale if args.guidance_scale is None else args.guidance_scale
+    return {"steps": steps, "guidance_scale": guidance_scale, "speed": args.speed, "seed": args.seed}
 
-        text += "\n\n" + table(figures["demo"])
-    return text
+
+def _named_networks(args: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """Which networks were used: their names and the SHA-256 of their weights."""
+    weights = {"clip_encoder": args.clip_encoder and args.clip_encoder / "model.safetensors", "i3d": args.i3d, "fid_net": args.fid_net}
+    names = {name: path.parent.name if name == "clip_encoder" else path.name for name, path in weights.items() if path}
+    return {name: {"name": shown} | ({"sha256": file_sha256(weights[name])} if weights[name].is_file() else {}) for name, shown in names.items()}
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all."""
+    part = path.with_name(f".trip-{secrets.token_hex(8)}.part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _networks(args: argparse.Namespace) -> dict[str, Any]:

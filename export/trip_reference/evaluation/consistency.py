@@ -46,8 +46,8 @@ class ClipEncoder:
         """uint8 [F, H, W, 3] → [F, 3, size, size]: the shorter side resized (bicubic, antialiased), the centre cut out, normalised."""
         images = torch.tensor(frames, device=self.mean.device).movedim(-1, 1).float()
         height, width = images.shape[2:]
-        scale = self.size / min(height, width)
-        resized = F.interpolate(images, (round(height * scale), round(width * scale)), mode="bicubic", antialias=True).round().clamp(0, 255)
+        scaled = [side * self.size // min(height, width) for side in (height, width)]  # rounded down, as transformers does
+        resized = F.interpolate(images, scaled, mode="bicubic", antialias=True).round().clamp(0, 255)
         top, left = ((side - self.size) // 2 for side in resized.shape[2:])
         return (resized[:, :, top : top + self.size, left : left + self.size] / 255 - self.mean) / self.std
 

@@ -28,6 +28,7 @@ SIZE = DEMO.trip.height
 FRAMES = DEMO.trip.num_frames
 LABELS = {"colour": tuple(demo_world.COLOURS), "shape": demo_world.SHAPES, "motion": demo_world.MOTIONS}
 WHITE = (0.5, 0.5, 0.5)
+BATCH = {"clip-encoder": 64, "frames": 64, "clips": 12}
 
 
 class FrameFeatures(nn.Module):
@@ -35,7 +36,7 @@ class FrameFeatures(nn.Module):
 
     def __init__(self, width: int = 32):
         super().__init__()
-        self.layers = nn.Sequential(_conv2d(3, 24), _conv2d(24, 48), _conv2d(48, 64), nn.Conv2d(64, width, 1))
+        self.layers = nn.Sequential(_conv2d(3, 24), _conv2d(24, 48), _conv2d(48, 64), _conv2d(64, 96), nn.Conv2d(96, width, 1))
 
     def forward(self, pictures: Tensor) -> Tensor:
         return self.layers(pictures.float() / 127.5 - 1).mean((2, 3))
@@ -46,7 +47,7 @@ class ClipFeatures(nn.Module):
 
     def __init__(self, width: int = 32):
         super().__init__()
-        self.layers = nn.Sequential(_conv3d(3, 16), _conv3d(16, 32), _conv3d(32, 64), nn.Conv3d(64, width, 1))
+        self.layers = nn.Sequential(_conv3d(3, 16), _conv3d(16, 32), _conv3d(32, 64), _conv3d(64, 96), nn.Conv3d(96, width, 1))
 
     def forward(self, clips: Tensor) -> Tensor:
         return self.layers(clips).mean((2, 3, 4))
@@ -68,8 +69,10 @@ def train_networks(folder: Path, steps: int, clips: int, seed: int) -> dict[str,
     train, test = _clips(clips, False), _clips(max(64, clips // 8), True)
     rng = np.random.default_rng(seed)
     for _ in tqdm(range(steps), desc="train", unit="step", disable=None):
-        rows, frames = rng.integers(clips, size=16), rng.integers(FRAMES, size=16)
-        loss = sum(_loss(heads[name](_features(net, name, train[0][rows], frames)), name, train, rows, frames) for name, net in nets.items())
+        loss = torch.zeros(())
+        for name, net in nets.items():
+            rows, frames = rng.integers(clips, size=BATCH[name]), rng.integers(FRAMES, size=BATCH[name])
+            loss = loss + _loss(heads[name](_features(net, name, train[0][rows], frames)), name, train, rows, frames)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -59,10 +59,11 @@ def distance_of(features_1: NDArray[np.floating], features_2: NDArray[np.floatin
 def extrapolated(features_1: NDArray[np.floating], features_2: NDArray[np.floating], seed: int = 0) -> float | None:
     """The distance for endless data: measured on subsets of several sizes and continued linearly in 1/N to 0 (Chong and Forsyth 2020).
 
-    The plain estimate is biased upwards by about c/N. None below 16 features a set, which are too few to draw a line through. It may be negative.
+    The plain estimate is biased upwards by about c/N; the result may be negative. None where the smallest subset would have fewer than 8 features
+    or no more than their width: covariances are singular there, the bias is no line, and its continuation was seen to give 124 in place of 4.
     """
     count = min(len(features_1), len(features_2))
-    if count < 16:
+    if count // 2 < 8 or count // 2 <= features_1.shape[1]:
         return None
     rng = np.random.default_rng(seed)
     sizes = np.unique(np.linspace(count // 2, count, MOST_SUBSETS).astype(int))

@@ -61,13 +61,12 @@ def fvd(network: Network, made: Sequence[Clip], real: Sequence[Clip], size: int)
 
 def fid(network: Network, made: Sequence[Clip], real: Sequence[Clip], size: int) -> dict[str, Any]:
     """Fréchet distance between all frames, by torchmetrics. Frames go in as uint8 [B, 3, size, size], as Inception's do."""
-    batches = [[_frames(clip, size) for clip in clips] for clips in (made, real)]
-    width = network(batches[0][0][:1]).shape[1]
+    width = network(_frames(made[0][:1], size)).shape[1]
     metric = FrechetInceptionDistance(feature=_Module(network, width), input_img_size=(3, size, size))
-    for clips, is_real in zip(batches, (False, True), strict=True):
-        for frames in tqdm(clips, desc="FID", unit="clip", disable=None):
-            metric.update(frames, real=is_real)
-    count = min(sum(map(len, clips)) for clips in batches)
+    for clips, is_real in ((made, False), (real, True)):
+        for clip in tqdm(clips, desc="FID", unit="clip", disable=None):
+            metric.update(_frames(clip, size), real=is_real)
+    count = min(sum(map(len, clips)) for clips in (made, real))
     return {"value": round(float(metric.compute()), 4), "frames": count, "feature_width": width, "size": size, "biased": count <= 10 * width}
 
 
