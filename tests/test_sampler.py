@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -193,3 +194,22 @@ def test_the_loop_equals_the_oracle_on_the_same_networks(changes, speed):
         )  # fmt: skip
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
     assert progress == [(i, 5) for i in range(1, 6)]
+
+
+def test_threads_may_share_the_oracles_network():
+    """Each has its own features, however their steps fall together."""
+    model = tiny_model()
+    config = model.config
+    text = torch.zeros(2, config.text_length, config.text_width)
+    steps = loop_steps(config, Speed(num_inference_steps=6, feature_reuse=2), 1.5)
+
+    def clip(seed):
+        first = torch.randn(1, config.latent_channels, 4, 6, generator=torch.Generator().manual_seed(seed))
+        noise = torch.from_numpy(initial_noise([seed], (config.latent_channels, config.num_frames, 4, 6)))
+        return sample(model, first, noise, text, steps)
+
+    alone = [clip(seed) for seed in range(6)]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(clip, range(6)))
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-4)

@@ -344,7 +344,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, arguments, message):
 
 def test_a_tracker_that_is_not_installed_is_one_line(monkeypatch):
     monkeypatch.setattr("trip_reference.training.config.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="run.tracker: found wandb, which is not installed"):
+    with pytest.raises(InputError, match="found wandb, which is not installed"):
         load_config("demo", None, ["run.tracker=wandb"])
 
 

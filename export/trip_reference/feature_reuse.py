@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ class FeatureReuse:
     def __init__(self, residual_unet: ResidualUNet):
         self._network = residual_unet
         self._reuses = False
+        self._thread = threading.get_ident()  # others may run the same network at the same time: their calls are none of ours
         self.features = torch.empty(0)
 
     def __enter__(self) -> FeatureReuse:
@@ -34,6 +36,8 @@ class FeatureReuse:
         return self._network(latents, first_frame, timestep, text)  # type: ignore[no-any-return]
 
     def _swap(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        if threading.get_ident() != self._thread:
+            return inputs
         x, *rest = inputs
         deep = x.shape[1] - self._network.unet.config.block_out_channels[0]  # the skip comes from the first convolution
         if self._reuses:
