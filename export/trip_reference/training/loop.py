@@ -97,7 +97,7 @@ def train(
         load_state(state, kept, average, optimizer.optimizer if stretch.first < place.step <= stretch.last else None, names)
         if accelerator.scaler is not None and place.loss_scale:
             accelerator.scaler.load_state_dict(place.loss_scale)
-        log.rewind(place.step)
+    log.rewind(place.step)
     everyone = [p for group in optimizer.param_groups for p in group["params"]]
     began = time.monotonic() - place.seconds
 
