@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPVisionModelWithProjection
+from transformers.utils.logging import disable_progress_bar
 
 from trip_rt.errors import InputError
 
@@ -25,6 +26,7 @@ class ClipEncoder:
     """A CLIP image encoder from a local folder of transformers' layout (safetensors)."""
 
     def __init__(self, folder: Path, device: str = "cpu"):
+        disable_progress_bar()
         try:
             self.model = CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True, use_safetensors=True).to(device).eval()
             file = Path(folder) / "preprocessor_config.json"
