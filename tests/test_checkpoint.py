@@ -112,3 +112,8 @@ def test_parts_that_do_not_fit_are_refused(published):
         checkpoint.assemble(dataclasses.replace(TINY.trip, text_width=1024), *published)
     with pytest.raises(InputError, match="unet: not found"):
         checkpoint.assemble(TINY.trip, published[1], published[1])
+
+
+def test_a_checkpoint_does_not_say_where_its_parts_came_from(tiny_checkpoint, tmp_path):
+    checkpoint.save_pretrained(checkpoint.from_pretrained(tiny_checkpoint), checkpoint.load_tokenizer_json(tiny_checkpoint), tmp_path / "again")
+    assert not [path for path in (tmp_path / "again").rglob("*.json") if str(tiny_checkpoint) in path.read_text()]

@@ -52,6 +52,9 @@ def save_pretrained(model: TripModel, tokenizer_json: str, folder: str | os.Path
         model.vae.save_pretrained(draft / "vae")
         model.residual_unet.unet.save_pretrained(draft / "unet")
         model.text_encoder.save_pretrained(draft / "text_encoder")
+        for part in ("vae", "unet"):  # diffusers writes where it once loaded them from: a path of the machine at hand
+            path = draft / part / "config.json"
+            _write_json(path, {name: value for name, value in json.loads(path.read_text(encoding="utf-8")).items() if name != "_name_or_path"})
         (draft / "fusion").mkdir()
         save_file(model.fusion.state_dict(), draft / "fusion" / _FUSION_WEIGHTS)
         (draft / "tokenizer").mkdir()
