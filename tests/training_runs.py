@@ -42,9 +42,9 @@ TWO_STAGES = [
     '{name="all", steps=7, trains=["*"], unet_lr=1e-3, tnf_lr=2e-3, warmup=2}]'
 ]
 
-# Children begin with everything imported, which is most of what a short run costs.
+# Children begin with everything imported, which is most of what a short run costs. Their server finds installed packages alone.
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["training_runs"])
+_processes.set_forkserver_preload(["trip_reference.training.run", "trip_export.export", "tensorboard", "pytest"])
 
 
 def train_tiny(folder: Path, *settings: str) -> dict[str, Any]:
