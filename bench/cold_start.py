@@ -46,7 +46,7 @@ def pytorch(passed: dict[str, float], clock: float, threads: int, folder: str, h
     with torch.inference_mode():
         text = model.encode_text(torch.ones(2, config.text_length, dtype=torch.long))
         first_frame = model.encode_image(torch.zeros(1, 3, config.height, config.width))
-        noise = torch.randn(1, config.latent_channels, config.num_frames, config.latent_height, config.latent_width)
+        noise = torch.randn(1, *config.latent_shape)
         latents = sample(model, first_frame, noise, text, loop_steps(config, Speed(num_inference_steps=int(steps))))
         model.decode(latents[0].transpose(0, 1))
     passed["clip"] = time.monotonic() - clock
@@ -56,6 +56,6 @@ if __name__ == "__main__":
     started, number, what, *rest = sys.argv[1:]
     milestones: dict[str, float] = {}
     {"runtime": runtime, "pytorch": pytorch}[what](milestones, float(started), int(number), *rest)
-    from timing import peak_memory_mb
+    from trip_reference.process_memory import peak_memory_mb
 
     print(json.dumps({"seconds": milestones, "peak_memory_mb": peak_memory_mb()}))

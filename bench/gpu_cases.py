@@ -70,7 +70,7 @@ def random_fusion(config: TripConfig, device: str) -> NoiseFusion:
 def step_tensors(config: TripConfig, batch: int, device: str, seed: int = 0) -> dict[str, Tensor]:
     """The arguments of `fused_step` at the first of four steps; fp32 buffers lie between NaNs, so that what reads past their ends shows."""
     generator = torch.Generator().manual_seed(seed)
-    size = config.latent_channels, config.num_frames, config.latent_height, config.latent_width
+    size = config.latent_shape
     latents, residual = (torch.randn(clips, *size, generator=generator) for clips in (batch, 2 * batch))
     first, first_noise = (torch.randn(batch, size[0], *size[2:], generator=generator) for _ in range(2))
     history = torch.randn(3, batch, *size, generator=generator)

@@ -102,7 +102,7 @@ def full_loop(context: Context) -> dict[str, Any]:
     if isinstance(kernels.get(precision), Exception):
         raise kernels[precision]
     steps = loop_steps(config, Speed(num_inference_steps=3 if context.dry else 50), 2.5)
-    noise = initial_noise([0], (config.latent_channels, config.num_frames, config.latent_height, config.latent_width))
+    noise = initial_noise([0], config.latent_shape)
     figures: dict[str, Any] = {"parameters, millions": parameters / 1e6, "steps": len(steps)}
     expected, figures["a step of eager torch's loop"] = _eager_loop(context, model, noise, steps)
     for label, cuda_graph in (("as a graph", True), ("without a graph", False)):
@@ -196,7 +196,7 @@ def _loop_parity(context: Context, model: Any, precision: str, replaced: Any = N
     config = model.config
     steps = loop_steps(config, Speed(num_inference_steps=3 if context.dry else 25))
     picture = np.random.default_rng(0).uniform(-1, 1, (1, 3, config.height, config.width)).astype(np.float32)
-    noise = initial_noise([0], (config.latent_channels, config.num_frames, config.latent_height, config.latent_width))
+    noise = initial_noise([0], config.latent_shape)
     expected, found = _oracle(model, picture, noise, steps)
     kernels = {} if context.dry else build_kernels(context, {precision: (copy.deepcopy(model.fusion), config, precision)})
     if isinstance(kernels.get(precision), Exception):

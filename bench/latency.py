@@ -163,7 +163,7 @@ def _compared(animator: Animator, args: argparse.Namespace) -> dict[str, Any]:
     model = checkpoint.from_pretrained(args.checkpoint)
     model.config = config
     one = loop_steps(config)[config.num_inference_steps // 2]
-    noise = initial_noise(range(batch), (config.latent_channels, config.num_frames, config.latent_height, config.latent_width))
+    noise = initial_noise(range(batch), config.latent_shape)
     ids = np.random.default_rng(0).integers(0, 20, (2, batch, config.text_length))
     pixels = np.random.default_rng(1).uniform(-1, 1, (batch, 3, config.height, config.width)).astype(np.float32)
     pipeline.encode(*ids, pixels)

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 from gpu_process import apart
-from timing import interleaved, machine, peak_memory_mb, percentiles
+from timing import interleaved, machine, percentiles
 from tqdm import tqdm
 
 from trip_reference.presets import PRESETS
+from trip_reference.process_memory import peak_memory_mb
 from trip_rt.command import CommandParser, main_of, note
 from trip_rt.errors import InputError
 
@@ -152,7 +153,7 @@ def _loop(bundle: Path, backend: str, rounds: int) -> dict[str, float]:
 
     with Animator(bundle, backend) as animator:
         config, pipeline, batch = animator.config, animator._pipeline, animator.profile.batch
-        noise = initial_noise(range(batch), (config.latent_channels, config.num_frames, config.latent_height, config.latent_width))
+        noise = initial_noise(range(batch), config.latent_shape)
         pipeline.encode(*np.ones((2, batch, config.text_length), np.int64), np.zeros((batch, 3, config.height, config.width), np.float32))
         steps = loop_steps(config)[:1]
         seconds = interleaved({"step": lambda: pipeline.denoise(noise, steps)}, rounds, warm_ups=1)["step"]

@@ -52,16 +52,6 @@ def matrix_peak(threads: int | None, size: int = 2048, rounds: int = 8) -> float
     return round(2 * size**3 / min(seconds) / 1e9, 1)
 
 
-def peak_memory_mb() -> float:
-    """The most memory that this process has had resident. On Linux getrusage would say its parent's, if that had more."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return round(next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024 / 1e6, 1)
-    import resource
-
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 1)  # macOS counts bytes
-
-
 def machine() -> dict[str, Any]:
     """The CPU, its threads and what half-precision arithmetic it has, and the versions of Python and of the libraries."""
     info = Path("/proc/cpuinfo")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import interleaved, machine, peak_memory_mb, percentiles, ratio
+from timing import interleaved, machine, percentiles, ratio
 
 from trip_reference.data.collate import Collate
 from trip_reference.data.demo_world_clips import write_demo_folder
@@ -29,6 +29,7 @@ from trip_reference.data.loader import BatchPlan, Loader
 from trip_reference.data.sample import ClipFormat
 from trip_reference.gradient_checkpointing import checkpoint_gradients
 from trip_reference.presets import PRESETS
+from trip_reference.process_memory import peak_memory_mb
 from trip_reference.training.config import load_config
 from trip_reference.training.denoiser import Denoiser
 from trip_reference.training.start import start_model
@@ -48,7 +49,7 @@ class Step:
         self.denoiser = Denoiser(model, load_config("demo").loss).train()
         trip = model.config
         generator = torch.Generator().manual_seed(0)
-        shape = (batch, trip.latent_channels, trip.num_frames, trip.latent_height, trip.latent_width)
+        shape = (batch, *trip.latent_shape)
         self.latents, self.noise = (torch.randn(shape, generator=generator) for _ in range(2))
         self.timestep = torch.randint(0, 1000, (batch,), generator=generator)
         self.ids = torch.zeros(batch, trip.text_length, dtype=torch.long)

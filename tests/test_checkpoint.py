@@ -10,6 +10,9 @@ from transformers import CLIPTokenizer
 
 from trip_reference import checkpoint
 from trip_reference.model import build_text_encoder, build_unet, build_vae
+from trip_reference.presets import PRESETS
+from trip_reference.training.config import load_config
+from trip_reference.training.start import start_model
 from trip_rt import InputError
 
 
@@ -117,3 +120,14 @@ def test_parts_that_do_not_fit_are_refused(published):
 def test_a_checkpoint_does_not_say_where_its_parts_came_from(tiny_checkpoint, tmp_path):
     checkpoint.save_pretrained(checkpoint.from_pretrained(tiny_checkpoint), checkpoint.load_tokenizer_json(tiny_checkpoint), tmp_path / "again")
     assert not [path for path in (tmp_path / "again").rglob("*.json") if str(tiny_checkpoint) in path.read_text()]
+
+
+def test_training_starts_from_published_parts(published, monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    modelscope, stable_diffusion = published
+    words = ["model.preset=tiny", f"model.modelscope={str(modelscope)!r}", f"model.stable_diffusion={str(stable_diffusion)!r}"]
+    (model, tokenizer_json), (again, _) = (start_model(load_config("trip-256", None, words).model, seed=3) for _ in range(2))
+    source = UNet3DConditionModel.from_pretrained(modelscope / "unet", low_cpu_mem_usage=False)
+    assert all(torch.equal(a, b) for a, b in zip(model.residual_unet.unet.parameters(), source.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert len(Tokenizer.from_str(tokenizer_json).encode("ab").ids) == TINY.trip.text_length

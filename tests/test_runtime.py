@@ -216,7 +216,7 @@ def test_every_speed_is_the_oracle_at_that_speed(tiny_animator, picture, speed):
     with torch.no_grad():
         text = model.encode_text(torch.from_numpy(tokens(["", PROMPT])))
         first = model.encode_image(torch.from_numpy(images.to_model(fitted)))
-    noise = torch.from_numpy(initial_noise([3], (config.latent_channels, config.num_frames, config.latent_height, config.latent_width)))
+    noise = torch.from_numpy(initial_noise([3], config.latent_shape))
     expected = sample(model, first, noise, text, loop_steps(config, speed)).numpy()
     found = tiny_animator.latents(fitted, [PROMPT], [3], speed=speed)
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()

@@ -93,20 +93,21 @@ def test_other_ways_of_computing_give_the_same_losses(tmp_path, setting, toleran
     np.testing.assert_allclose(losses(tmp_path / "other"), losses(tmp_path / "plain"), rtol=tolerance)
 
 
-def test_sigterm_saves_and_the_run_goes_on(undisturbed, tmp_path):
-    code = (
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_run_goes_on(undisturbed, tmp_path, number, code):
+    script = (
         "import sys; sys.path.insert(0, 'tests'); import training_runs, torch; torch.set_num_threads(1)\n"
         "from trip_reference.training.command import main; raise SystemExit(main(sys.argv[1:]))"
     )
     settings = [word for setting in (*SETTINGS, *TWO_STAGES, "run.save_every=1000") for word in ("--set", setting)]
-    process = subprocess.Popen([sys.executable, "-c", code, "-o", str(tmp_path / "run"), *settings], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", script, "-o", str(tmp_path / "run"), *settings], stderr=subprocess.PIPE, text=True)
     log = tmp_path / "run" / "training" / "denoiser.jsonl"
     while not (log.exists() and log.read_text()):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 143, stderr
+    assert process.returncode == code, stderr
     assert "trip-train: stopped after step" in stderr.splitlines()[-1]
     assert "Traceback" not in stderr
     assert not (tmp_path / "run" / "model_index.json").exists()
@@ -311,6 +312,14 @@ def test_warm_up_and_cosine():
     assert lr_factor(0, 1000, 100, 0.1) == pytest.approx(0.01, rel=0.01)
     assert lr_factor(99, 1000, 100, 0.1) == pytest.approx(1.0, abs=0.03)
     assert lr_factor(999, 1000, 100, 0.1) == pytest.approx(0.1, abs=0.01)
+
+
+def test_stages_are_named_from_either_end():
+    config = load_config("trip-256", None, ["stages.0.steps=3", "stages.-1.steps=7"])
+    assert [stage.steps for stage in config.stages] == [3, 7]
+    for word in ("stages.2.steps=1", "stages.-3.steps=1"):
+        with pytest.raises(InputError, match="found no such setting"):
+            load_config("trip-256", None, [word])
 
 
 def test_train_only_freezes_by_name():

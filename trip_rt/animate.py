@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import os
-import secrets
 import sys
 import time
 import warnings
@@ -22,7 +20,7 @@ from tqdm import tqdm
 from trip_rt import backends, images, video
 from trip_rt.animator import Animator, run_steps
 from trip_rt.bundle import read_manifest
-from trip_rt.command import CommandParser, add_json_flag, main_of, note, report
+from trip_rt.command import CommandParser, add_json_flag, main_of, note, report, whole_file
 from trip_rt.config import TripConfig
 from trip_rt.errors import InputError, printable
 from trip_rt.jobs import Job, check_jobs, load_pictures, read_batch
@@ -168,14 +166,11 @@ def _check_options(args: argparse.Namespace, config: TripConfig, profile: Profil
 
 
 def _save_sheet(strips: Sequence[NDArray[np.uint8]], labels: Sequence[str], path: Path) -> None:
-    part = path.with_name(f".trip-{secrets.token_hex(8)}.part")
     try:
-        images.contact_sheet(strips, _SHEET_COLUMNS, labels).save(part, "PNG")
-        os.replace(part, path)
+        with whole_file(path) as part:
+            images.contact_sheet(strips, _SHEET_COLUMNS, labels).save(part, "PNG")
     except OSError as error:
         raise InputError(f"cannot write {path}: {(error.strerror or str(error)).lower()}; choose another place") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @contextmanager

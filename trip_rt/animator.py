@@ -168,7 +168,7 @@ class Animator:
         """The denoised latents float32 [n, C, F, h, w] of fitted pictures uint8 [n, H, W, 3]."""
         steps = run_steps(self.config, speed, num_inference_steps, guidance_scale)
         groups = [self._pipeline.latents()[: len(rows)] for rows in self._denoised(pictures, prompts, seeds, negative_prompt, steps, on_step)]
-        return np.concatenate(groups) if groups else np.zeros((0, *self._latent_shape), np.float32)
+        return np.concatenate(groups) if groups else np.zeros((0, *self.config.latent_shape), np.float32)
 
     def decode(self, latents: Array) -> Iterator[NDArray[np.uint8]]:
         """One clip's frames from its latents [C, F, h, w], uint8 [≤ decode_frames, H, W, 3] at a time, so memory stays flat."""
@@ -202,7 +202,7 @@ class Animator:
 
             unconditional, conditional = self._tokenizer([negative_prompt] * batch), self._tokenizer([prompts[row] for row in rows])
             self._pipeline.encode(unconditional, conditional, images.to_model(pictures[rows]))
-            noise = initial_noise([seeds[row] for row in rows], self._latent_shape)
+            noise = initial_noise([seeds[row] for row in rows], self.config.latent_shape)
             self._pipeline.denoise(noise, steps, report)
             yield range(start, min(start + batch, len(pictures)))
 
@@ -228,8 +228,3 @@ class Animator:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    @property
-    def _latent_shape(self) -> tuple[int, int, int, int]:
-        config = self.config
-        return config.latent_channels, config.num_frames, config.latent_height, config.latent_width

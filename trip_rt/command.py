@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from trip_rt.errors import EngineError, InputError, printable
@@ -54,6 +57,25 @@ def add_json_flag(parser: argparse.ArgumentParser) -> None:
 def report(args: argparse.Namespace, figures: Any, text: str) -> None:
     """The command's result on stdout: `text` for people, or `figures` where --json was asked for."""
     print(json.dumps(figures) if args.json else text, flush=True)
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """An argument's WIDTHxHEIGHT as (height, width)."""
+    width, cross, height = text.partition("x")
+    if not (cross and width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected WIDTHxHEIGHT such as 256x256")
+    return int(height), int(width)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to, moved there at the end; an error or interrupt leaves nothing."""
+    part = path.with_name(f".trip-{secrets.token_hex(8)}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def note(text: str) -> None:

@@ -68,6 +68,11 @@ class TripConfig:
     def latent_width(self) -> int:
         return self.width // self.vae_scale_factor
 
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """One clip's [C, F, h, w]."""
+        return self.latent_channels, self.num_frames, self.latent_height, self.latent_width
+
 
 def to_json(config: Any) -> dict[str, Any]:
     """A config dataclass as plain JSON values."""

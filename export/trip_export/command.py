@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trip_rt.command import CommandParser, add_json_flag, main_of, note, report
+from trip_rt.command import CommandParser, add_json_flag, main_of, note, report, size_of
 from trip_rt.errors import InputError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def build_export_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch", type=int, default=1, help="clips animated at a time (%(default)s)")
     parser.add_argument("--frames", type=int, help="frames of a clip (the checkpoint's)")
-    parser.add_argument("--size", type=_size, metavar="WxH", help="picture size in pixels (the checkpoint's)")
+    parser.add_argument("--size", type=size_of, metavar="WxH", help="picture size in pixels (the checkpoint's)")
     parser.add_argument("--add", action="store_true", help="keep what the bundle already holds: other backends, other shapes")
     parser.add_argument("--parity-steps", type=int, metavar="N", help="denoising steps that parity compares, 0 for none (the model's own number)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="what inductor compiles for (a GPU where there is one)")
@@ -182,13 +182,6 @@ def _gpus(text: str) -> tuple[str, ...]:
 
         return CAPABILITIES
     return () if text == "none" else tuple(dict.fromkeys(text.split(",")))
-
-
-def _size(text: str) -> tuple[int, int]:
-    width, cross, height = text.partition("x")
-    if not (cross and width.isdecimal() and height.isdecimal()):
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected WIDTHxHEIGHT such as 256x256")
-    return int(height), int(width)
 
 
 export_main = main_of(build_export_parser, run_export)

@@ -13,9 +13,8 @@ from tqdm import tqdm
 from trip_engines.reference import Reference, Sample
 from trip_export.denoising_unet import TextProjection
 from trip_reference import demo_world
-from trip_reference.demo_data import to_pixels
 from trip_reference.feature_reuse import FeatureReuse
-from trip_reference.model import TripModel
+from trip_reference.model import TripModel, to_pixels
 from trip_reference.sampling import sample
 from trip_rt.sampler import initial_noise
 from trip_rt.speed import LoopStep, Speed, loop_steps
@@ -70,7 +69,7 @@ def record(model: TripModel, tokenizer_json: str, batch: int, decode_frames: int
                 keep("tnf_unguided", _conditional(shared | coefficients, batch), noise[batch:])
 
         seeds = list(range(batch))
-        noise = torch.from_numpy(initial_noise(seeds, (config.latent_channels, config.num_frames, config.latent_height, config.latent_width)))
+        noise = torch.from_numpy(initial_noise(seeds, config.latent_shape))
         with tqdm(total=len(steps), desc="reference run", unit="step", disable=None, leave=False) as bar:
             latents = sample(model, first_frame, noise, text, steps, on_step)
         middle = len(recorded) // 2

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from trip_rt.command import CommandParser, add_json_flag, main_of, report
+from trip_rt.command import CommandParser, add_json_flag, main_of, report, whole_file
 from trip_rt.config import FirstFrame, Fusion
 from trip_rt.errors import InputError
 
@@ -34,14 +34,14 @@ def ablate(folder: Path, vae: Path, seeds: int, steps: int, batch: int, clips: i
 
     All variants see the same clips in the same order with the same noise: those depend on the seed alone.
     """
-    todo = [
+    variants = [
         (folder, str(vae), fusion, first_frame, seed, steps, batch, clips, judged)
         for seed, fusion, first_frame in product(range(seeds), FUSIONS, FIRST_FRAMES)
     ]
     folder.mkdir(parents=True, exist_ok=True)
     _cache(folder / "latents", vae, clips)
     with multiprocessing.get_context("spawn").Pool(jobs, initializer=_one_thread, maxtasksperchild=1) as pool:
-        return list(tqdm(pool.imap(_variant, todo), total=len(todo), desc="ablations", unit="run", disable=None))
+        return list(tqdm(pool.imap(_variant, variants), total=len(variants), desc="ablations", unit="run", disable=None))
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -49,13 +49,10 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = ["| fusion | first frame | " + " | ".join(heading for heading, _, _ in COLUMNS) + " |", "| --- | --- |" + " --- |" * len(COLUMNS)]
     for fusion, first_frame in product(FUSIONS, FIRST_FRAMES):
         rows = [row for row in results if (row["fusion"], row["first_frame"]) == (fusion, first_frame)]
-        cells = [f"{mean(values):.{decimals}f} ± {_spread(values):.{decimals}f}" for values, decimals in _values(rows)]
+        columns = [([row[key] for row in rows], decimals) for _, key, decimals in COLUMNS]
+        cells = [f"{mean(values):.{decimals}f} ± {_spread(values):.{decimals}f}" for values, decimals in columns]
         lines.append(f"| {fusion} | {first_frame} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _values(rows: list[dict[str, Any]]) -> list[tuple[list[float], int]]:
-    return [([row[key] for row in rows], decimals) for _, key, decimals in COLUMNS]
 
 
 def _spread(values: list[float]) -> float:
@@ -121,9 +118,8 @@ def _variant(task: tuple[Path, str, str, str, int, int, int, int, int]) -> dict[
     records = [json.loads(line) for line in (run / "training" / "denoiser.jsonl").read_text(encoding="utf-8").splitlines()]
     loss = [record["validation_loss"] for record in records if "validation_loss" in record][-1]
     result = figures["all"] | {"fusion": fusion, "first_frame": first_frame, "seed": seed, **settings, "held_out_loss": loss}
-    draft = found.with_name(f".{found.name}.{os.getpid()}")
-    draft.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    os.replace(draft, found)
+    with whole_file(found) as part:
+        part.write_text(json.dumps(result) + "\n", encoding="utf-8")
     return result
 
 

@@ -85,9 +85,9 @@ def judge(frames: NDArray[np.uint8], scene: demo_world.Scene, motion: str) -> Ve
         shape=seen_shape,
         colour=seen_colour,
         trail=trail,
-        background_psnr=_psnr((clip - true[:1])[untouched]),
-        frame_1_psnr=_psnr(clip[0] - true[0]),
-        truth_psnr=_psnr(clip - true),
+        background_psnr=psnr((clip - true[:1])[untouched]),
+        frame_1_psnr=psnr(clip[0] - true[0]),
+        truth_psnr=psnr(clip - true),
     )
 
 
@@ -100,7 +100,8 @@ def _cosine(a: Array, b: Array) -> float:
     return float((a * b).sum() / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-12))
 
 
-def _psnr(difference: Array) -> float:
+def psnr(difference: Array) -> float:
+    """dB of a difference whose range is 1, at most 100."""
     return float(-10 * np.log10(max(float(np.square(difference).mean()), 1e-10)))
 
 

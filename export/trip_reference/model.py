@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import torch
 from diffusers import AutoencoderKL, UNet3DConditionModel
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -33,9 +36,19 @@ class TripModel(nn.Module):
         """[B, 3, H, W] → the scaled mean latent [B, C, h, w]; nothing is drawn at random."""
         return self.vae.encode(image).latent_dist.mean * self.config.scaling_factor
 
+    def encode_clip(self, frames: Tensor) -> Tensor:
+        """uint8 [F, H, W, 3] → [C, F, h, w]."""
+        return self.encode_image(to_pixels(frames)).transpose(0, 1)
+
     def decode(self, latents: Tensor) -> Tensor:
         """[n, C, h, w] → [n, 3, H, W]."""
         return self.vae.decode(latents / self.config.scaling_factor).sample
+
+
+def to_pixels(frames: NDArray[np.uint8] | Tensor) -> Tensor:
+    """uint8 [..., H, W, 3] → fp32 [..., 3, H, W] in [−1, 1], on the device that a tensor is on."""
+    pixels = frames if isinstance(frames, Tensor) else torch.tensor(frames)
+    return pixels.movedim(-1, -3).float() / 127.5 - 1
 
 
 def build_unet(config: TripConfig, architecture: dict[str, Any]) -> UNet3DConditionModel:

@@ -9,9 +9,18 @@ import torch
 
 from trip_reference import checkpoint
 from trip_reference.demo_text import build_tokenizer, text_overrides
-from trip_reference.model import build_model
+from trip_reference.model import TripModel, build_model
 from trip_reference.presets import PRESETS, Preset
 from trip_rt.command import CommandParser, main_of, note
+
+
+def random_model(preset: Preset, seed: int) -> tuple[TripModel, str]:
+    """A model of that architecture with the weights of its seed, and the text of its tokenizer.json: the demo's, as no other comes with a preset."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer(preset.trip.text_length)
+    # A preset that says its vocabulary keeps it, for its size; this tokenizer's ids lie within.
+    overrides = {} if "vocab_size" in preset.text_encoder else text_overrides(tokenizer)
+    return build_model(preset, overrides), tokenizer.to_str(pretty=True)
 
 
 def save_random(preset: Preset, folder: Path, seed: int = 0) -> None:
@@ -19,15 +28,13 @@ def save_random(preset: Preset, folder: Path, seed: int = 0) -> None:
 
     Its tokenizer is the demo's: it knows the words of the prompts that parity uses.
     """
-    torch.manual_seed(seed)
-    tokenizer = build_tokenizer(preset.trip.text_length)
-    # A preset that says its vocabulary keeps it, for its size; this tokenizer's ids lie within.
-    model = build_model(preset, {} if "vocab_size" in preset.text_encoder else text_overrides(tokenizer)).eval()
+    model, tokenizer_json = random_model(preset, seed)
+    model.eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.02)
-    checkpoint.save_pretrained(model.half(), tokenizer.to_str(pretty=True), folder, torch.float16)
+    checkpoint.save_pretrained(model.half(), tokenizer_json, folder, torch.float16)
     note(f"{folder}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M random parameters")
 
 

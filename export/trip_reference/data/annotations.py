@@ -13,6 +13,7 @@ from typing import Any
 
 from trip_rt.errors import InputError, printable
 
+ANNOTATIONS, VALIDATION = "annotations.json", "val_annotations.json"
 MAX_BYTES = 2**31
 _EXPECTED = 'expected a JSON list of {"video_path": "videos/video_001.mp4", "text": "a dog runs"}'
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -27,7 +28,7 @@ class Annotation:
     line: int
 
 
-def read_annotations(folder: Path, name: str = "annotations.json") -> list[Annotation]:
+def read_annotations(folder: Path, name: str = ANNOTATIONS) -> list[Annotation]:
     """The entries of `folder/name`. Videos are not looked at, but every path stays inside the folder, symbolic links included.
 
     Raises InputError that names file and line.
@@ -48,6 +49,11 @@ def read_annotations(folder: Path, name: str = "annotations.json") -> list[Annot
     if not annotations:
         raise InputError(f"{where}: line 1: found an empty list, {_EXPECTED}")
     return annotations
+
+
+def held_out(folder: Path) -> str:
+    """The name of the annotations that `folder` validates on: those for it, or for want of them the ones it trains on."""
+    return VALIDATION if (Path(folder) / VALIDATION).is_file() else ANNOTATIONS
 
 
 def _read_text(file: Path, where: str) -> str:

@@ -25,7 +25,6 @@ from tqdm import tqdm
 from trip_reference.data.new_folder import new_folder
 from trip_reference.data.sample import BrokenClip, ClipDataset
 from trip_reference.data.tokens import tokenizer_of
-from trip_reference.demo_data import to_pixels
 from trip_reference.model import TripModel
 from trip_rt.command import note
 from trip_rt.errors import InputError
@@ -81,7 +80,7 @@ class CachedClips:
 
     def check(self, model: TripModel) -> None:
         """Raise InputError unless the cache was made with this model's encoders."""
-        shape = list(latent_shape(model))
+        shape = list(model.config.latent_shape)
         for what, found, expected in (
             ("latents of shape", self.index["shape"], shape),
             ("latents of the VAE", self.index["vae"], encoder_digest(model)),
@@ -128,7 +127,7 @@ def write_cache(clips: ClipDataset, model: TripModel, tokenizer_json: str, folde
                 broken += 1
                 note(f"warning: left out: {error}")
                 continue
-            latents = model.encode_image(to_pixels(sample.frames).to(device)).transpose(0, 1)  # [C, F, h, w]
+            latents = model.encode_clip(torch.tensor(sample.frames, device=device))
             sentences = list(dict.fromkeys([sample.text] + [clips.text(index, rng) for _ in range(0 if texts else TEXTS - 1)]))
             held.append((latents.half().cpu(), sentences))
             if len(held) == PER_FILE:
@@ -142,18 +141,12 @@ def write_cache(clips: ClipDataset, model: TripModel, tokenizer_json: str, folde
         described = {
             "version": VERSION,
             "clips": written,
-            "shape": list(latent_shape(model)),
+            "shape": list(model.config.latent_shape),
             "vae": encoder_digest(model),
             "text_encoder": digest(model.text_encoder) if texts else None,
         }
         (draft / INDEX).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     return broken
-
-
-def latent_shape(model: TripModel) -> tuple[int, int, int, int]:
-    """One clip's [C, F, h, w]."""
-    config = model.config
-    return config.latent_channels, config.num_frames, config.latent_height, config.latent_width
 
 
 def encoder_digest(model: TripModel) -> str:

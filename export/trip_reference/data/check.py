@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -18,11 +17,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from trip_reference.data.annotations import read_annotations
+from trip_reference.data.annotations import ANNOTATIONS, VALIDATION, read_annotations
 from trip_reference.data.sample import BrokenClip, ClipFormat
 from trip_reference.data.shard_files import read_shard
 from trip_reference.data.shards import list_shards
 from trip_reference.data.videos import SUFFIXES, open_video, read_clip
+from trip_reference.data.workers import leave_interrupts_to_the_parent
 from trip_rt.errors import EngineError, printable
 
 NAMED = 20  # of a list of files; the rest is a number
@@ -46,7 +46,7 @@ def check_folder(folder: Path, clip: ClipFormat, workers: int | None = None) -> 
     One clip of every video is decoded, in `workers` processes (as many as cores; 0 for none but this). InputError for a folder that is neither.
     """
     folder = Path(folder)
-    if (folder / "annotations.json").exists() or not any(folder.glob("*.tar")):
+    if (folder / ANNOTATIONS).exists() or not any(folder.glob("*.tar")):
         return _check_videos(folder, clip, workers)
     val = folder / "val"
     return {
@@ -63,7 +63,7 @@ def broken_count(figures: dict[str, Any]) -> int:
 
 
 def _check_videos(folder: Path, clip: ClipFormat, workers: int | None) -> dict[str, Any]:
-    files = {"train": "annotations.json", "val": "val_annotations.json"}
+    files = {"train": ANNOTATIONS, "val": VALIDATION}
     splits = {split: read_annotations(folder, file) for split, file in files.items() if split == "train" or (folder / file).exists()}
     used: set[str] = set()
     report: dict[str, Any] = {"kind": "folder", "val": None}
@@ -114,7 +114,7 @@ def _in_processes(find: Callable[[str], list[Finding]], names: Sequence[str], wo
             return [_counted(find(name), progress) for name in names]
         workers = min(workers or os.cpu_count() or 1, len(names))
         # Spawned, not forked: torch and FFmpeg may have threads here already.
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _leave_interrupts_to_the_parent)
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), leave_interrupts_to_the_parent)
         try:
             futures = [pool.submit(find, name) for name in names]
             for future in as_completed(futures):
@@ -131,10 +131,6 @@ def _in_processes(find: Callable[[str], list[Finding]], names: Sequence[str], wo
 def _counted(findings: list[Finding], progress: Any) -> list[Finding]:
     progress.update()
     return findings
-
-
-def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _videos_in(folder: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trip_rt.command import CommandParser, add_json_flag, main_of, report
+from trip_rt.command import CommandParser, add_json_flag, main_of, report, size_of
 from trip_rt.errors import InputError, printable
 
 
@@ -44,9 +44,8 @@ def add_check_parser(commands: Any) -> None:
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder with annotations.json, or with shards")
     parser.add_argument("--frames", type=int, default=16, help="frames of a clip (%(default)s)")
-    parser.add_argument("--size", type=_size, default=(256, 256), metavar="WxH", help="picture size in pixels (256x256)")
-    parser.add_argument("--fps", type=float, default=4.0, help="frames a second (%(default)s)")
-    parser.add_argument("--stride", type=int, default=1, help="take every so manieth of these frames (%(default)s)")
+    parser.add_argument("--size", type=size_of, default=(256, 256), metavar="WxH", help="picture size in pixels (256x256)")
+    _add_rate(parser)
     parser.add_argument("--workers", type=_count, metavar="N", help="decoding processes, 0 for none but this (one for each core)")
     add_json_flag(parser)
     parser.set_defaults(run=run_check)
@@ -138,8 +137,7 @@ def add_cache_parser(commands: Any) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="whose encoders, frame number and size are used")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="CACHE", help="folder to write, new or empty")
     parser.add_argument("--text", action="store_true", help="encode the sentences too; the text encoder then stays frozen in training")
-    parser.add_argument("--fps", type=float, default=4.0, help="frames a second (%(default)s)")
-    parser.add_argument("--stride", type=int, default=1, help="take every so manieth of these frames (%(default)s)")
+    _add_rate(parser)
     parser.add_argument("--crop", choices=("centre", "random"), default="centre", help="(%(default)s)")
     parser.add_argument("--start", choices=("first", "random"), default="random", help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of random crops and starts (%(default)s)")
@@ -177,6 +175,11 @@ def _files(folder: Path, annotations: str) -> Iterator[tuple[str, bytes, str]]:
         yield f"{number:08d}", entry.video.read_bytes(), entry.text
 
 
+def _add_rate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--fps", type=float, default=4.0, help="frames a second (%(default)s)")
+    parser.add_argument("--stride", type=int, default=1, help="take every so manieth of these frames (%(default)s)")
+
+
 def _table(split: str, figures: dict[str, Any]) -> str:
     seconds, words = figures["seconds"], figures["caption_words"]
     rows = {
@@ -198,13 +201,6 @@ def _spread(values: dict[str, Any]) -> str:
 def _list(title: str, named: dict[str, Any]) -> list[str]:
     rest = named["count"] - len(named["first"])
     return [f"{title}: {named['count']}", *(f"  {name}" for name in named["first"]), *([f"  and {rest} more"] if rest else [])]
-
-
-def _size(text: str) -> tuple[int, int]:
-    width, cross, height = text.partition("x")
-    if not (cross and width.isdecimal() and height.isdecimal()):
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected WIDTHxHEIGHT such as 256x256")
-    return int(height), int(width)
 
 
 def _count(text: str) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from trip_reference import demo_world
+from trip_reference.data.annotations import ANNOTATIONS, VALIDATION
 from trip_reference.data.new_folder import new_folder
 from trip_reference.data.sample import Sample
 from trip_rt.config import TripConfig
@@ -50,7 +51,7 @@ def write_demo_folder(folder: Path, count: int, val_count: int, size: int = 64, 
     if min(count, size, num_frames) < 1 or val_count < 0:
         found = f"{count} clips, {val_count} for validation, {num_frames} frames of {size} pixels"
         raise InputError(f"demo: found {found}, expected at least 1, 0, 1 and 1")
-    splits = [("annotations.json", "video", count, False), ("val_annotations.json", "val", val_count, True)]
+    splits = [(ANNOTATIONS, "video", count, False), (VALIDATION, "val", val_count, True)]
     with new_folder(folder) as draft, tqdm(total=count + val_count, desc="write clips", unit="clip", disable=None) as progress:
         (draft / "videos").mkdir()
         for file, stem, clips, held_out in splits:

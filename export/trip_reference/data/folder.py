@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trip_reference.data.annotations import read_annotations
+from trip_reference.data.annotations import ANNOTATIONS, read_annotations
 from trip_reference.data.sample import ClipFormat, Sample
 from trip_reference.data.videos import decode_clip
 
@@ -14,7 +14,7 @@ from trip_reference.data.videos import decode_clip
 class VideoFolder:
     """The clips that `folder/annotations` lists; a ClipDataset. InputError for annotations that cannot be used."""
 
-    def __init__(self, folder: Path, clip: ClipFormat, annotations: str = "annotations.json"):
+    def __init__(self, folder: Path, clip: ClipFormat, annotations: str = ANNOTATIONS):
         self._annotations = read_annotations(Path(folder), annotations)
         self._clip = clip
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from trip_reference.data.sample import BrokenClip, ClipDataset, Sample
 from trip_reference.data.shards import ShardSource
+from trip_reference.data.workers import leave_interrupts_to_the_parent
 from trip_rt.errors import InputError
 
 Batch = dict[str, Any]
@@ -124,7 +123,7 @@ class Loader:
         self._places = list(state or [0] * max(workers, 1))
         options: dict[str, Any] = dict(batch_size=None, num_workers=workers, pin_memory=pin_memory)
         if workers:
-            options |= dict(worker_init_fn=_leave_interrupts_to_the_parent, prefetch_factor=2)
+            options |= dict(worker_init_fn=leave_interrupts_to_the_parent, prefetch_factor=2)
         if isinstance(source, ShardSource):
             if len(self._places) != max(workers, 1):
                 raise InputError(f"data.workers: found {workers}, expected {len(self._places)} as when this run began: each has its own shards")
@@ -142,8 +141,3 @@ class Loader:
     def state(self) -> list[int]:
         """The place of every worker in its stream of shards; of no meaning for other sources, whose place is the step."""
         return list(self._places)
-
-
-def _leave_interrupts_to_the_parent(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)

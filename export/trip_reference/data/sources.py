@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from trip_reference.data.annotations import ANNOTATIONS, held_out
 from trip_reference.data.cache import INDEX, CachedClips
 from trip_reference.data.demo_world_clips import DemoWorldClips
 from trip_reference.data.folder import VideoFolder
@@ -14,7 +15,6 @@ from trip_rt.config import TripConfig
 from trip_rt.errors import InputError
 
 DEMO = "demo"
-ANNOTATIONS, VALIDATION = "annotations.json", "val_annotations.json"
 
 
 def open_source(source: str, config: TripConfig, clip: ClipFormat, clips: int, shuffle: int, validation: bool = False) -> ClipDataset | ShardSource:
@@ -27,7 +27,7 @@ def open_source(source: str, config: TripConfig, clip: ClipFormat, clips: int, s
     folder = Path(source)
     if (folder / INDEX).is_file():
         return CachedClips(folder)
-    name = VALIDATION if validation and (folder / VALIDATION).is_file() else ANNOTATIONS
+    name = held_out(folder) if validation else ANNOTATIONS
     if (folder / name).is_file():
         return VideoFolder(folder, clip, name)
     if source.endswith(".tar") or any(folder.glob("*.tar")):

@@ -16,8 +16,7 @@ from tqdm import tqdm
 from trip_reference import checkpoint, demo_world
 from trip_reference.data.folder import VideoFolder
 from trip_reference.data.sample import BrokenClip, ClipFormat
-from trip_reference.demo_data import to_pixels
-from trip_reference.model import TripModel
+from trip_reference.model import TripModel, to_pixels
 from trip_reference.sampling import sample
 from trip_rt import Animator
 from trip_rt.animator import check_seeds, run_steps
@@ -121,8 +120,7 @@ def animate_batch(
     config = model.config
     text = model.encode_text(torch.from_numpy(tokenizer([""] * len(prompts) + list(prompts))))
     first_frame = model.encode_image(to_pixels(np.stack(pictures)))
-    shape = (config.latent_channels, config.num_frames, config.latent_height, config.latent_width)
-    latents = sample(model, first_frame, torch.from_numpy(initial_noise(seeds, shape)), text, steps)
+    latents = sample(model, first_frame, torch.from_numpy(initial_noise(seeds, config.latent_shape)), text, steps)
     return [to_frames(model.decode(clip.transpose(0, 1)).numpy()) for clip in latents]
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import platform
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from trip_rt.bundle import file_sha256
-from trip_rt.command import CommandParser, add_json_flag, main_of, report
+from trip_rt.command import CommandParser, add_json_flag, main_of, report, whole_file
 from trip_rt.config import TripConfig
 from trip_rt.errors import InputError, printable
 from trip_rt.speed import SPEEDS
 
 EPILOG = """examples:
   trip-evaluate checkpoints/demo --clips 200                       the demo world, by the PyTorch model
-  trip-evaluate bundle --clips 200 --speed balanced -o figures.json     by a bundle's engines: several times as fast
+  trip-evaluate bundle --clips 200 --speed balanced -o figures.json     by a bundle's engines
   trip-evaluate bundle --generated clips -o figures.json           clips made earlier, in order of their names
   trip-evaluate checkpoint --data webvid --clip-encoder clip-vit-large-patch14 --i3d i3d_torchscript.pt --fid-net inception.pt
 
@@ -70,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     for path, ending in ((args.output, ""), (args.markdown, ""), (args.sheet, ".png")):
         if path and (path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK) or not path.name.lower().endswith(ending)):
             raise InputError(f"{printable(str(path))}: expected a file name{ending and f' ending in {ending}'}, in a folder to write in")
+    from trip_reference.data.annotations import held_out
     from trip_reference.evaluation.clips import Settings, config_of, demo_cases, folder_cases, make_clips
     from trip_reference.evaluation.made_clips import read_clips
     from trip_reference.evaluation.tables import tables
@@ -80,9 +79,7 @@ def run(args: argparse.Namespace) -> int:
     networks = _networks(args)  # before the long work
     config = config_of(args.source)
     if args.data:
-        held_out = "val_annotations.json"
-        annotations = args.annotations or (held_out if (args.data / held_out).is_file() else "annotations.json")
-        cases = folder_cases(args.data, annotations, config, args.fps, args.clips)
+        cases = folder_cases(args.data, args.annotations or held_out(args.data), config, args.fps, args.clips)
     else:
         cases = demo_cases(config, args.clips)
     settings = Settings(args.steps, args.guidance_scale, args.speed, args.seed)
@@ -110,12 +107,12 @@ def run(args: argparse.Namespace) -> int:
     figures["versions"] = _versions()
     text = tables(figures)
     if args.sheet:
-        picture = io.BytesIO()
-        contact_sheet(clips[:24], labels=[case.prompt for case in cases[:24]]).save(picture, "PNG")
-        _write(args.sheet, picture.getvalue())
+        with whole_file(args.sheet) as part:
+            contact_sheet(clips[:24], labels=[case.prompt for case in cases[:24]]).save(part, "PNG")
     for path, content in ((args.output, json.dumps(figures, indent=2)), (args.markdown, text)):
         if path:
-            _write(path, (content + "\n").encode())
+            with whole_file(path) as part:
+                part.write_text(content + "\n", encoding="utf-8")
     report(args, figures, text)
     return 0
 
@@ -132,16 +129,6 @@ def _named_networks(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     return {name: {"name": shown} | ({"sha256": file_sha256(weights[name])} if weights[name].is_file() else {}) for name, shown in names.items()}
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    part = path.with_name(f".trip-{secrets.token_hex(8)}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _networks(args: argparse.Namespace) -> dict[str, Any]:
     """The networks that were named, opened."""
     from trip_reference.evaluation.consistency import ClipEncoder
@@ -152,6 +139,7 @@ def _networks(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measured(args: argparse.Namespace, networks: dict[str, Any], clips: Sequence[np.ndarray], real: Sequence[np.ndarray]) -> dict[str, Any]:
+    from trip_reference.demo_judge import psnr
     from trip_reference.evaluation.consistency import consistency
     from trip_reference.evaluation.networks import fid, fvd
 
@@ -169,13 +157,8 @@ def _measured(args: argparse.Namespace, networks: dict[str, Any], clips: Sequenc
     if network := networks.get("fid_net"):
         del left_out["FID"]
         figures["FID"] = fid(network, clips, real, args.fid_size)
-    firsts = [_psnr(clip[0], true[0]) for clip, true in zip(clips, real, strict=True)]
+    firsts = [psnr((clip[0].astype(np.float32) - true[0]) / 255) for clip, true in zip(clips, real, strict=True)]
     return figures | {"frame 1, dB": round(float(np.mean(firsts)), 2), "frame 1 at worst, dB": round(min(firsts), 2), "left_out": left_out}
-
-
-def _psnr(one: np.ndarray, other: np.ndarray) -> float:
-    error = float(np.square(one.astype(np.float64) - other).mean())
-    return 10 * float(np.log10(255**2 / max(error, 1e-3)))
 
 
 def _versions() -> dict[str, str]:

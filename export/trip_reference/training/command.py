@@ -51,11 +51,9 @@ def run(args: argparse.Namespace) -> int:
     for name, value in (("data.source", args.data), ("model.checkpoint", args.checkpoint), ("run.seed", args.seed)):
         if value is not None:
             settings.append(f"{name}={value!r}" if isinstance(value, str) else f"{name}={value}")
-    config = load_config(args.recipe, args.config, settings)
-    last = len(config.stages) - 1
     for name, value in (("steps", args.steps), ("unet_lr", args.lr), ("tnf_lr", args.lr)):
         if value is not None:
-            settings.append(f"stages.{last}.{name}={value}")
+            settings.append(f"stages.-1.{name}={value}")
     config = load_config(args.recipe, args.config, settings)
     if args.print_config:
         import tomli_w

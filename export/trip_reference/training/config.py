@@ -158,12 +158,12 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _set(data: dict[str, Any], word: str) -> None:
-    """Put `section.name=value` (stages by their number: stages.0.steps=100) into `data`."""
+    """Put `section.name=value` (stages by their number from 0, or -1 for the last: stages.0.steps=100) into `data`."""
     where, equals, text = word.partition("=")
     *path, name = where.split(".")
     target: Any = data
     for part in path:
-        numbered = isinstance(target, list) and part.isdecimal() and int(part) < len(target)
+        numbered = isinstance(target, list) and part.removeprefix("-").isdecimal() and -len(target) <= int(part) < len(target)
         target = target[int(part)] if numbered else target.get(part) if isinstance(target, dict) else None
     if not equals or not isinstance(target, dict) or name not in target:
         raise InputError(f"{word!r}: found no such setting, expected section.name=value with a name that the recipe has, as run.batch=16")

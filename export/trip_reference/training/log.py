@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from trip_reference.process_memory import peak_memory_mb
 from trip_rt.command import note
 
 MOST_WARNINGS = 20
@@ -43,7 +42,7 @@ class Log:
             "lr": max(group["lr"] for group in groups),
             "clips_per_second": round(len(self._losses) * self.batch / seconds, 3),
             "waited_for_data": round((waited - self._waited) / seconds, 4),
-            "peak_memory_mb": peak_memory() >> 20,
+            "peak_memory_mb": round(peak_memory()),
         }
         self.write(record)
         bar.set_postfix_str("loss {loss:.4g}, {clips_per_second:.3g} clips/s, data {waited_for_data:.0%}, {peak_memory_mb} MB".format(**record))
@@ -73,8 +72,6 @@ class Log:
                     note(f"warning: left out: {message}{more}")
 
 
-def peak_memory() -> int:
-    """The most bytes this process has had: of the GPU where there is one, else of the machine."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def peak_memory() -> float:
+    """The most megabytes this process has had: of the GPU where there is one, else of the machine."""
+    return torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else peak_memory_mb()

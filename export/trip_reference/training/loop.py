@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -74,6 +75,7 @@ def train(
     parts and processes. `rates(name)` is a parameter's highest learning rate; `parts_from(place)` yields the batches from that place on. The
     run's state, with the parameters that `keeps` names, is kept in the file `state`; one that is there is taken up, and the run ends in the same
     bits as if it had never stopped.
+    `data_state()` is where this process's parts are, for the next `place`; `hooks(module, average)` are acts on the way.
     Raises Stopped once a SIGTERM or SIGINT has been answered by saving, and InputError after too many steps in a row without a finite loss.
     """
     groups: dict[float, list[nn.Parameter]] = {}
@@ -103,8 +105,7 @@ def train(
 
     def save(done: int) -> None:
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        places = tuple(_from_all(accelerator, data_state()))
-        now = Place(done, time.monotonic() - began, places, scaler)
+        now = Place(done, time.monotonic() - began, tuple(gather_object([data_state()])), scaler)
         save_state(state, run_id, now, kept, average, optimizer.optimizer, names, accelerator.is_main_process)
         accelerator.wait_for_everyone()
 
@@ -192,12 +193,6 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _from_all(accelerator: Accelerator, mine: list[int]) -> list[list[int]]:
-    from accelerate.utils import gather_object
-
-    return gather_object([mine]) if accelerator.num_processes > 1 else [mine]
 
 
 def _bar(stretch: Stretch, place: Place, shown: bool) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from pathlib import Path
 
 from peft import LoraConfig as PeftLoraConfig
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from trip_reference.training.config import LoraConfig
+from trip_rt.command import whole_file
 from trip_rt.errors import InputError
 
 
@@ -46,8 +46,7 @@ def save_adapters(unet: nn.Module, config: LoraConfig, folder: Path) -> None:
     """Write the adapters alone in peft's layout (adapter_config.json, adapter_model.safetensors)."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(unet).items()}
-    draft = folder / f".adapter.{os.getpid()}"
-    save_file(tensors, draft)
-    os.replace(draft, folder / "adapter_model.safetensors")
+    with whole_file(folder / "adapter_model.safetensors") as part:
+        save_file(tensors, part)
     described = {"peft_type": "LORA", "r": config.rank, "lora_alpha": config.alpha, "target_modules": list(config.targets)}
     (folder / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")

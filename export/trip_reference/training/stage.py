@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor
 
-from trip_reference.data.cache import CachedClips, latent_shape
+from trip_reference.data.cache import CachedClips
 from trip_reference.data.collate import Collate
 from trip_reference.data.loader import BatchPlan, Loader
 from trip_reference.data.sample import ClipDataset
@@ -61,6 +61,8 @@ class StageRun:
     def train(self) -> dict[str, Tensor]:
         """The average of all weights that any stage trains, by their names in the Denoiser."""
         config, model, device = self.config, self.model, self.accelerator.device
+        if isinstance(self.source, CachedClips):
+            self.source.check(model)
         denoiser = trainable(model, config)
         train_only(denoiser, self.stage.trains, adapters=config.lora.rank > 0)
         cached_text = isinstance(self.source, CachedClips) and self.source.index["text_encoder"] is not None
@@ -105,7 +107,7 @@ class StageRun:
 
     def _inputs_of(self, cached_text: bool) -> Callable[[int, int, dict[str, Any]], dict[str, Tensor]]:
         """What the Denoiser takes, of a batch: its latents, noise and timesteps, and its sentences but those that are dropped."""
-        run, device, shape = self.config.run, self.accelerator.device, latent_shape(self.model)
+        run, device, shape = self.config.run, self.accelerator.device, self.model.config.latent_shape
         num_train_timesteps = self.model.config.schedule.num_train_timesteps
         kind = "text" if cached_text else "ids"
         empty = self.source.empty_text() if cached_text else tokenizer_of(self.tokenizer_json)([""])[0]
@@ -130,7 +132,7 @@ class StageRun:
         if "latents" in batch:
             return batch["latents"].to(device, non_blocking=True)
         frames = batch["frames"].to(device, non_blocking=True)
-        return torch.stack([self.model.encode_image(clip.movedim(-1, -3).float() / 127.5 - 1).transpose(0, 1) for clip in frames])
+        return torch.stack([self.model.encode_clip(clip) for clip in frames])
 
     def _hooks(self, denoiser: Denoiser, average: Average) -> Sequence[Hook]:
         run, hooks = self.config.run, []

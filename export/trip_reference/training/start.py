@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from trip_reference import checkpoint
-from trip_reference.demo_text import build_tokenizer, text_overrides
 from trip_reference.gradient_checkpointing import checkpoint_gradients
-from trip_reference.model import TripModel, build_model
+from trip_reference.model import TripModel
 from trip_reference.presets import PRESETS
+from trip_reference.random_checkpoint import random_model
 from trip_reference.training.config import ModelConfig, TrainConfig
 from trip_reference.training.denoiser import Denoiser
 from trip_reference.training.lora import add_adapters
@@ -32,14 +32,11 @@ def start_model(config: ModelConfig, seed: int) -> tuple[TripModel, str]:
     else:
         preset = PRESETS[config.preset]
         trip = dataclasses.replace(preset.trip, fusion=config.fusion, first_frame=config.first_frame)
-        torch.manual_seed(seed)
         if config.modelscope:
+            torch.manual_seed(seed)  # for the fusion, which no published part has
             model, tokenizer_json = checkpoint.assemble(trip, config.modelscope, config.stable_diffusion)
         else:
-            # Words are the demo world's, as no other tokenizer comes with a preset.
-            tokenizer = build_tokenizer(trip.text_length)
-            overrides = {} if "vocab_size" in preset.text_encoder else text_overrides(tokenizer)
-            model, tokenizer_json = build_model(dataclasses.replace(preset, trip=trip), overrides), tokenizer.to_str(pretty=True)
+            model, tokenizer_json = random_model(dataclasses.replace(preset, trip=trip), seed)
     if config.vae:
         model.vae = checkpoint.load_vae(Path(config.vae))
         model.config = dataclasses.replace(model.config, scaling_factor=checkpoint.load_config(config.vae).scaling_factor)

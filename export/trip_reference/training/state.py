@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trip_reference.training.average import Average
+from trip_rt.command import whole_file
 from trip_rt.errors import InputError
 
 
@@ -50,11 +51,10 @@ def save_state(
     # A copy each, of plain layout: safetensors stores neither shared nor channels-last tensors.
     gathered = {name: whole(tensor).contiguous().clone() for name, tensor in found.items()}
     if writes:
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(gathered, draft, metadata={"run": run, "place": json.dumps(place.__dict__)})
-        with open(draft, "rb") as file:
-            os.fsync(file.fileno())  # what a power cut leaves is a whole file too
-        os.replace(draft, path)
+        with whole_file(path) as part:
+            save_file(gathered, part, metadata={"run": run, "place": json.dumps(place.__dict__)})
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())  # what a power cut leaves is a whole file too
 
 
 def read_place(path: Path, run: str) -> Place:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trip_reference.data.cache import latent_shape
 from trip_reference.model import TripModel
 from trip_reference.sampling import sample
 from trip_reference.training.average import Average
@@ -43,7 +42,7 @@ class Validation:
         with average.in_place():
             losses, count = [], len(self.latents)
             for round_ in range(ROUNDS):
-                draws = draw(SEED, round_, range(count), count, latent_shape(self.model), len(denoiser.alpha_bars), self.loss, drop=False)
+                draws = draw(SEED, round_, range(count), count, self.model.config.latent_shape, len(denoiser.alpha_bars), self.loss, drop=False)
                 for i in range(count):
                     row = slice(i, i + 1)
                     inputs = (tensor[row].to(self.latents.device) for tensor in (self.latents, draws.noise, draws.timestep, self.ids))
@@ -58,7 +57,7 @@ class Validation:
         model, shown = self.model, min(SHOWN, len(self.latents))
         latents = self.latents[:shown]
         text = model.encode_text(torch.cat([self.ids[-1:].expand(shown, -1), self.ids[:shown]]))
-        noise = torch.from_numpy(initial_noise(list(range(shown)), latent_shape(model))).to(latents.device)
+        noise = torch.from_numpy(initial_noise(list(range(shown)), model.config.latent_shape)).to(latents.device)
         made = sample(model, latents[:, :, 0], noise, text, loop_steps(model.config, SPEEDS["balanced"], model.config.guidance_scale))
         pairs = [(self._decoded(one), self._decoded(other)) for one, other in zip(made, latents, strict=True)]
         labels = [label for caption in self.captions[:shown] for label in (caption, "(the true clip)")]
