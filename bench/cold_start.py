@@ -1,9 +1,11 @@
-"""A process of its own that makes one clip and prints, as JSON, when it got how far and how much memory it took: bench/latency.py starts it.
+"""A process of its own that makes one clip and prints, as JSON, when it got how far and how much memory it took:
+bench/latency.py starts it.
 
     python bench/cold_start.py STARTED THREADS runtime BUNDLE BACKEND PROFILE SPEED PICTURE PROMPT
     python bench/cold_start.py STARTED THREADS pytorch CHECKPOINT HEIGHT WIDTH STEPS
 
-STARTED is the clock's (time.monotonic) reading just before the process was started; THREADS 0 leaves them to the library.
+STARTED is the clock's (time.monotonic) reading just before the process was started; THREADS 0 leaves them to the
+library.
 """
 
 from __future__ import annotations
@@ -15,7 +17,15 @@ import time
 
 
 def runtime(
-    passed: dict[str, float], clock: float, threads: int, bundle: str, backend: str, profile: str, speed: str, picture: str, prompt: str
+    passed: dict[str, float],
+    clock: float,
+    threads: int,
+    bundle: str,
+    backend: str,
+    profile: str,
+    speed: str,
+    picture: str,
+    prompt: str,
 ) -> None:
     from trip_rt import Animator
     from trip_rt.backends import EngineOptions
@@ -32,7 +42,9 @@ def runtime(
     passed["clip"] = time.monotonic() - clock
 
 
-def pytorch(passed: dict[str, float], clock: float, threads: int, folder: str, height: str, width: str, steps: str) -> None:
+def pytorch(
+    passed: dict[str, float], clock: float, threads: int, folder: str, height: str, width: str, steps: str
+) -> None:
     import torch
 
     from trip_reference import checkpoint

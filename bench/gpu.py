@@ -1,8 +1,10 @@
-"""All that can be said of trip-rt on this GPU, in one run of a few minutes: is it right, how fast is it, how far from what the GPU could do.
+"""All that can be said of trip-rt on this GPU, in one run of a few minutes: is it right, how fast is it, how far from
+what the GPU could do.
 
     make gpu        # or: python bench/gpu.py [--only PART,PART] [--quick] [--output FILE.json]
 
-What this machine lacks is left out and named. `--dry-run` runs every line that needs no GPU, at tiny sizes, its kernels in Triton's interpreter.
+What this machine lacks is left out and named. `--dry-run` runs every line that needs no GPU, at tiny sizes, its kernels
+in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ SECONDS = 460  # for all parts together
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="bench/gpu.py",
-        description="Check and time trip-rt on this GPU: kernels, cubins, the loop on the demo model, the loop at full size.",
+        description=(
+            "Check and time trip-rt on this GPU: kernels, cubins, the loop on the demo model, the loop at full size."
+        ),
         epilog="examples: make gpu; python bench/gpu.py --only kernel --quick; python bench/gpu.py --dry-run",
     )
     parser.add_argument("--only", metavar="PARTS", help=f"some of {','.join(PARTS)} (all)")
@@ -53,11 +57,19 @@ def run(args: argparse.Namespace) -> int:
     machine = apart(lambda keep: _machine(), 60)
     machine.pop("seconds")
     if machine.pop("state") != "done":
-        raise InputError(f"gpu: found no torch that works ({machine['reason']}), expected it with CUDA; run this with a python that has it")
+        raise InputError(
+            f"gpu: found no torch that works ({machine['reason']}), expected it with CUDA; run this with a python that"
+            " has it"
+        )
     if not machine.pop("cuda_works") and not args.dry_run:
-        raise InputError("gpu: found no NVIDIA GPU that torch can use, expected one; run this on a machine with a GPU, or see --dry-run")
+        raise InputError(
+            "gpu: found no NVIDIA GPU that torch can use, expected one; run this on a machine with a GPU, or see"
+            " --dry-run"
+        )
     parts = _parts()
-    figures: dict[str, Any] = {"machine": machine, "parts": {}} | ({"dry run": "no figure means anything"} if args.dry_run else {})
+    figures: dict[str, Any] = {"machine": machine, "parts": {}} | (
+        {"dry run": "no figure means anything"} if args.dry_run else {}
+    )
     output = args.output or (None if args.dry_run else RESULTS / f"{_slug(machine['gpu'])}.json")
     ends = time.monotonic() + SECONDS
     with tempfile.TemporaryDirectory(prefix="trip-") as folder:
@@ -65,9 +77,16 @@ def run(args: argparse.Namespace) -> int:
             work, seconds = parts[part]
             left = ends - time.monotonic()
             note(f"{part} …")
-            found = apart(partial(work, args, Path(folder)), min(seconds, left)) if left > 5 else {"state": "skipped", "reason": "no time was left"}
+            found = (
+                apart(partial(work, args, Path(folder)), min(seconds, left))
+                if left > 5
+                else {"state": "skipped", "reason": "no time was left"}
+            )
             figures["parts"][part] = found
-            note(f"{part}: {found['state']}{': ' + found['reason'] if 'reason' in found else ''} ({found.get('seconds', 0):.0f} s)")
+            note(
+                f"{part}: {found['state']}{': ' + found['reason'] if 'reason' in found else ''}"
+                f" ({found.get('seconds', 0):.0f} s)"
+            )
             if output:  # after every part: a run cut short keeps what it has
                 draft = output.with_suffix(".draft")
                 draft.write_text(json.dumps(figures, indent=1) + "\n")
@@ -85,7 +104,9 @@ def _parts() -> dict[str, tuple[Callable[..., dict[str, Any]], float]]:
     except ImportError as error:
         raise InputError(f"gpu: found no {error.name}, expected it beside torch; pip install {error.name}") from error
 
-    def part(name: str, args: argparse.Namespace, folder: Path, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    def part(
+        name: str, args: argparse.Namespace, folder: Path, keep: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Any]:
         if args.dry_run:
             torch.set_num_threads(1)  # a spinning second thread costs tiny sizes more than it gives
         return table[name][0](Context(args.dry_run, args.quick, folder, keep))  # type: ignore[no-any-return]
@@ -99,7 +120,9 @@ def _tests(args: argparse.Namespace, folder: Path, keep: Callable[[dict[str, Any
 
     where = Path(__file__).parent.parent
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--confcutdir", "tests/gpu", "tests/gpu"]
-    ran = subprocess.run(command, cwd=where, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    ran = subprocess.run(
+        command, cwd=where, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    )
     said = [line for line in ran.stdout.splitlines() if line.startswith(("FAILED", "ERROR")) or " in " in line]
     return {"passed": ran.returncode == 0, "said": said[-9:]}
 
@@ -107,7 +130,11 @@ def _tests(args: argparse.Namespace, folder: Path, keep: Callable[[dict[str, Any
 def _machine() -> dict[str, Any]:
     import torch
 
-    found: dict[str, Any] = {"cuda_works": torch.cuda.is_available(), "torch": torch.__version__, "python": sys.version.split()[0]}
+    found: dict[str, Any] = {
+        "cuda_works": torch.cuda.is_available(),
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+    }
     try:
         import triton
 
@@ -117,13 +144,20 @@ def _machine() -> dict[str, Any]:
     if not found["cuda_works"]:
         return found | {"gpu": "none"}
     properties = torch.cuda.get_device_properties(0)
-    found |= {"gpu": properties.name, "compute_capability": f"{properties.major}.{properties.minor}", "cuda": torch.version.cuda}
+    found |= {
+        "gpu": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda,
+    }
     try:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         found["driver"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
         found["driver"] = "unknown"
-    return found | {"memory_gb": round(properties.total_memory / 1e9, 1), "multiprocessors": properties.multi_processor_count}
+    return found | {
+        "memory_gb": round(properties.total_memory / 1e9, 1),
+        "multiprocessors": properties.multi_processor_count,
+    }
 
 
 def _slug(name: str) -> str:
@@ -136,7 +170,12 @@ def table(figures: dict[str, Any]) -> str:
     lines.append(", ".join(f"{name} {value}" for name, value in figures["machine"].items()))
     for part, found in figures["parts"].items():
         lines += ["", f"{part}: {found['state']}" + (f": {found['reason']}" if "reason" in found else "")]
-        lines += [f"  {line}" for line in _lines({name: value for name, value in found.items() if name not in ("state", "reason", "seconds")})]
+        lines += [
+            f"  {line}"
+            for line in _lines(
+                {name: value for name, value in found.items() if name not in ("state", "reason", "seconds")}
+            )
+        ]
     return "\n".join(lines)
 
 
@@ -144,11 +183,15 @@ def _lines(found: dict[str, Any], indent: str = "") -> list[str]:
     lines = []
     for name, value in found.items():
         if isinstance(value, dict) and set(value) == {"median", "p95", "p99"}:
-            lines.append(f"{indent}{name:<48}{value['median']:>12.1f} µs   p95 {value['p95']:.1f}   p99 {value['p99']:.1f}")
+            lines.append(
+                f"{indent}{name:<48}{value['median']:>12.1f} µs   p95 {value['p95']:.1f}   p99 {value['p99']:.1f}"
+            )
         elif isinstance(value, dict):
             lines += [f"{indent}{name}", *_lines(value, indent + "  ")]
         else:
-            lines.append(f"{indent}{name:<48}{value:>12.4g}" if isinstance(value, float) else f"{indent}{name:<48}{value!s:>12}")
+            lines.append(
+                f"{indent}{name:<48}{value:>12.4g}" if isinstance(value, float) else f"{indent}{name:<48}{value!s:>12}"
+            )
     return lines
 
 

@@ -1,4 +1,5 @@
-"""What the parts of bench/gpu.py run on: models' sizes, random weights and inputs, the reference without a word to the host, and its cost."""
+"""What the parts of bench/gpu.py run on: models' sizes, random weights and inputs, the reference without a word to the
+host, and its cost."""
 
 from __future__ import annotations
 
@@ -28,9 +29,12 @@ TINY = Preset(
     trip=dataclasses.replace(DEMO.trip, num_frames=5, height=32, width=48, text_width=16, tnf=TNFConfig(16, 2, 1)),
     unet=DEMO.unet | dict(block_out_channels=(8, 16), norm_num_groups=4),
     vae=DEMO.vae | dict(block_out_channels=(8, 8, 8, 8), norm_num_groups=4),
-    text_encoder=DEMO.text_encoder | dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, bos_token_id=62, eos_token_id=63),
+    text_encoder=DEMO.text_encoder
+    | dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, bos_token_id=62, eos_token_id=63),
 )
-ODD = dataclasses.replace(DEMO.trip, num_frames=7, height=40, width=24, latent_channels=3, tnf=TNFConfig(48, 3, 3), normalize_prior=False)
+ODD = dataclasses.replace(
+    DEMO.trip, num_frames=7, height=40, width=24, latent_channels=3, tnf=TNFConfig(48, 3, 3), normalize_prior=False
+)
 ROWS = DEMO.trip.schedule.num_train_timesteps + 1  # of the loop's own step table
 
 
@@ -68,13 +72,19 @@ def random_fusion(config: TripConfig, device: str) -> NoiseFusion:
 
 
 def step_tensors(config: TripConfig, batch: int, device: str, seed: int = 0) -> dict[str, Tensor]:
-    """The arguments of `fused_step` at the first of four steps; fp32 buffers lie between NaNs, so that what reads past their ends shows."""
+    """The arguments of `fused_step` at the first of four steps; fp32 buffers lie between NaNs, so that what reads past
+    their ends shows."""
     generator = torch.Generator().manual_seed(seed)
     size = config.latent_shape
     latents, residual = (torch.randn(clips, *size, generator=generator) for clips in (batch, 2 * batch))
     first, first_noise = (torch.randn(batch, size[0], *size[2:], generator=generator) for _ in range(2))
     history = torch.randn(3, batch, *size, generator=generator)
-    buffers = dict(latents=torch.cat([latents, latents]), first_frame=torch.cat([first, first]), first_noise=first_noise, residual_noise=residual)
+    buffers = dict(
+        latents=torch.cat([latents, latents]),
+        first_frame=torch.cat([first, first]),
+        first_noise=first_noise,
+        residual_noise=residual,
+    )
     buffers["history"] = history
     steps = loop_steps(config, Speed("unipc", 4), 2.5)
     return {name: _guarded(tensor.to(device)) for name, tensor in buffers.items()} | {
@@ -85,8 +95,12 @@ def step_tensors(config: TripConfig, batch: int, device: str, seed: int = 0) -> 
 
 
 def steady_table(config: TripConfig, device: str = "cpu") -> Tensor:
-    """A step table of ROWS equal rows that stay at one timestep near 500; under them latents stay as large as they are, however often moved on."""
-    step = min((one.step for one in loop_steps(config, Speed(num_inference_steps=2))), key=lambda step: abs(step.timestep - 500))
+    """A step table of ROWS equal rows that stay at one timestep near 500; under them latents stay as large as they are,
+    however often moved on."""
+    step = min(
+        (one.step for one in loop_steps(config, Speed(num_inference_steps=2))),
+        key=lambda step: abs(step.timestep - 500),
+    )
     here = [float(step.timestep), step.sqrt_alpha_bar, step.sqrt_one_minus_alpha_bar]
     return torch.tensor([[*here, 2.5, 0.5, 0.1, 0, 0, 0, 0, 0, 0, 0, 0, *here]], device=device).repeat(ROWS, 1)
 
@@ -103,7 +117,8 @@ def reference_step(
     table: Tensor,
     step: Tensor,
 ) -> None:
-    """`fused_step_ref` as fast as eager torch has it: the row is taken on the device, and the host waits for nothing."""
+    """`fused_step_ref` as fast as eager torch has it: the row is taken on the device, and the host waits for
+    nothing."""
     row = table.index_select(0, step)[0]
     noise = fusion(latents, first_frame, residual_noise, row[1:2], row[2:3], row[:1].long())
     unconditional, conditional = noise.chunk(2)
@@ -126,7 +141,8 @@ def rms_ratio(found: Tensor, expected: Tensor) -> float:
 
 
 def kernel_flops(shape: TileShape, tile: Tile, batch: int, pixels: int, precision: str) -> int:
-    """Floating-point operations of the fused step's matrix products for both halves, padding and all; fp32's are of three fp16 products each."""
+    """Floating-point operations of the fused step's matrix products for both halves, padding and all; fp32's are of
+    three fp16 products each."""
     tokens = 2 * batch * -(-pixels // tile.pixels) * tile.pixels * shape.frames
     attention = 2 * shape.frames
     own = shape.heads * shape.head_p * (4 * shape.width_p + attention)
@@ -147,14 +163,17 @@ def reference_flops(config: TripConfig, batch: int) -> int:
 
 
 def build_kernels(context: Context, cases: dict[str, tuple[NoiseFusion, TripConfig, str]]) -> dict[str, Any]:
-    """By the names of `cases`, the fused step compiled ahead of time for this GPU in the case's precision, or what was raised instead."""
+    """By the names of `cases`, the fused step compiled ahead of time for this GPU in the case's precision, or what was
+    raised instead."""
     from trip_export.kernels import build_kernel
 
     capability = "9.0" if context.dry else "{}.{}".format(*torch.cuda.get_device_capability())
 
     def build(index: int, fusion: NoiseFusion, config: TripConfig, precision: str) -> Any:
         try:
-            return build_kernel(fusion, config, precision, [capability], f"{index:016}", context.folder, lambda text: None)
+            return build_kernel(
+                fusion, config, precision, [capability], f"{index:016}", context.folder, lambda text: None
+            )
         except Exception as error:
             return error
 

@@ -43,9 +43,18 @@ LARGE = Tile(pixels=32, warps=4, stages=1)
 
 
 def parity(context: Context) -> dict[str, Any]:
-    """The kernels against fp64, as Triton compiles them here and as machine code launched without Triton: RMS error over RMS."""
-    cases = {"tiny": (TINY.trip, 1)} if context.dry else {"demo": (DEMO.trip, 2), "trip-256": (TRIP_256.trip, 1), "odd": (ODD, 3)}
-    wanted = {(label, precision): (random_fusion(config, "cpu"), config, precision) for label, (config, _) in cases.items() for precision in DTYPES}
+    """The kernels against fp64, as Triton compiles them here and as machine code launched without Triton: RMS error
+    over RMS."""
+    cases = (
+        {"tiny": (TINY.trip, 1)}
+        if context.dry
+        else {"demo": (DEMO.trip, 2), "trip-256": (TRIP_256.trip, 1), "odd": (ODD, 3)}
+    )
+    wanted = {
+        (label, precision): (random_fusion(config, "cpu"), config, precision)
+        for label, (config, _) in cases.items()
+        for precision in DTYPES
+    }
     if context.dry:
         wanted = {("tiny", "fp16"): wanted["tiny", "fp16"]}
     specs = build_kernels(context, wanted)
@@ -57,7 +66,9 @@ def parity(context: Context) -> dict[str, Any]:
             checks = {
                 "fuse_noise": partial(fuse_noise_error, config, batch, precision, context.device),
                 "fused_step": partial(fused_step_error, config, batch, precision, context.device),
-                "fused_step, from its cubin": partial(_cubin_error, context, specs.get((label, precision)), config, batch),
+                "fused_step, from its cubin": partial(
+                    _cubin_error, context, specs.get((label, precision)), config, batch
+                ),
             }
             if precision == "fp32":
                 checks["gradient"] = partial(gradient_error, config, batch, context.device)
@@ -85,29 +96,41 @@ def fuse_noise_error(config: TripConfig, batch: int, precision: str, device: str
 
 def gradient_error(config: TripConfig, batch: int, device: str) -> float:
     """The largest of any gradient of `fuse_noise` in fp32, of its input or of a parameter."""
-    fusion, (latents, first, residual, *rest) = random_fusion(config, device).requires_grad_(), _noise_arguments(config, batch, device)
+    fusion, (latents, first, residual, *rest) = (
+        random_fusion(config, device).requires_grad_(),
+        _noise_arguments(config, batch, device),
+    )
     double = _double(fusion)
     towards = torch.randn(residual.shape, generator=torch.Generator().manual_seed(2)).to(device)
     gradients = []
     for model, op in (fusion, partial(fuse_noise, fusion, tile=_tile(device))), (double, double):
         kind = next(model.parameters()).dtype
-        inputs = [tensor.to(kind) if tensor.is_floating_point() else tensor for tensor in (latents, first, residual, *rest)]
+        inputs = [
+            tensor.to(kind) if tensor.is_floating_point() else tensor for tensor in (latents, first, residual, *rest)
+        ]
         inputs[2].requires_grad_()
         gradients.append(torch.autograd.grad(op(*inputs), [inputs[2], *model.parameters()], towards.to(kind)))
     return max(rms_ratio(found, expected) for found, expected in zip(*gradients, strict=True))
 
 
 def fused_step_error(config: TripConfig, batch: int, precision: str, device: str) -> float:
-    """The largest of `fused_step`'s latents in `precision` over two steps, each begun on the reference's own latents."""
+    """The largest of `fused_step`'s latents in `precision` over two steps, each begun on the reference's own
+    latents."""
     fusion, tensors = random_fusion(config, device), step_tensors(config, batch, device)
-    double = {name: tensor.double() if name != "table" and tensor.is_floating_point() else tensor.clone() for name, tensor in tensors.items()}
+    double = {
+        name: tensor.double() if name != "table" and tensor.is_floating_point() else tensor.clone()
+        for name, tensor in tensors.items()
+    }
     errors = []
     for _ in range(2):
         fused_step(fusion, **tensors, compute=DTYPES[precision], tile=_tile(device))
         fused_step_ref(_double(fusion), **double)
         errors.append(rms_ratio(tensors["latents"], double["latents"]))
         if not (torch.equal(tensors["timestep"], double["timestep"]) and torch.equal(tensors["step"], double["step"])):
-            raise RuntimeError(f"fused_step: found timestep {tensors['timestep'].item()} and step {tensors['step'].item()}, expected the reference's")
+            raise RuntimeError(
+                f"fused_step: found timestep {tensors['timestep'].item()} and step {tensors['step'].item()}, expected"
+                " the reference's"
+            )
         for name in ("latents", "history"):
             tensors[name].copy_(double[name])
     return max(errors)
@@ -124,14 +147,22 @@ def cubin_error(spec: KernelSpec, folder: Any, config: TripConfig, batch: int) -
         moved = [int(device.read(buffer)[0]) for buffer in (step.buffers.timestep, step.buffers.step)]
     finally:
         device.close()
-    double = {name: tensor.double() if name != "table" and tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    double = {
+        name: tensor.double() if name != "table" and tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }
     fused_step_ref(_double(fusion), **double)
     if moved != [int(double["timestep"]), int(double["step"])]:
-        raise RuntimeError(f"found timestep and step {moved}, expected the reference's {[int(double['timestep']), int(double['step'])]}")
+        raise RuntimeError(
+            f"found timestep and step {moved}, expected the reference's"
+            f" {[int(double['timestep']), int(double['step'])]}"
+        )
     return rms_ratio(latents, double["latents"].cpu())
 
 
-def kernel_step(device: Any, folder: Any, spec: KernelSpec, config: TripConfig, tensors: dict[str, Tensor]) -> KernelStep:
+def kernel_step(
+    device: Any, folder: Any, spec: KernelSpec, config: TripConfig, tensors: dict[str, Tensor]
+) -> KernelStep:
     """The cubin's step on buffers of its own that hold what `tensors` do."""
     (capability,) = spec.cubins
     buffers = loop_buffers(device, config, len(tensors["first_noise"]), config.text_width, (1, 1, 1, 1))
@@ -142,20 +173,29 @@ def kernel_step(device: Any, folder: Any, spec: KernelSpec, config: TripConfig, 
 
 
 def kernel(context: Context) -> dict[str, Any]:
-    """The step after the UNet at full size: the fused kernel against eager torch and torch.compile of the reference, and against its floor.
+    """The step after the UNet at full size: the fused kernel against eager torch and torch.compile of the reference,
+    and against its floor.
 
-    Every rival is called on as many sets of buffers as the L2 cache does not hold, one after the other, as nothing of a step is in the cache after a
-    UNet. What is wrong has no time.
+    Every rival is called on as many sets of buffers as the L2 cache does not hold, one after the other, as nothing of a
+    step is in the cache after a UNet. What is wrong has no time.
     """
     config = context.full.trip
     limits = ceilings(context.dry)
-    shape = f"2×{config.num_frames} frames of {config.latent_height}×{config.latent_width}, width {config.tnf.hidden_size}"
+    shape = (
+        f"2×{config.num_frames} frames of {config.latent_height}×{config.latent_width}, width {config.tnf.hidden_size}"
+    )
     figures: dict[str, Any] = {"shape": shape, "ceilings": limits}
-    specs = {} if context.dry else build_kernels(context, {name: (random_fusion(config, "cpu"), config, name) for name in DTYPES})
+    specs = (
+        {}
+        if context.dry
+        else build_kernels(context, {name: (random_fusion(config, "cpu"), config, name) for name in DTYPES})
+    )
     for name in (*DTYPES, *(() if context.dry or context.quick else ("fp16, tuned",))):
         precision = name.partition(",")[0]
         figures[name] = _Race(context, config, precision, tuned=name != precision).run(specs.get(precision), limits)
-        figures["passed"] = figures.get("passed", True) and not any("rms error" in reason for reason in figures[name]["left out"].values())
+        figures["passed"] = figures.get("passed", True) and not any(
+            "rms error" in reason for reason in figures[name]["left out"].values()
+        )
         context.keep(figures)
     return figures
 
@@ -211,8 +251,8 @@ class _Race:
         }
 
     def _enter(self, name: str, prepare: Callable[[], list[Any]], leeway: int = 1) -> None:
-        """Have a rival race, plain and as a graph, if it is right: the kernel to the bounds of parity, the reference in half precision to ten times
-        those. `prepare` gives its call on each set."""
+        """Have a rival race, plain and as a graph, if it is right: the kernel to the bounds of parity, the reference in
+        half precision to ten times those. `prepare` gives its call on each set."""
         try:
             self.sets[0]["latents"].copy_(self.start)
             self.restart()
@@ -264,13 +304,17 @@ def _ratios(times: dict[str, dict[str, float]]) -> dict[str, float]:
 
 
 def _fused(times: dict[str, dict[str, float]]) -> float:
-    """Median microseconds of the kernel as bundles hold it, or of the best that was compiled here; 0 where there is none."""
-    graphs = {name: spread["median"] for name, spread in times.items() if name.startswith("fused") and name.endswith("graph")}
+    """Median microseconds of the kernel as bundles hold it, or of the best that was compiled here; 0 where there is
+    none."""
+    graphs = {
+        name: spread["median"] for name, spread in times.items() if name.startswith("fused") and name.endswith("graph")
+    }
     return graphs.get("fused, from its cubin, as a graph") or min(graphs.values(), default=0.0)
 
 
 def _sets(config: TripConfig, device: str) -> tuple[list[dict[str, Tensor]], Callable[[], object]]:
-    """Sets of buffers that together are larger than the L2 cache, on the steady table, and what puts all their counters back."""
+    """Sets of buffers that together are larger than the L2 cache, on the steady table, and what puts all their counters
+    back."""
     one = step_tensors(config, 1, device)
     size = sum(tensor.nbytes for name, tensor in one.items() if name != "table")
     count = 2 if device == "cpu" else min(64, 1 + torch.cuda.get_device_properties(0).L2_cache_size * 5 // 4 // size)
@@ -280,7 +324,10 @@ def _sets(config: TripConfig, device: str) -> tuple[list[dict[str, Tensor]], Cal
 
 
 def _expected(fusion: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
-    double = {name: tensor.double() if name != "table" and tensor.is_floating_point() else tensor.clone() for name, tensor in tensors.items()}
+    double = {
+        name: tensor.double() if name != "table" and tensor.is_floating_point() else tensor.clone()
+        for name, tensor in tensors.items()
+    }
     fused_step_ref(_double(fusion), **double)
     return double["latents"]
 
@@ -292,7 +339,9 @@ def _launches(packed: list[Any], tile: Tile, about: dict[str, Any]) -> list[Call
 def _launch(arguments: list[Any], constants: dict[str, int], tile: Tile, about: dict[str, Any]) -> None:
     batch, pixels = arguments[-2:]
     programs = batch * -(-pixels // tile.pixels)
-    compiled = fused_step_kernel[(programs,)](*arguments, **constants, PIXELS=tile.pixels, num_warps=tile.warps, num_stages=tile.stages)
+    compiled = fused_step_kernel[(programs,)](
+        *arguments, **constants, PIXELS=tile.pixels, num_warps=tile.warps, num_stages=tile.stages
+    )
     if compiled is not None and not about:
         about.update(registers=compiled.n_regs, spilled=compiled.n_spills, shared_kib=compiled.metadata.shared / 1024)
 

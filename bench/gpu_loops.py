@@ -1,4 +1,5 @@
-"""The denoising loop as trip_rt runs it on the GPU: on the demo model against the oracle, and at full size against the clock."""
+"""The denoising loop as trip_rt runs it on the GPU: on the demo model against the oracle, and at full size against the
+clock."""
 
 from __future__ import annotations
 
@@ -51,19 +52,29 @@ def inductor(context: Context) -> dict[str, Any]:
     specs = {}
     for name in ("text_projection", "unet"):
         package = context.folder / f"{name}.pt2"
-        target = export_inductor(component(copy.deepcopy(model), name, 1, model.config.num_frames), package, "fp32", context.device)
-        specs[name] = EngineSpec((package.name,), "", "fp32", {}, 0.0, target, *signatures(model, 1, model.config.num_frames)[name])
+        target = export_inductor(
+            component(copy.deepcopy(model), name, 1, model.config.num_frames), package, "fp32", context.device
+        )
+        specs[name] = EngineSpec(
+            (package.name,), "", "fp32", {}, 0.0, target, *signatures(model, 1, model.config.num_frames)[name]
+        )
 
     def compiled(engines: dict[str, Any], device: Any) -> dict[str, Any]:
         options = EngineOptions(device="cuda")
-        return engines | {name: InductorEngine.open(context.folder / spec.file, spec, options, device) for name, spec in specs.items()}
+        return engines | {
+            name: InductorEngine.open(context.folder / spec.file, spec, options, device) for name, spec in specs.items()
+        }
 
     found = _loop_parity(context, model, "fp32", compiled)
-    return {"fp32": found, "passed": all(value >= FLOORS["fp32"] for label, value in found.items() if label.endswith("dB"))}
+    return {
+        "fp32": found,
+        "passed": all(value >= FLOORS["fp32"] for label, value in found.items() if label.endswith("dB")),
+    }
 
 
 def libraries(context: Context) -> dict[str, Any]:
-    """The demo model as bundles made here for the engine libraries that run on this GPU: their parity as trip-export measures it."""
+    """The demo model as bundles made here for the engine libraries that run on this GPU: their parity as trip-export
+    measures it."""
     if context.dry:
         raise Skipped("builds engines for a GPU")
     usable = {"tensorrt": _tensorrt, "onnxruntime": _onnxruntime_cuda}
@@ -77,7 +88,9 @@ def libraries(context: Context) -> dict[str, Any]:
             gpus = ("{}.{}".format(*torch.cuda.get_device_capability()),)
             for precision in ("fp32", "fp16"):
                 options = ExportOptions(backends=(backend,), precision=precision, gpus=gpus, parity_steps=25)
-                result = export_bundle(ROOT / "checkpoints" / "demo", context.folder / f"{backend}-{precision}", options)
+                result = export_bundle(
+                    ROOT / "checkpoints" / "demo", context.folder / f"{backend}-{precision}", options
+                )
                 parity = result.parity[backend]
                 figures[f"{backend}, {precision}"] = {"latents, dB": parity.latents_psnr, "on": parity.measured_on}
                 figures["passed"] &= parity.passed
@@ -92,13 +105,18 @@ def libraries(context: Context) -> dict[str, Any]:
 
 
 def full_loop(context: Context) -> dict[str, Any]:
-    """The loop at full size with random weights in fp16: microseconds a step with and without a CUDA graph, and what of it is not the UNet.
+    """The loop at full size with random weights in fp16: microseconds a step with and without a CUDA graph, and what of
+    it is not the UNet.
 
     Its latents are held to those of eager torch's loop in fp16. What is wrong has no time.
     """
     model, precision = _full_model(context), "fp32" if context.dry else "fp16"
     config, parameters = model.config, sum(p.numel() for p in model.residual_unet.parameters())
-    kernels = {} if context.dry else build_kernels(context, {precision: (copy.deepcopy(model.fusion).cpu().float(), config, precision)})
+    kernels = (
+        {}
+        if context.dry
+        else build_kernels(context, {precision: (copy.deepcopy(model.fusion).cpu().float(), config, precision)})
+    )
     if isinstance(kernels.get(precision), Exception):
         raise kernels[precision]
     steps = loop_steps(config, Speed(num_inference_steps=3 if context.dry else 50), 2.5)
@@ -111,7 +129,9 @@ def full_loop(context: Context) -> dict[str, Any]:
         engines = torch_engines(model, device, 1, precision)
         if not context.dry:
             torch.cuda.reset_peak_memory_stats()
-        pipeline = Pipeline(device, config, profile_of(config, engines, 1, kernels), engines.get, context.folder, cuda_graph)
+        pipeline = Pipeline(
+            device, config, profile_of(config, engines, 1, kernels), engines.get, context.folder, cuda_graph
+        )
         for _ in range(2):  # the first warms up
             marks = Marks(stream)
             pipeline.denoise(noise, steps, lambda done, total, marks=marks: marks.mark())
@@ -131,20 +151,26 @@ def full_loop(context: Context) -> dict[str, Any]:
     return figures | {"passed": True}
 
 
-def _shares(context: Context, config: TripConfig, pipeline: Pipeline, engine: Any, device: Any, stream: Any) -> dict[str, Any]:
+def _shares(
+    context: Context, config: TripConfig, pipeline: Pipeline, engine: Any, device: Any, stream: Any
+) -> dict[str, Any]:
     """A step's parts by themselves and together, as graphs, over and over at one timestep."""
     buffers, after = pipeline.buffers, pipeline.after_unet
     device.write(buffers.table, steady_table(config).numpy())
     device.write(buffers.timestep, np.array([500], np.int64))
     device.write(buffers.step, np.zeros(1, np.int32))
-    unet = engine.bind({tensor.name: getattr(buffers, tensor.name) for tensor in (*engine.spec.inputs, *engine.spec.outputs)})
+    unet = engine.bind(
+        {tensor.name: getattr(buffers, tensor.name) for tensor in (*engine.spec.inputs, *engine.spec.outputs)}
+    )
 
     def step() -> None:
         unet()
         after()
 
     graphs = {"the step": step, "the UNet": unet, "after the UNet": after}
-    times = interleaved({name: engine.capture(work) if stream else work for name, work in graphs.items()}, context.rounds, 1, stream)
+    times = interleaved(
+        {name: engine.capture(work) if stream else work for name, work in graphs.items()}, context.rounds, 1, stream
+    )
     whole, alone, rest = (times[name]["median"] for name in graphs)
     limits = ceilings(context.dry)
     with FlopCounterMode(display=False) as counter:
@@ -170,8 +196,11 @@ def _decoding(pipeline: Pipeline, device: Any) -> dict[str, Any]:
     return {"decoding a clip, read back as it goes, ms": min(milliseconds), "frames": frames}
 
 
-def _eager_loop(context: Context, model: Any, noise: np.ndarray, steps: list[Any]) -> tuple[np.ndarray, dict[str, float]]:
-    """The oracle as it is, on the GPU and in the model's own dtype, from buffers of zeros as the runtime's are: its latents, and its steps' times."""
+def _eager_loop(
+    context: Context, model: Any, noise: np.ndarray, steps: list[Any]
+) -> tuple[np.ndarray, dict[str, float]]:
+    """The oracle as it is, on the GPU and in the model's own dtype, from buffers of zeros as the runtime's are: its
+    latents, and its steps' times."""
     from trip_reference.sampling import sample
 
     config, dtype = model.config, next(model.residual_unet.parameters()).dtype
@@ -198,15 +227,26 @@ def _loop_parity(context: Context, model: Any, precision: str, replaced: Any = N
     picture = np.random.default_rng(0).uniform(-1, 1, (1, 3, config.height, config.width)).astype(np.float32)
     noise = initial_noise([0], config.latent_shape)
     expected, found = _oracle(model, picture, noise, steps)
-    kernels = {} if context.dry else build_kernels(context, {precision: (copy.deepcopy(model.fusion), config, precision)})
+    kernels = (
+        {} if context.dry else build_kernels(context, {precision: (copy.deepcopy(model.fusion), config, precision)})
+    )
     if isinstance(kernels.get(precision), Exception):
         raise kernels[precision]
     for label, cuda_graph in (("graph", True), ("no graph", False)):
         device = open_device(context.device)
-        engines = torch_engines(copy.deepcopy(model).to(context.device, DTYPES[precision]), device, config.num_frames, precision)
+        engines = torch_engines(
+            copy.deepcopy(model).to(context.device, DTYPES[precision]), device, config.num_frames, precision
+        )
         if replaced:
             engines = replaced(engines, device)
-        pipeline = Pipeline(device, config, profile_of(config, engines, config.num_frames, kernels), engines.get, context.folder, cuda_graph)
+        pipeline = Pipeline(
+            device,
+            config,
+            profile_of(config, engines, config.num_frames, kernels),
+            engines.get,
+            context.folder,
+            cuda_graph,
+        )
         pipeline.encode(*_tokens(config), picture)
         pipeline.denoise(noise, steps)
         found[f"latents, {label}, dB"] = psnr(pipeline.latents(), expected)
@@ -217,21 +257,26 @@ def _loop_parity(context: Context, model: Any, precision: str, replaced: Any = N
 
 
 def _oracle(model: Any, picture: np.ndarray, noise: np.ndarray, steps: list[Any]) -> tuple[np.ndarray, dict[str, Any]]:
-    """fp32 latents, and what made them: the PyTorch oracle or, where that cannot be imported, the loop on the host, which tests hold to it."""
+    """fp32 latents, and what made them: the PyTorch oracle or, where that cannot be imported, the loop on the host,
+    which tests hold to it."""
     config, ids = model.config, _tokens(model.config)
     try:
         from trip_reference.sampling import sample
     except ImportError as error:
         device = open_device("cpu")
         engines = torch_engines(model, device, config.num_frames, "fp32")
-        pipeline = Pipeline(device, config, profile_of(config, engines, config.num_frames, {}), engines.get, ROOT, cuda_graph=False)
+        pipeline = Pipeline(
+            device, config, profile_of(config, engines, config.num_frames, {}), engines.get, ROOT, cuda_graph=False
+        )
         pipeline.encode(*ids, picture)
         pipeline.denoise(noise, steps)
         return pipeline.latents(), {"held to": f"the loop on the host, as {error.name} is not installed"}
     with torch.no_grad():
         text = torch.cat([model.encode_text(torch.from_numpy(tokens)) for tokens in ids])
         first = model.encode_image(torch.from_numpy(picture))
-        return sample(model, first, torch.from_numpy(noise), text, steps).numpy(), {"held to": "trip_reference.sampling"}
+        return sample(model, first, torch.from_numpy(noise), text, steps).numpy(), {
+            "held to": "trip_reference.sampling"
+        }
 
 
 def _demo_model(context: Context) -> tuple[nn.Module, str]:
@@ -250,13 +295,15 @@ def _demo_model(context: Context) -> tuple[nn.Module, str]:
         if not context.dry:
             from safetensors.torch import load_file
 
-            model.fusion.load_state_dict(load_file(ROOT / "checkpoints" / "demo" / "fusion" / "diffusion_pytorch_model.safetensors"))
+            model.fusion.load_state_dict(
+                load_file(ROOT / "checkpoints" / "demo" / "fusion" / "diffusion_pytorch_model.safetensors")
+            )
         return model, f"a stand-in for the UNet and VAE, as {error.name} is not installed; the fusion is the demo's own"
 
 
 def _full_model(context: Context) -> nn.Module:
-    """UNet, VAE and fusion of the full size with random weights, made on the device in half precision; the text encoder, which a step does not run,
-    is a stand-in."""
+    """UNet, VAE and fusion of the full size with random weights, made on the device in half precision; the text
+    encoder, which a step does not run, is a stand-in."""
     from trip_reference.model import build_unet, build_vae
     from trip_reference.unet import ResidualUNet
 
@@ -305,4 +352,7 @@ def _onnxruntime_cuda() -> None:
     import onnxruntime
 
     if "CUDAExecutionProvider" not in (found := onnxruntime.get_available_providers()):
-        raise Skipped(f"onnxruntime: found the providers {', '.join(found)}, expected CUDAExecutionProvider; install onnxruntime-gpu")
+        raise Skipped(
+            f"onnxruntime: found the providers {', '.join(found)}, expected CUDAExecutionProvider; install"
+            " onnxruntime-gpu"
+        )

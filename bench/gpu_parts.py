@@ -1,5 +1,5 @@
-"""The parts of bench/gpu.py, in order: each a function of the context that gives its figures, and the seconds it may take. "passed" False means that
-what was run was wrong."""
+"""The parts of bench/gpu.py, in order: each a function of the context that gives its figures, and the seconds it may
+take. "passed" False means that what was run was wrong."""
 
 from __future__ import annotations
 

@@ -21,10 +21,11 @@ class Skipped(Exception):
 
 
 def apart(work: Callable[[Keep], dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """What `work` returns, with its "state": done, red (its "passed" is False), skipped or failed, the last two with a "reason" of one line.
+    """What `work` returns, with its "state": done, red (its "passed" is False), skipped or failed, the last two with a
+    "reason" of one line.
 
-    `work` runs in a fork of this process, which must not have touched CUDA, for at most `seconds`. What it handed to its `keep` before it failed or
-    was cut off is in the result all the same.
+    `work` runs in a fork of this process, which must not have touched CUDA, for at most `seconds`. What it handed to
+    its `keep` before it failed or was cut off is in the result all the same.
     """
     with tempfile.TemporaryDirectory(prefix="trip-") as folder:
         path = Path(folder) / "figures.json"
@@ -40,7 +41,10 @@ def apart(work: Callable[[Keep], dict[str, Any]], seconds: float) -> dict[str, A
             found |= {"state": "failed", "reason": f"cut off after its {seconds:.0f} s"}
         elif status != 0 or "state" not in found:
             code = os.waitstatus_to_exitcode(status)
-            found |= {"state": "failed", "reason": f"its process died of {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"}
+            found |= {
+                "state": "failed",
+                "reason": f"its process died of {signal.Signals(-code).name if code < 0 else f'exit code {code}'}",
+            }
         return found | {"seconds": round(time.monotonic() - began, 1)}
 
 

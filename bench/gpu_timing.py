@@ -12,11 +12,14 @@ import torch
 Call = Callable[[], object]
 
 
-def interleaved(rivals: dict[str, Call], rounds: int, calls: int, stream: Any = None, before: Call = lambda: None) -> dict[str, dict[str, float]]:
-    """Microseconds of each rival, a round of all at a time and each round in another order, so that whatever else the GPU does falls on all alike.
+def interleaved(
+    rivals: dict[str, Call], rounds: int, calls: int, stream: Any = None, before: Call = lambda: None
+) -> dict[str, dict[str, float]]:
+    """Microseconds of each rival, a round of all at a time and each round in another order, so that whatever else the
+    GPU does falls on all alike.
 
-    A sample is the mean of the `calls` that a rival makes when it is called. It begins on an idle GPU, so it holds what the host takes to launch the
-    work as far as the GPU has to wait for it. `before` runs ahead of each, untimed.
+    A sample is the mean of the `calls` that a rival makes when it is called. It begins on an idle GPU, so it holds what
+    the host takes to launch the work as far as the GPU has to wait for it. `before` runs ahead of each, untimed.
     """
     names = list(rivals)
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -51,7 +54,8 @@ def as_graph(call: Call, stream: Any) -> Call:
 
 
 def ceilings(dry: bool, rounds: int = 20) -> dict[str, float]:
-    """What this GPU does at best: TB/s of a large copy, read and write counted, and TFLOP/s of a large fp16 matrix product."""
+    """What this GPU does at best: TB/s of a large copy, read and write counted, and TFLOP/s of a large fp16 matrix
+    product."""
     device, elements, size = ("cpu", 1 << 16, 64) if dry else ("cuda", 1 << 29, 8192)
     stream = None if dry else torch.cuda.Stream()
     source = torch.zeros(elements, device=device, dtype=torch.float16)

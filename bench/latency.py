@@ -1,8 +1,11 @@
-"""How fast a bundle is here: every component, the whole clip at every speed, a cold start, memory; and a guided step beside what others would run.
+"""How fast a bundle is here: every component, the whole clip at every speed, a cold start, memory; and a guided step
+beside what others would run.
 
-    python bench/latency.py BUNDLE [--checkpoint DIR --compare eager,compile,onnxruntime,openvino,inductor] [--output bench/results/NAME.json]
+    python bench/latency.py BUNDLE [--checkpoint DIR --compare eager,compile,onnxruntime,openvino,inductor] [--output
+    bench/results/NAME.json]
 
-Rivals take turns, so that whatever else the machine does falls on all alike. An engine that does not agree with PyTorch has no figures.
+Rivals take turns, so that whatever else the machine does falls on all alike. An engine that does not agree with PyTorch
+has no figures.
 """
 
 from __future__ import annotations
@@ -41,17 +44,39 @@ _PEERS = ("eager", "compile", "onnxruntime", "openvino", "inductor")
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="bench/latency.py",
-        description="Time a bundle on this machine: components, clips at every speed, cold start, memory, and a guided step beside its rivals.",
-        epilog="example: python bench/latency.py out/demo-bundle --checkpoint checkpoints/demo --compare eager,onnxruntime,openvino",
+        description=(
+            "Time a bundle on this machine: components, clips at every speed, cold start, memory, and a guided step"
+            " beside its rivals."
+        ),
+        epilog=(
+            "example: python bench/latency.py out/demo-bundle --checkpoint checkpoints/demo --compare"
+            " eager,onnxruntime,openvino"
+        ),
     )
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--checkpoint", type=Path, help="what the bundle was made from: for --compare and for PyTorch's memory")
-    parser.add_argument("--compare", type=_names(_PEERS), default=(), metavar="LIST", help=f"rivals on the same weights, some of {','.join(_PEERS)}")
-    parser.add_argument("--speeds", type=_names(tuple(SPEEDS)), default=tuple(SPEEDS), metavar="LIST", help=f"some of {','.join(SPEEDS)} (all)")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="what the bundle was made from: for --compare and for PyTorch's memory"
+    )
+    parser.add_argument(
+        "--compare",
+        type=_names(_PEERS),
+        default=(),
+        metavar="LIST",
+        help=f"rivals on the same weights, some of {','.join(_PEERS)}",
+    )
+    parser.add_argument(
+        "--speeds",
+        type=_names(tuple(SPEEDS)),
+        default=tuple(SPEEDS),
+        metavar="LIST",
+        help=f"some of {','.join(SPEEDS)} (all)",
+    )
     parser.add_argument("--backend", choices=("auto", *backends.NAMES), default="auto", help="(%(default)s)")
     parser.add_argument("--profile", metavar="NAME", help="one of the bundle's sets of shapes (its first)")
     parser.add_argument("--rounds", type=int, default=15, help="of components and steps (%(default)s)")
-    parser.add_argument("--clips", type=int, default=3, help="made at every speed, and cold starts; 0 for none (%(default)s)")
+    parser.add_argument(
+        "--clips", type=int, default=3, help="made at every speed, and cold starts; 0 for none (%(default)s)"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (each library's choice)")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the guided steps")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures there too")
@@ -73,7 +98,12 @@ def run(args: argparse.Namespace) -> int:
         print(parity.table())
         note("bench/latency.py: parity is red, so there are no figures; export the bundle again")
         return 1
-    figures: dict[str, Any] = {"profile": profile.name, "backend": backend, "reason": reason, "precision": precision_of(profile, backend)}
+    figures: dict[str, Any] = {
+        "profile": profile.name,
+        "backend": backend,
+        "reason": reason,
+        "precision": precision_of(profile, backend),
+    }
     figures |= {"machine": machine(), "matrix_product_gflops": matrix_peak(args.threads), "parity": parity.to_json()}
     with Animator(bundle, backend, profile.name, options) as animator:
         figures["engine"] = animator.describe()
@@ -85,7 +115,9 @@ def run(args: argparse.Namespace) -> int:
     if args.clips:
         figures["cold_start"] = {speed: _cold_start(args, profile, backend, speed) for speed in args.speeds}
         if args.checkpoint:
-            figures["pytorch_peak_memory_mb"] = _child(args.threads, "pytorch", args.checkpoint, profile.height, profile.width, 2)["peak_memory_mb"]
+            figures["pytorch_peak_memory_mb"] = _child(
+                args.threads, "pytorch", args.checkpoint, profile.height, profile.width, 2
+            )["peak_memory_mb"]
     if args.output:
         args.output.write_text(json.dumps(figures, indent=1) + "\n")
     if args.plot and args.compare:
@@ -101,23 +133,33 @@ def run(args: argparse.Namespace) -> int:
 
 def _parity(bundle: Bundle, profile: Profile, backend: str) -> Parity:
     if not profile.reference:
-        raise InputError(f"{bundle.folder}: found no recording of the model, expected one; export it without --parity-steps 0")
+        raise InputError(
+            f"{bundle.folder}: found no recording of the model, expected one; export it without --parity-steps 0"
+        )
     note(f"parity of {backend}")
     animator, measured_on = animator_for(bundle, profile, backend)
     with animator:
-        return measure(animator, Reference.load(bundle.folder / profile.reference), precision_of(profile, backend), measured_on)
+        return measure(
+            animator, Reference.load(bundle.folder / profile.reference), precision_of(profile, backend), measured_on
+        )
 
 
 def _components(animator: Animator, rounds: int, peak: float) -> dict[str, dict[str, float]]:
-    """Milliseconds of one call of every engine, GFLOP a call, and what share of the machine's peak that is, in percent."""
+    """Milliseconds of one call of every engine, GFLOP a call, and what share of the machine's peak that is, in
+    percent."""
     calls: dict[str, Callable[[], object]] = {}
     for name in animator.profile.engines:
         if engine := animator.engine(name):
             rng, device = np.random.default_rng(0), engine.device
-            buffers = {tensor.name: device.zeros(tensor.dtype, tensor.shape) for tensor in (*engine.spec.inputs, *engine.spec.outputs)}
+            buffers = {
+                tensor.name: device.zeros(tensor.dtype, tensor.shape)
+                for tensor in (*engine.spec.inputs, *engine.spec.outputs)
+            }
             for tensor in engine.spec.inputs:
                 random = rng.standard_normal(tensor.shape, np.float32)
-                device.write(buffers[tensor.name], np.ones(tensor.shape, np.int64) if tensor.dtype == "int64" else random)
+                device.write(
+                    buffers[tensor.name], np.ones(tensor.shape, np.int64) if tensor.dtype == "int64" else random
+                )
             calls[name] = engine.bind(buffers)
     rows = {}
     for name, seconds in interleaved(calls, rounds, label="components").items():
@@ -128,7 +170,8 @@ def _components(animator: Animator, rounds: int, peak: float) -> dict[str, dict[
 
 
 def _clips(animator: Animator, speeds: Sequence[str], count: int) -> dict[str, dict[str, float]]:
-    """From picture to frames: milliseconds, how many times faster than exact, and the frames' PSNR to exact's in dB (peak 255)."""
+    """From picture to frames: milliseconds, how many times faster than exact, and the frames' PSNR to exact's in dB
+    (peak 255)."""
     names = list(dict.fromkeys(["exact", *speeds]))
     seconds: dict[str, list[float]] = {name: [] for name in names}
     likeness: dict[str, list[float]] = {name: [] for name in names}
@@ -176,20 +219,30 @@ def _compared(animator: Animator, args: argparse.Namespace) -> dict[str, Any]:
         inputs = Inputs(torch.cat([latents, latents]), clean, timestep, text, one)
     device, buffers = animator.engines["unet"].device, pipeline.buffers
     engine = animator.engines["unet"]
-    network = engine.bind({tensor.name: getattr(buffers, tensor.name) for tensor in (*engine.spec.inputs, *engine.spec.outputs)})
+    network = engine.bind(
+        {tensor.name: getattr(buffers, tensor.name) for tensor in (*engine.spec.inputs, *engine.spec.outputs)}
+    )
 
     def step() -> np.ndarray:
         pipeline.denoise(noise, [one])
         return pipeline.latents()
 
     with peers(model, inputs, args.compare, args.threads) as rivals:
-        left_out = {name: reason for name, peer in rivals.items() if (reason := wrong(peer.step()[:, :, 1:].numpy(), step()[:, :, 1:]))}
+        left_out = {
+            name: reason
+            for name, peer in rivals.items()
+            if (reason := wrong(peer.step()[:, :, 1:].numpy(), step()[:, :, 1:]))
+        }
         for name, reason in left_out.items():
             note(f"{name}: left out: {reason}")
             del rivals[name]
         device.write(buffers.latents, inputs.latents.numpy())
-        networks = interleaved({"trip-rt": network, **{name: peer.unet for name, peer in rivals.items()}}, args.rounds, label="UNet")
-        steps = interleaved({"trip-rt": step, **{name: peer.step for name, peer in rivals.items()}}, args.rounds, label="guided step")
+        networks = interleaved(
+            {"trip-rt": network, **{name: peer.unet for name, peer in rivals.items()}}, args.rounds, label="UNet"
+        )
+        steps = interleaved(
+            {"trip-rt": step, **{name: peer.step for name, peer in rivals.items()}}, args.rounds, label="guided step"
+        )
         about = {name: peer.about for name, peer in rivals.items()}
     return {
         "rounds": args.rounds,
@@ -197,7 +250,9 @@ def _compared(animator: Animator, args: argparse.Namespace) -> dict[str, Any]:
         "left_out": left_out,
         "unet_milliseconds": {name: percentiles(seconds) for name, seconds in networks.items()},
         "milliseconds": {name: percentiles(seconds) for name, seconds in steps.items()},
-        "times_as_long_as_trip_rt": {name: ratio(seconds, steps["trip-rt"]) for name, seconds in steps.items() if name != "trip-rt"},
+        "times_as_long_as_trip_rt": {
+            name: ratio(seconds, steps["trip-rt"]) for name, seconds in steps.items() if name != "trip-rt"
+        },
     }
 
 
@@ -207,8 +262,13 @@ def _cold_start(args: argparse.Namespace, profile: Profile, backend: str, speed:
     with tempfile.TemporaryDirectory(prefix="trip-bench-") as folder:
         path = Path(folder) / "picture.png"
         Image.fromarray(picture).save(path)
-        found = [_child(args.threads, "runtime", args.bundle, backend, profile.name, speed, path, prompt) for _ in range(args.clips)]
-    seconds = {name: round(float(np.median([one["seconds"][name] for one in found])), 3) for name in found[0]["seconds"]}
+        found = [
+            _child(args.threads, "runtime", args.bundle, backend, profile.name, speed, path, prompt)
+            for _ in range(args.clips)
+        ]
+    seconds = {
+        name: round(float(np.median([one["seconds"][name] for one in found])), 3) for name in found[0]["seconds"]
+    }
     return {"seconds": seconds, "peak_memory_mb": float(np.median([one["peak_memory_mb"] for one in found]))}
 
 
@@ -222,27 +282,51 @@ def _child(threads: int | None, *arguments: object) -> dict[str, Any]:
 
 def _table(figures: dict[str, Any]) -> str:
     cpu, peak = figures["machine"]["cpu"], figures["matrix_product_gflops"]
-    lines = [f"{figures['profile']}, {figures['precision']}, {figures['backend']} on {cpu}, matrix products at {peak} GFLOP/s", ""]
+    lines = [
+        (
+            f"{figures['profile']}, {figures['precision']}, {figures['backend']} on {cpu}, matrix products at {peak}"
+            " GFLOP/s"
+        ),
+        "",
+    ]
     lines += [f"{'component, a call':<24}{'p50 ms':>10}{'p95':>10}{'p99':>10}{'GFLOP':>10}{'% of peak':>11}"]
     for name, row in figures["components"].items():
-        lines.append(f"{name:<24}{row['p50']:>10.2f}{row['p95']:>10.2f}{row['p99']:>10.2f}{row['gflop']:>10.2f}{row['peak_percent']:>11.1f}")
+        lines.append(
+            f"{name:<24}{row['p50']:>10.2f}{row['p95']:>10.2f}{row['p99']:>10.2f}{row['gflop']:>10.2f}{row['peak_percent']:>11.1f}"
+        )
     if "guided_step" in figures:
         found = figures["guided_step"]
-        lines += ["", f"{'a guided step':<24}{'p50 ms':>10}{'p95':>10}{'UNet p50':>10}{'times trip-rt':>15}{'p5 to p95':>16}"]
+        lines += [
+            "",
+            f"{'a guided step':<24}{'p50 ms':>10}{'p95':>10}{'UNet p50':>10}{'times trip-rt':>15}{'p5 to p95':>16}",
+        ]
         for name, row in found["milliseconds"].items():
             times = found["times_as_long_as_trip_rt"].get(name)
             spread = f"{times['median']:>15.2f}{times['p5']:>9.2f} – {times['p95']:.2f}" if times else ""
-            lines.append(f"{name:<24}{row['p50']:>10.1f}{row['p95']:>10.1f}{found['unet_milliseconds'][name]['p50']:>10.1f}{spread}")
+            lines.append(
+                f"{name:<24}{row['p50']:>10.1f}{row['p95']:>10.1f}{found['unet_milliseconds'][name]['p50']:>10.1f}{spread}"
+            )
     if "clips" in figures:
         lines += ["", f"{'a clip, warm':<24}{'p50 ms':>10}{'p95':>10}{'p99':>10}{'faster':>10}{'dB to exact':>13}"]
         for name, row in figures["clips"].items():
-            lines.append(f"{name:<24}{row['p50']:>10.0f}{row['p95']:>10.0f}{row['p99']:>10.0f}{row['times_faster']:>9.2f}×{row['psnr']:>13.1f}")
+            lines.append(
+                f"{name:<24}{row['p50']:>10.0f}{row['p95']:>10.0f}{row['p99']:>10.0f}{row['times_faster']:>9.2f}×{row['psnr']:>13.1f}"
+            )
         milestones = next(iter(figures["cold_start"].values()))["seconds"]
-        lines += ["", f"{'a fresh process, s to':<24}" + "".join(f"{name:>12}" for name in milestones) + f"{'peak MB':>10}"]
+        lines += [
+            "",
+            f"{'a fresh process, s to':<24}" + "".join(f"{name:>12}" for name in milestones) + f"{'peak MB':>10}",
+        ]
         for name, row in figures["cold_start"].items():
-            lines.append(f"{name:<24}" + "".join(f"{value:>12.2f}" for value in row["seconds"].values()) + f"{row['peak_memory_mb']:>10.0f}")
+            lines.append(
+                f"{name:<24}"
+                + "".join(f"{value:>12.2f}" for value in row["seconds"].values())
+                + f"{row['peak_memory_mb']:>10.0f}"
+            )
         if "pytorch_peak_memory_mb" in figures:
-            lines.append(f"{'PyTorch':<24}" + " " * 12 * len(milestones) + f"{figures['pytorch_peak_memory_mb']:>10.0f}")
+            lines.append(
+                f"{'PyTorch':<24}" + " " * 12 * len(milestones) + f"{figures['pytorch_peak_memory_mb']:>10.0f}"
+            )
     return "\n".join(lines)
 
 

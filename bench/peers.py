@@ -1,4 +1,5 @@
-"""What a careful user would run in trip-rt's place, on the same weights: diffusers' network in PyTorch, and its plain export on engine libraries."""
+"""What a careful user would run in trip-rt's place, on the same weights: diffusers' network in PyTorch, and its plain
+export on engine libraries."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ MAX_ERROR = 1e-3  # of a peer's latents: what is wrong is no rival
 
 @dataclass(frozen=True)
 class Inputs:
-    """A guided step of the loop: latents and clean first frames of both halves, the timestep [1], text [2B, L, D], and the step's coefficients."""
+    """A guided step of the loop: latents and clean first frames of both halves, the timestep [1], text [2B, L, D], and
+    the step's coefficients."""
 
     latents: Tensor
     first_frame: Tensor
@@ -48,7 +50,8 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Peer:
-    """`unet` and `step` do what the runtime does in a call of the network and in a whole guided step; `about` says how."""
+    """`unet` and `step` do what the runtime does in a call of the network and in a whole guided step; `about`
+    says how."""
 
     unet: Callable[[], Tensor]
     step: Callable[[], Tensor]
@@ -73,7 +76,10 @@ def peers(model: TripModel, inputs: Inputs, names: Sequence[str], threads: int |
     torch.set_num_threads(threads or torch.get_num_threads())
     unet = UNet3DConditionModel.from_config(model.residual_unet.unet.config)
     unet.load_state_dict(model.residual_unet.unet.state_dict())
-    plain, fusion = _Plain(unet, model.config.first_frame).eval().requires_grad_(False), model.fusion.eval().requires_grad_(False)
+    plain, fusion = (
+        _Plain(unet, model.config.first_frame).eval().requires_grad_(False),
+        model.fusion.eval().requires_grad_(False),
+    )
     sigmas = torch.tensor([inputs.step.step.sqrt_alpha_bar]), torch.tensor([inputs.step.step.sqrt_one_minus_alpha_bar])
     of_fusion = (inputs.latents, inputs.first_frame, inputs.latents, *sigmas, inputs.timestep)
     with tempfile.TemporaryDirectory(prefix="trip-bench-") as folder:
@@ -92,7 +98,11 @@ def peers(model: TripModel, inputs: Inputs, names: Sequence[str], threads: int |
 def wrong(found: np.ndarray, expected: np.ndarray) -> str:
     """Why a rival's latents cannot stand beside the runtime's, or "" where they can."""
     error = float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
-    return "" if error <= MAX_ERROR else f"found an error of {error:.1e} to trip-rt's latents, expected at most {MAX_ERROR}"
+    return (
+        ""
+        if error <= MAX_ERROR
+        else f"found an error of {error:.1e} to trip-rt's latents, expected at most {MAX_ERROR}"
+    )
 
 
 def _peer(unet: Network, fusion: Network, inputs: Inputs, sigmas: tuple[Tensor, Tensor], about: str) -> Peer:
@@ -101,7 +111,9 @@ def _peer(unet: Network, fusion: Network, inputs: Inputs, sigmas: tuple[Tensor, 
     @torch.inference_mode()
     def step() -> Tensor:
         residual = unet(inputs.of_unet)
-        unconditional, conditional = fusion((inputs.latents, inputs.first_frame, residual, *sigmas, inputs.timestep)).chunk(2)
+        unconditional, conditional = fusion(
+            (inputs.latents, inputs.first_frame, residual, *sigmas, inputs.timestep)
+        ).chunk(2)
         guided = unconditional + one.guidance_scale * (conditional - unconditional)
         return one.step.latents[0] * inputs.latents[:half] + one.step.latents[1] * guided
 
@@ -157,7 +169,9 @@ def _onnxruntime(parts: Parts, folder: Path, threads: int | None) -> tuple[list[
     def network(graph: Path) -> Network:
         session = onnxruntime.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
         names = [value.name for value in session.get_inputs()]
-        return lambda tensors: torch.from_numpy(session.run(None, {name: x.numpy() for name, x in zip(names, tensors, strict=True)})[0])
+        return lambda tensors: torch.from_numpy(
+            session.run(None, {name: x.numpy() for name, x in zip(names, tensors, strict=True)})[0]
+        )
 
     return [network(_exported(*part, folder)) for part in parts], "the plain ONNX export on ONNX Runtime"
 
@@ -171,7 +185,9 @@ def _openvino(parts: Parts, folder: Path, threads: int | None) -> tuple[list[Net
 
     def network(graph: Path) -> Network:
         request = openvino.Core().compile_model(graph, "CPU", settings).create_infer_request()
-        return lambda tensors: torch.from_numpy(np.array(next(iter(request.infer([x.numpy() for x in tensors], share_inputs=True).values()))))
+        return lambda tensors: torch.from_numpy(
+            np.array(next(iter(request.infer([x.numpy() for x in tensors], share_inputs=True).values())))
+        )
 
     return [network(_exported(*part, folder)) for part in parts], "the plain ONNX export on OpenVINO"
 
@@ -183,12 +199,17 @@ def _inductor(parts: Parts, folder: Path, threads: int | None) -> tuple[list[Net
 
     def network(module: nn.Module, inputs: tuple[Tensor, ...]) -> Network:
         package = folder / f"{type(module).__name__}.pt2"
-        export_inductor(Component("", module, {str(i): tensor for i, tensor in enumerate(inputs)}, ()), package, "fp32", "cpu")
+        export_inductor(
+            Component("", module, {str(i): tensor for i, tensor in enumerate(inputs)}, ()), package, "fp32", "cpu"
+        )
         loaded = aoti_load_package(str(package))
-        # It takes for granted that inputs lie as the examples did, and the UNet's output without its first frame is a view.
+        # It takes for granted that inputs lie as the examples did, and the UNet's output without its first frame is a
+        # view.
         return lambda tensors: loaded(*(tensor.contiguous() for tensor in tensors))
 
-    return [network(module, tuple(tensor.clone() for tensor in inputs)) for module, inputs in parts], "the plain network by AOTInductor, frozen"
+    return [
+        network(module, tuple(tensor.clone() for tensor in inputs)) for module, inputs in parts
+    ], "the plain network by AOTInductor, frozen"
 
 
 def _exported(module: nn.Module, inputs: tuple[Tensor, ...], folder: Path) -> Path:
@@ -197,8 +218,16 @@ def _exported(module: nn.Module, inputs: tuple[Tensor, ...], folder: Path) -> Pa
         with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-            torch.onnx.export(module, tuple(tensor.clone() for tensor in inputs), path, dynamo=True, opset_version=18, verbose=False)
+            torch.onnx.export(
+                module, tuple(tensor.clone() for tensor in inputs), path, dynamo=True, opset_version=18, verbose=False
+            )
     return path
 
 
-_MAKERS = {"eager": _eager, "compile": _compile, "onnxruntime": _onnxruntime, "openvino": _openvino, "inductor": _inductor}
+_MAKERS = {
+    "eager": _eager,
+    "compile": _compile,
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+    "inductor": _inductor,
+}

@@ -1,4 +1,5 @@
-"""How time and memory grow with frames, picture size and batch, one at a time around a preset's own shape, on random weights.
+"""How time and memory grow with frames, picture size and batch, one at a time around a preset's own shape, on random
+weights.
 
 python bench/scaling.py demo --output bench/results/scaling.json --plot bench/results/scaling.png
 """
@@ -47,17 +48,30 @@ class LeftOut(Exception):
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="bench/scaling.py",
-        description="Time a guided step and decoding, and measure memory, over frames, size and batch. Every point has processes of its own.",
+        description=(
+            "Time a guided step and decoding, and measure memory, over frames, size and batch. Every point has"
+            " processes of its own."
+        ),
         epilog="example: python bench/scaling.py demo --frames 8,16,32 --sizes 64,128 --batches 1,2 --plot scaling.png",
     )
     parser.add_argument("preset", choices=tuple(PRESETS), help="whose architecture to take, with random weights")
     parser.add_argument("--frames", type=_numbers, default=(8, 16, 32, 64), metavar="LIST", help="(8,16,32,64)")
-    parser.add_argument("--sizes", type=_numbers, default=(64, 128, 256, 512), metavar="LIST", help="pixels on each side (64,128,256,512)")
+    parser.add_argument(
+        "--sizes",
+        type=_numbers,
+        default=(64, 128, 256, 512),
+        metavar="LIST",
+        help="pixels on each side (64,128,256,512)",
+    )
     parser.add_argument("--batches", type=_numbers, default=(1, 2, 4), metavar="LIST", help="(1,2,4)")
     parser.add_argument("--backend", choices=("onnxruntime", "openvino"), default="openvino", help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="steps timed at each point (%(default)s)")
     parser.add_argument(
-        "--max-seconds", type=float, default=600, metavar="S", help="leave out a point that takes longer, with its export (%(default)g)"
+        "--max-seconds",
+        type=float,
+        default=600,
+        metavar="S",
+        help="leave out a point that takes longer, with its export (%(default)g)",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the figures")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures there too")
@@ -88,14 +102,22 @@ def run(args: argparse.Namespace) -> int:
     figures: dict[str, Any] = {"preset": args.preset, "backend": args.backend, "machine": machine()}
     for name, wanted in axes.items():
         found = [point for point in wanted if point in rows]
-        figures[name] = {"points": [dataclasses.asdict(point) | rows[point] for point in found], "slopes": _slopes(name, found, rows)}
+        figures[name] = {
+            "points": [dataclasses.asdict(point) | rows[point] for point in found],
+            "slopes": _slopes(name, found, rows),
+        }
     figures["left_out"] = [dataclasses.asdict(point) | {"reason": reason} for point, reason in left_out.items()]
     if args.output:
         args.output.write_text(json.dumps(figures, indent=1) + "\n")
     if args.plot:
         from plots import scaling
 
-        drawn = {"step_ms": "a guided step, ms", "decode_ms": "decoding a clip, ms", "loop_mb": "memory, MB", "decode_growth_mb": "… of decoding, MB"}
+        drawn = {
+            "step_ms": "a guided step, ms",
+            "decode_ms": "decoding a clip, ms",
+            "loop_mb": "memory, MB",
+            "decode_growth_mb": "… of decoding, MB",
+        }
         panels = []
         for name, label in _AXES.items():
             found = figures[name]["points"]
@@ -122,7 +144,8 @@ def _measured(args: argparse.Namespace, point: Point) -> dict[str, float]:
 
 
 def _in_turn(works: dict[str, Callable[[], dict[str, float]]], seconds: float) -> dict[str, float]:
-    """All their figures, each work in a process of its own; LeftOut where one fails, is killed, or would end after `seconds` of all."""
+    """All their figures, each work in a process of its own; LeftOut where one fails, is killed, or would end after
+    `seconds` of all."""
     figures: dict[str, float] = {}
     for name, work in works.items():
         found = apart(lambda _, work=work: work(), seconds)
@@ -141,12 +164,17 @@ def _export(preset: str, point: Point, backend: str, bundle: Path) -> dict[str, 
     chosen = PRESETS[preset]
     config = dataclasses.replace(chosen.trip, num_frames=point.frames, height=point.size, width=point.size)
     save_random(dataclasses.replace(chosen, trip=config), bundle.with_name("checkpoint"))
-    export_bundle(bundle.with_name("checkpoint"), bundle, ExportOptions(backends=(backend,), batch=point.batch, parity_steps=0, speedups=False))
+    export_bundle(
+        bundle.with_name("checkpoint"),
+        bundle,
+        ExportOptions(backends=(backend,), batch=point.batch, parity_steps=0, speedups=False),
+    )
     return {}
 
 
 def _loop(bundle: Path, backend: str, rounds: int) -> dict[str, float]:
-    """Median milliseconds of a guided step, and the peak memory of a process that has opened the bundle and run the loop."""
+    """Median milliseconds of a guided step, and the peak memory of a process that has opened the bundle and run the
+    loop."""
     from trip_rt.animator import Animator
     from trip_rt.sampler import initial_noise
     from trip_rt.speed import loop_steps
@@ -154,7 +182,10 @@ def _loop(bundle: Path, backend: str, rounds: int) -> dict[str, float]:
     with Animator(bundle, backend) as animator:
         config, pipeline, batch = animator.config, animator._pipeline, animator.profile.batch
         noise = initial_noise(range(batch), config.latent_shape)
-        pipeline.encode(*np.ones((2, batch, config.text_length), np.int64), np.zeros((batch, 3, config.height, config.width), np.float32))
+        pipeline.encode(
+            *np.ones((2, batch, config.text_length), np.int64),
+            np.zeros((batch, 3, config.height, config.width), np.float32),
+        )
         steps = loop_steps(config)[:1]
         seconds = interleaved({"step": lambda: pipeline.denoise(noise, steps)}, rounds, warm_ups=1)["step"]
         return {"step_ms": percentiles(seconds)["p50"], "loop_mb": peak_memory_mb()}
@@ -191,7 +222,10 @@ def _slopes(axis: str, points: Sequence[Point], rows: dict[Point, dict[str, floa
     if len(points) < 2:
         return {}
     x = np.log([_value(axis, dataclasses.asdict(point)) ** (2 if axis == "sizes" else 1) for point in points])
-    return {key: round(float(np.polyfit(x, np.log([max(rows[point][key], 0.1) for point in points]), 1)[0]), 2) for key in rows[points[0]]}
+    return {
+        key: round(float(np.polyfit(x, np.log([max(rows[point][key], 0.1) for point in points]), 1)[0]), 2)
+        for key in rows[points[0]]
+    }
 
 
 def _table(figures: dict[str, Any]) -> str:
@@ -199,13 +233,16 @@ def _table(figures: dict[str, Any]) -> str:
     for axis, label in _AXES.items():
         lines.append(f"{label:<24}{'step ms':>12}{'loop MB':>12}{'decode ms':>12}{'decode + MB':>13}")
         for point in figures[axis]["points"]:
-            row = f"{_value(axis, point):<24}{point['step_ms']:>12.1f}{point['loop_mb']:>12.0f}{point['decode_ms']:>12.1f}"
-            lines.append(f"{row}{point['decode_growth_mb']:>13.1f}")
+            row = f"{_value(axis, point):<24}{point['step_ms']:>12.1f}{point['loop_mb']:>12.0f}"
+            lines.append(f"{row}{point['decode_ms']:>12.1f}{point['decode_growth_mb']:>13.1f}")
         if slopes := figures[axis]["slopes"]:
             row = f"{'slope':<24}{slopes['step_ms']:>12.2f}{slopes['loop_mb']:>12.2f}{slopes['decode_ms']:>12.2f}"
             lines.append(f"{row}{slopes['decode_growth_mb']:>13.2f}")
         lines.append("")
-    lines += [f"left out: {Point(*(one[name] for name in ('frames', 'size', 'batch')))}: {one['reason']}" for one in figures["left_out"]]
+    lines += [
+        f"left out: {Point(*(one[name] for name in ('frames', 'size', 'batch')))}: {one['reason']}"
+        for one in figures["left_out"]
+    ]
     return "\n".join(lines)
 
 

@@ -1,4 +1,5 @@
-"""What each way of saving work costs and brings on the demo model: seconds a clip, likeness to the exact clip, and does it still move as told?
+"""What each way of saving work costs and brings on the demo model: seconds a clip, likeness to the exact clip, and does
+it still move as told?
 
 python bench/speeds.py out/demo-bundle --clips 64
 """
@@ -43,7 +44,10 @@ WAYS = {
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="bench/speeds.py",
-        description="Animate held-out pictures of the demo world in each way of saving work, interleaved clip by clip, and judge the clips.",
+        description=(
+            "Animate held-out pictures of the demo world in each way of saving work, interleaved clip by clip, and"
+            " judge the clips."
+        ),
         epilog='example: python bench/speeds.py out/demo-bundle --clips 64 --ways "exact;balanced;fast"',
     )
     parser.add_argument("bundle", type=Path, help="of the demo model")
@@ -66,7 +70,9 @@ def run(args: argparse.Namespace) -> int:
     with Animator(args.bundle, args.backend, options=EngineOptions(threads=args.threads)) as animator:
         if animator.config.width != animator.config.height:
             found = f"{animator.config.width}x{animator.config.height}"
-            raise InputError(f"found pictures of {found}, expected square ones, by which clips are judged; export the bundle so")
+            raise InputError(
+                f"found pictures of {found}, expected square ones, by which clips are judged; export the bundle so"
+            )
         figures = {"clips": args.clips, "engine": animator.describe(), "ways": measure(animator, ways, args.clips)}
     if args.output:
         args.output.write_text(json.dumps(figures, indent=1) + "\n")
@@ -75,8 +81,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(animator: Animator, ways: dict[str, Speed], clips: int) -> dict[str, dict[str, Any]]:
-    """By name: median seconds a clip (picture to frames), how often faster than exact (median over clips of both made in turn), mean and least PSNR
-    of the frames to exact's in dB (peak 255), and the shares of clips that move as told and that meet every demand, in percent."""
+    """By name: median seconds a clip (picture to frames), how often faster than exact (median over clips of both made
+    in turn), mean and least PSNR of the frames to exact's in dB (peak 255), and the shares of clips that move as told
+    and that meet every demand, in percent."""
     rows: dict[str, list[tuple[float, float, float, bool, bool]]] = {name: [] for name in ways}
     size = animator.config.height
     for seed in tqdm(range(-1, clips), desc="animate", unit="clip", disable=None, leave=False):
@@ -112,7 +119,10 @@ def _summary(speed: Speed, rows: list[tuple[float, float, float, bool, bool]]) -
 
 def table(ways: dict[str, dict[str, Any]]) -> str:
     """Markdown, a row a way."""
-    lines = ["| | s a clip | times faster | dB to exact, mean | least | moves as told, % | every demand, % |", "| --- |" + " --- |" * 6]
+    lines = [
+        "| | s a clip | times faster | dB to exact, mean | least | moves as told, % | every demand, % |",
+        "| --- |" + " --- |" * 6,
+    ]
     for name, row in ways.items():
         likeness = ("—", "—") if name == "exact" else (row["psnr_mean"], row["psnr_min"])
         cells = name, row["seconds"], row["times_faster"], *likeness, row["moves_as_told"], row["every_demand"]

@@ -53,14 +53,17 @@ def matrix_peak(threads: int | None, size: int = 2048, rounds: int = 8) -> float
 
 
 def machine() -> dict[str, Any]:
-    """The CPU, its threads and what half-precision arithmetic it has, and the versions of Python and of the libraries."""
+    """The CPU, its threads and what half-precision arithmetic it has, and the versions of Python and of the
+    libraries."""
     info = Path("/proc/cpuinfo")
     lines = [line.partition(":") for line in info.read_text().splitlines()] if info.exists() else []
     models = [value.strip() for key, _, value in lines if key.strip() == "model name"] or [platform.processor()]
     flags = next((value.split() for key, _, value in lines if key.strip() == "flags"), [])
     about: dict[str, Any] = {"cpu": models[0], "threads": len(models)}
     about["instructions"] = [
-        flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8") if flag in flags
+        flag
+        for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
+        if flag in flags
     ]
     about["python"] = platform.python_version()
     for name in _LIBRARIES:

@@ -1,4 +1,5 @@
-"""The PyTorch model's own modules as engines: where no engine library is at hand, the loop around them runs and is timed all the same."""
+"""The PyTorch model's own modules as engines: where no engine library is at hand, the loop around them runs and is
+timed all the same."""
 
 from __future__ import annotations
 
@@ -15,7 +16,13 @@ from trip_rt.devices import Device
 from trip_rt.manifest import COMPONENTS, EngineSpec, KernelSpec, Profile, tensors
 
 # The model's method that each component is.
-METHODS = {"text_encoder": "encode_text", "vae_encoder": "encode_image", "unet": "residual_unet", "tnf": "fusion", "vae_decoder": "decode"}
+METHODS = {
+    "text_encoder": "encode_text",
+    "vae_encoder": "encode_image",
+    "unet": "residual_unet",
+    "tnf": "fusion",
+    "vae_decoder": "decode",
+}
 # The model projects the text itself, each time, and lets nobody see its features.
 _FEATURES_SHAPE = (1, 1, 1, 1)
 
@@ -31,10 +38,16 @@ class _Method:
         if self.name == "text_projection":
             return given
         made = [getattr(self.model, METHODS[self.name])(*given)]
-        return [*made, torch.zeros(len(given[0]), *_FEATURES_SHAPE, device=given[0].device)] if self.name == "unet" else made
+        return (
+            [*made, torch.zeros(len(given[0]), *_FEATURES_SHAPE, device=given[0].device)]
+            if self.name == "unet"
+            else made
+        )
 
 
-def torch_engines(model: Any, device: Device, decode_frames: int, precision: str, batch: int = 1) -> dict[str, InductorEngine]:
+def torch_engines(
+    model: Any, device: Device, decode_frames: int, precision: str, batch: int = 1
+) -> dict[str, InductorEngine]:
     """Engines of all components that run `model`, which lies on `device` already, in its own dtype."""
     dtype = next(model.residual_unet.parameters()).dtype
     engines = {}
@@ -42,11 +55,19 @@ def torch_engines(model: Any, device: Device, decode_frames: int, precision: str
     for name in COMPONENTS:
         inputs, outputs = signatures[name]
         spec = EngineSpec((f"{name} in PyTorch",), "", precision, {}, 0.0, {}, inputs, outputs)
-        engines[name] = InductorEngine(spec, torch, _Method(model, name, dtype), device, EngineOptions(), owns_device=False)
+        engines[name] = InductorEngine(
+            spec, torch, _Method(model, name, dtype), device, EngineOptions(), owns_device=False
+        )
     return engines
 
 
-def profile_of(config: TripConfig, engines: dict[str, InductorEngine], decode_frames: int, kernels: dict[str, KernelSpec], batch: int = 1) -> Profile:
+def profile_of(
+    config: TripConfig,
+    engines: dict[str, InductorEngine],
+    decode_frames: int,
+    kernels: dict[str, KernelSpec],
+    batch: int = 1,
+) -> Profile:
     """The profile that a bundle of these engines would have."""
     specs = {name: {"pytorch": engine.spec} for name, engine in engines.items()}
     unet = engines["unet"].spec
@@ -56,7 +77,8 @@ def profile_of(config: TripConfig, engines: dict[str, InductorEngine], decode_fr
 
 
 class StandIn(nn.Module):
-    """TRIP's own fusion among parts far simpler than the model's, of the same shapes: for the loop where diffusers is not installed."""
+    """TRIP's own fusion among parts far simpler than the model's, of the same shapes: for the loop where diffusers is
+    not installed."""
 
     def __init__(self, config: TripConfig):
         super().__init__()
@@ -80,4 +102,6 @@ class _StandInUNet(nn.Module):
 
     def forward(self, latents: Tensor, first_frame: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         said = self.say(text.mean(1)) * torch.cos(timestep.to(text.dtype) / 300)
-        return self.mix(torch.cat([latents, first_frame[:, :, None].expand_as(latents)], 1)) + said[:, :, None, None, None]
+        return (
+            self.mix(torch.cat([latents, first_frame[:, :, None].expand_as(latents)], 1)) + said[:, :, None, None, None]
+        )

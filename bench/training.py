@@ -1,10 +1,12 @@
-"""What training costs: a step with and without gradient checkpointing, its memory, and how fast clips are read beside it.
+"""What training costs: a step with and without gradient checkpointing, its memory, and how fast clips are read beside
+it.
 
     python bench/training.py demo
     python bench/training.py bench --batch 2 --output bench/results/training_bench.json
 
-A step is forward and backward of the loss; activation memory is what the process has at most within a step beyond what it had before, gradients
-laid out already, in a process of its own. The loader reads .mp4 files at the preset's size: the demo world's, or those of --data.
+A step is forward and backward of the loss; activation memory is what the process has at most within a step beyond what
+it had before, gradients laid out already, in a process of its own. The loader reads .mp4 files at the preset's size:
+the demo world's, or those of --data.
 """
 
 from __future__ import annotations
@@ -63,9 +65,13 @@ class Step:
 
 def activation_memory(preset: str, batch: int, kind: str) -> float:
     """Megabytes, in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, preset, "--batch", str(batch), "--memory-of", kind], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, preset, "--batch", str(batch), "--memory-of", kind], capture_output=True, text=True
+    )
     if done.returncode:
-        raise InputError(f"memory of {kind}: the process ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
+        raise InputError(
+            f"memory of {kind}: the process ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}"
+        )
     return float(done.stdout)
 
 
@@ -80,11 +86,14 @@ def gradient_difference(preset: str, batch: int) -> float:
 
 
 def loader_speed(preset: str, data: Path, tokenizer_json: str, batch: int, workers: int, clips: int) -> float:
-    """Clips a second with nothing else to do; the first batches, which wait for the workers to start, are not counted."""
+    """Clips a second with nothing else to do; the first batches, which wait for the workers to start, are not
+    counted."""
     trip = PRESETS[preset].trip
     source = VideoFolder(data, ClipFormat(trip.num_frames, trip.height, trip.width))
     skipped = 2 * max(workers, 1)
-    loader = iter(Loader(source, BatchPlan(batch), 0, Collate(tokenizer_json), 0, skipped + max(clips // batch, 1), workers))
+    loader = iter(
+        Loader(source, BatchPlan(batch), 0, Collate(tokenizer_json), 0, skipped + max(clips // batch, 1), workers)
+    )
     for _ in range(skipped):
         next(loader)
     began, count = time.perf_counter(), 0
@@ -94,11 +103,17 @@ def loader_speed(preset: str, data: Path, tokenizer_json: str, batch: int, worke
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = CommandParser(prog="bench/training.py", description=__doc__.splitlines()[0], epilog="example: python bench/training.py bench --batch 2")
+    parser = CommandParser(
+        prog="bench/training.py",
+        description=__doc__.splitlines()[0],
+        epilog="example: python bench/training.py bench --batch 2",
+    )
     parser.add_argument("preset", choices=tuple(PRESETS))
     parser.add_argument("--batch", type=int, default=4, help="clips a step (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="(%(default)s)")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="a folder with annotations.json (one of the demo world is written)")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="a folder with annotations.json (one of the demo world is written)"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that read (%(default)s)")
     parser.add_argument("--clips", type=int, default=200, help="read by the loader (%(default)s)")
     parser.add_argument("--memory-of", choices=KINDS, help=argparse.SUPPRESS)
@@ -143,10 +158,19 @@ def run(args: argparse.Namespace) -> int:
         "loader_times_step": round(speed / trained, 2),
     }
     slower = figures["checkpointed_times_plain"]["median"]
-    note(f"a step of {args.batch} clips: {figures['step_ms']['plain']['p50']:.0f} ms, checkpointed {slower:.2f} times that")
-    note(f"activations: {memory['plain']:.0f} MB, checkpointed {memory['checkpointed']:.0f} MB ({figures['memory_share']:.0%})")
+    note(
+        f"a step of {args.batch} clips: {figures['step_ms']['plain']['p50']:.0f} ms, checkpointed {slower:.2f} times"
+        " that"
+    )
+    note(
+        f"activations: {memory['plain']:.0f} MB, checkpointed {memory['checkpointed']:.0f} MB"
+        f" ({figures['memory_share']:.0%})"
+    )
     note(f"gradients differ by at most {figures['largest_gradient_difference']:.1e} of their tensor's largest")
-    note(f"loader: {speed:.1f} clips/s by {args.workers} processes; step: {trained:.2f} clips/s; the loader is {speed / trained:.1f} times as fast")
+    note(
+        f"loader: {speed:.1f} clips/s by {args.workers} processes; step: {trained:.2f} clips/s; the loader is"
+        f" {speed / trained:.1f} times as fast"
+    )
     if args.output:
         args.output.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(figures))

@@ -1,4 +1,5 @@
-"""What a denoising step does after the UNet: fuse the prior, guide, update the latents, hold frame 1. By an engine and numpy, or by one kernel."""
+"""What a denoising step does after the UNet: fuse the prior, guide, update the latents, hold frame 1. By an engine and
+numpy, or by one kernel."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 
 class AfterUNet(Protocol):
-    """One row of the step table, done to the loop's buffers. `name` says by what; `capturable` whether a CUDA graph can record it."""
+    """One row of the step table, done to the loop's buffers. `name` says by what; `capturable` whether a CUDA graph can
+    record it."""
 
     name: str
     capturable: bool
@@ -30,8 +32,8 @@ class AfterUNet(Protocol):
 
 
 class EngineStep:
-    """TNF by its engine, the rest by numpy: on any device, but through the host. An engine of half the batch is that of steps without guidance, and
-    works on the conditional half."""
+    """TNF by its engine, the rest by numpy: on any device, but through the host. An engine of half the batch is that of
+    steps without guidance, and works on the conditional half."""
 
     name = "the engine of tnf"
     capturable = False
@@ -40,8 +42,15 @@ class EngineStep:
         self._device, self._buffers = device, buffers
         self._signal, self._sigma = device.zeros("float32", (1,)), device.zeros("float32", (1,))
         self._noise = device.zeros("float32", tnf.spec.outputs[0].shape)
-        halves = {name: getattr(buffers, name)[-self._noise.shape[0] :] for name in ("latents", "first_frame", "residual_noise")}
-        coefficients = {"timestep": buffers.timestep, "sqrt_alpha_bar": self._signal, "sqrt_one_minus_alpha_bar": self._sigma}
+        halves = {
+            name: getattr(buffers, name)[-self._noise.shape[0] :]
+            for name in ("latents", "first_frame", "residual_noise")
+        }
+        coefficients = {
+            "timestep": buffers.timestep,
+            "sqrt_alpha_bar": self._signal,
+            "sqrt_one_minus_alpha_bar": self._sigma,
+        }
         self._tnf = tnf.bind(halves | coefficients | {"noise": self._noise})
 
     def __call__(self) -> None:
@@ -97,18 +106,23 @@ class KernelStep:
         blob = np.fromfile(folder / spec.weights, np.uint8)
         weights = device.zeros("uint8", blob.shape)
         device.write(weights, blob)
-        known: dict[str, tuple[int, Any]] = {name: (buffer.address, ctypes.c_void_p) for name, buffer in vars(buffers).items() if buffer}
+        known: dict[str, tuple[int, Any]] = {
+            name: (buffer.address, ctypes.c_void_p) for name, buffer in vars(buffers).items() if buffer
+        }
         known |= {name: (weights.address + start, ctypes.c_void_p) for name, start in spec.tensors.items()}
         known |= {"batch": (batch, ctypes.c_int32), "pixels": (pixels, ctypes.c_int32), "scratch": (0, ctypes.c_void_p)}
         if unknown := [name for name in spec.parameters if name not in known]:
             raise InputError(
-                f"{cubin.file}: found a kernel that wants {', '.join(unknown)}, which this trip-rt does not know; upgrade it or export again"
+                f"{cubin.file}: found a kernel that wants {', '.join(unknown)}, which this trip-rt does not know;"
+                " upgrade it or export again"
             )
         self._arguments, self._types = zip(*(known[name] for name in spec.parameters), strict=True)
         self._function = device.kernel((folder / cubin.file).read_bytes(), spec.entry, cubin.shared_bytes)
 
     def __call__(self) -> None:
-        self._device.launch(self._function, self._programs, self._cubin.warps, self._cubin.shared_bytes, self._arguments, self._types)
+        self._device.launch(
+            self._function, self._programs, self._cubin.warps, self._cubin.shared_bytes, self._arguments, self._types
+        )
 
 
 def after_unet(device: Device, buffers: LoopBuffers, tnf: Engine, folder: Path, kernel: KernelSpec | None) -> AfterUNet:
@@ -123,15 +137,16 @@ def after_unet(device: Device, buffers: LoopBuffers, tnf: Engine, folder: Path, 
         return KernelStep(device, buffers, folder, kernel, capability)
     found = f"kernels for compute capability {', '.join(kernel.cubins)}" if kernel else "no kernel of this precision"
     warnings.warn(
-        f"the bundle has {found}, this GPU ({device.name}) is {there}: the engine of tnf runs in its place, more slowly; "
-        f"export the bundle again with this GPU among --gpus, if trip-export knows it",
+        f"the bundle has {found}, this GPU ({device.name}) is {there}: the engine of tnf runs in its place, more"
+        " slowly; export the bundle again with this GPU among --gpus, if trip-export knows it",
         stacklevel=2,
     )
     return EngineStep(device, buffers, tnf)
 
 
 def fitting(capabilities: Iterable[str], there: str) -> str | None:
-    """Of the capabilities compiled for, the one to run on `there`: machine code runs on its own and on later minor versions of the same major one."""
+    """Of the capabilities compiled for, the one to run on `there`: machine code runs on its own and on later minor
+    versions of the same major one."""
     major, minor = map(int, there.split("."))
     minors = [int(name.split(".")[1]) for name in capabilities if int(name.split(".")[0]) == major]
     best = max((found for found in minors if found <= minor), default=None)

@@ -38,18 +38,29 @@ def build_parser() -> argparse.ArgumentParser:
         prog="trip-animate",
         usage="%(prog)s BUNDLE IMAGE PROMPT -o CLIP [options]\n       %(prog)s BUNDLE --batch FILE [options]",
         description="Animate a picture as a sentence says. Everything given is checked before the slow work begins.",
-        epilog='example: trip-animate bundle photo.jpg "a red ball rolls to the right" -o clip.mp4 --seed 7; '
-        'a line of a --batch file: {"image": "photo.jpg", "prompt": "a red ball rolls to the right", "output": "clip.mp4", "seed": 7}',
+        epilog=(
+            'example: trip-animate bundle photo.jpg "a red ball rolls to the right" -o clip.mp4 --seed 7; a line of a'
+            ' --batch file: {"image": "photo.jpg", "prompt": "a red ball rolls to the right", "output": "clip.mp4",'
+            ' "seed": 7}'
+        ),
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder, as trip-export writes it")
     parser.add_argument("image", nargs="?", metavar="IMAGE", help="picture to begin with")
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="sentence that says what happens")
-    parser.add_argument("-o", "--output", metavar="CLIP", help="name ending in .mp4, .gif or .webp, or a folder for PNG frames")
     parser.add_argument(
-        "--batch", type=Path, metavar="FILE", help="a file that asks for a clip a line; paths in it are relative to the current folder"
+        "-o", "--output", metavar="CLIP", help="name ending in .mp4, .gif or .webp, or a folder for PNG frames"
     )
     parser.add_argument(
-        "--speed", choices=tuple(SPEEDS), default="exact", help="settled ways to trade likeness to the exact clip for time (%(default)s)"
+        "--batch",
+        type=Path,
+        metavar="FILE",
+        help="a file that asks for a clip a line; paths in it are relative to the current folder",
+    )
+    parser.add_argument(
+        "--speed",
+        choices=tuple(SPEEDS),
+        default="exact",
+        help="settled ways to trade likeness to the exact clip for time (%(default)s)",
     )
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (the speed's, or the model's own)")
     parser.add_argument("--solver", choices=SOLVERS, help="how to step; all but ddim need fewer steps (the speed's)")
@@ -59,17 +70,39 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="LOW,HIGH",
         help="guide only where the timestep lies between these shares of the schedule, 0 to 1 (the speed's)",
     )
-    parser.add_argument("--feature-reuse", type=int, metavar="N", help="run the whole UNet every N steps only, 1 for each (the speed's)")
-    parser.add_argument("--guidance-scale", type=float, metavar="G", help="how closely to follow the prompt, 0 to 100 (the model's own)")
+    parser.add_argument(
+        "--feature-reuse", type=int, metavar="N", help="run the whole UNet every N steps only, 1 for each (the speed's)"
+    )
+    parser.add_argument(
+        "--guidance-scale", type=float, metavar="G", help="how closely to follow the prompt, 0 to 100 (the model's own)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, another clip (%(default)s)")
-    parser.add_argument("--fps", type=float, metavar="F", help=f"frames a second, {video.MIN_FPS:g} to {video.MAX_FPS:g} (the model's own)")
+    parser.add_argument(
+        "--fps",
+        type=float,
+        metavar="F",
+        help=f"frames a second, {video.MIN_FPS:g} to {video.MAX_FPS:g} (the model's own)",
+    )
     parser.add_argument("--negative-prompt", default="", metavar="T", help="what should not be seen")
-    parser.add_argument("--fit", choices=("crop", "letterbox"), default="crop", help="how a picture of another shape is fitted (%(default)s)")
-    parser.add_argument("--backend", choices=("auto", *backends.NAMES), default="auto", help="engine library (%(default)s)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run it (%(default)s)")
-    parser.add_argument("--profile", metavar="NAME", help="which of the bundle's sets of shapes, such as 256x256-16f-b1 (its first)")
+    parser.add_argument(
+        "--fit",
+        choices=("crop", "letterbox"),
+        default="crop",
+        help="how a picture of another shape is fitted (%(default)s)",
+    )
+    parser.add_argument(
+        "--backend", choices=("auto", *backends.NAMES), default="auto", help="engine library (%(default)s)"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run it (%(default)s)"
+    )
+    parser.add_argument(
+        "--profile", metavar="NAME", help="which of the bundle's sets of shapes, such as 256x256-16f-b1 (its first)"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (the engine library's choice)")
-    parser.add_argument("--contact-sheet", type=Path, metavar="FILE.png", help="also write one picture with frames of all the clips")
+    parser.add_argument(
+        "--contact-sheet", type=Path, metavar="FILE.png", help="also write one picture with frames of all the clips"
+    )
     add_json_flag(parser)
     return parser
 
@@ -91,7 +124,11 @@ def run(args: argparse.Namespace) -> int:
     note(f"backend: {animator.backend} ({animator.backend_reason})")
     clips, strips = [], []
     total = len(steps) * math.ceil(len(jobs) / profile.batch)
-    with animator, _plain_warnings(), tqdm(total=total, desc="denoising", unit="step", disable=None, leave=False) as bar:
+    with (
+        animator,
+        _plain_warnings(),
+        tqdm(total=total, desc="denoising", unit="step", disable=None, leave=False) as bar,
+    ):
         for start in range(0, len(jobs), profile.batch):
             group, group_began = jobs[start : start + profile.batch], time.perf_counter()
             with _timed(seconds, "denoise"):
@@ -110,12 +147,25 @@ def run(args: argparse.Namespace) -> int:
                     frames = np.concatenate(list(animator.decode(clip)))
                 with _timed(seconds, "save"):
                     video.save(frames, job.output, fps)
-                clips.append({"image": job.image, "prompt": job.prompt, "seed": job.seed, "output": job.output, "frames": len(frames), "fps": fps})
+                clips.append(
+                    {
+                        "image": job.image,
+                        "prompt": job.prompt,
+                        "seed": job.seed,
+                        "output": job.output,
+                        "frames": len(frames),
+                        "fps": fps,
+                    }
+                )
                 if args.contact_sheet:
-                    strips.append(frames[np.linspace(0, len(frames) - 1, min(_SHEET_COLUMNS, len(frames))).round().astype(int)])
+                    strips.append(
+                        frames[np.linspace(0, len(frames) - 1, min(_SHEET_COLUMNS, len(frames))).round().astype(int)]
+                    )
                 if not args.json:
                     took = time.perf_counter() - group_began
-                    tqdm.write(f"{printable(job.output)}: {len(frames)} frames at {fps:g} a second, made in {took:.2f} s")
+                    tqdm.write(
+                        f"{printable(job.output)}: {len(frames)} frames at {fps:g} a second, made in {took:.2f} s"
+                    )
                     sys.stdout.flush()
     if args.contact_sheet:
         with _timed(seconds, "save"):
@@ -125,14 +175,20 @@ def run(args: argparse.Namespace) -> int:
     figures["contact_sheet"] = args.contact_sheet and str(args.contact_sheet)
     sheet = f"{printable(str(args.contact_sheet))}: contact sheet\n" if args.contact_sheet else ""
     stages = ", ".join(f"{stage} {value:.2f}" for stage, value in seconds.items() if stage != "total")
-    report(args, figures, f"{sheet}{len(clips)} {'clip' if len(clips) == 1 else 'clips'} in {seconds['total']:.2f} s: {stages}")
+    report(
+        args,
+        figures,
+        f"{sheet}{len(clips)} {'clip' if len(clips) == 1 else 'clips'} in {seconds['total']:.2f} s: {stages}",
+    )
     return 0
 
 
 def _speed(args: argparse.Namespace) -> Speed:
     """The speed asked for, changed by the options that were given."""
     given = {"solver": args.solver, "guidance_interval": args.guidance_interval, "feature_reuse": args.feature_reuse}
-    return dataclasses.replace(SPEEDS[args.speed], **{name: value for name, value in given.items() if value is not None})
+    return dataclasses.replace(
+        SPEEDS[args.speed], **{name: value for name, value in given.items() if value is not None}
+    )
 
 
 def _interval(text: str) -> tuple[float, float]:
@@ -147,14 +203,18 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     single = [args.image, args.prompt, args.output]
     if args.batch:
         if any(value is not None for value in single):
-            raise InputError("found --batch beside IMAGE, PROMPT or -o, expected one or the other; see trip-animate --help")
+            raise InputError(
+                "found --batch beside IMAGE, PROMPT or -o, expected one or the other; see trip-animate --help"
+            )
         return read_batch(args.batch, args.seed)
     if any(value is None for value in single):
         raise InputError("expected IMAGE, PROMPT and -o CLIP, or --batch FILE; see trip-animate --help")
     return [Job(args.image, args.prompt, args.output, args.seed)]
 
 
-def _check_options(args: argparse.Namespace, config: TripConfig, profile: Profile, options: backends.EngineOptions) -> float:
+def _check_options(
+    args: argparse.Namespace, config: TripConfig, profile: Profile, options: backends.EngineOptions
+) -> float:
     """The frames a second to save at; InputError for an option out of bounds."""
     if args.threads is not None and not 1 <= args.threads <= MAX_THREADS:
         raise InputError(f"threads: found {args.threads}, expected 1 to {MAX_THREADS}")
@@ -170,7 +230,9 @@ def _save_sheet(strips: Sequence[NDArray[np.uint8]], labels: Sequence[str], path
         with whole_file(path) as part:
             images.contact_sheet(strips, _SHEET_COLUMNS, labels).save(part, "PNG")
     except OSError as error:
-        raise InputError(f"cannot write {path}: {(error.strerror or str(error)).lower()}; choose another place") from error
+        raise InputError(
+            f"cannot write {path}: {(error.strerror or str(error)).lower()}; choose another place"
+        ) from error
 
 
 @contextmanager

@@ -42,12 +42,16 @@ class Animation:
     seed: int
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write .mp4, .gif, .webp, or a folder of PNGs; InputError where that cannot be done, and nothing partial is left."""
+        """Write .mp4, .gif, .webp, or a folder of PNGs; InputError where that cannot be done, and nothing partial is
+        left."""
         video.save(self.frames, path, self.fps)
 
 
-def run_steps(config: TripConfig, speed: Speed | str, num_inference_steps: int | None, guidance_scale: float | None) -> list[LoopStep]:
-    """The steps of a run, with `num_inference_steps` in place of the speed's own where given; InputError where something is out of bounds."""
+def run_steps(
+    config: TripConfig, speed: Speed | str, num_inference_steps: int | None, guidance_scale: float | None
+) -> list[LoopStep]:
+    """The steps of a run, with `num_inference_steps` in place of the speed's own where given; InputError where
+    something is out of bounds."""
     chosen = speed_named(speed) if isinstance(speed, str) else speed
     if num_inference_steps is not None:
         chosen = dataclasses.replace(chosen, num_inference_steps=num_inference_steps)
@@ -63,8 +67,9 @@ def check_seeds(seeds: Sequence[int]) -> None:
 class Animator:
     """Runs a bundle's engines. Opening one verifies every file of the bundle.
 
-    `backend` is one of `trip_rt.backends.NAMES`, `auto`, or an Engine class of one's own; `profile` names one of the bundle's sets of shapes (its
-    first); `options` say how the engines are opened. Use as a context manager, or `close()`. A `Bundle` object is taken as verified.
+    `backend` is one of `trip_rt.backends.NAMES`, `auto`, or an Engine class of one's own; `profile` names one of the
+    bundle's sets of shapes (its first); `options` say how the engines are opened. Use as a context manager, or
+    `close()`. A `Bundle` object is taken as verified.
     """
 
     def __init__(
@@ -90,9 +95,13 @@ class Animator:
         self._bundle, self._engine_class, self._options = opened, cls, options
         try:
             if self._device.kind == "cpu":
-                with ThreadPoolExecutor(os.cpu_count()) as pool:  # opening an engine is mostly one thread's work, and the UNet's takes longest
+                with ThreadPoolExecutor(
+                    os.cpu_count()
+                ) as pool:  # opening an engine is mostly one thread's work, and the UNet's takes longest
                     list(pool.map(self.engine, sorted(COMPONENTS, key=lambda name: name != "unet")))
-            self._pipeline = Pipeline(self._device, self.config, self.profile, self.engine, opened.folder, options.cuda_graph)
+            self._pipeline = Pipeline(
+                self._device, self.config, self.profile, self.engine, opened.folder, options.cuda_graph
+            )
         except BaseException:
             self.close()
             raise
@@ -114,15 +123,19 @@ class Animator:
         fit: images.Fit = "crop",
         on_step: OnStep | None = None,
     ) -> list[Animation]:
-        """Animate several pictures, `profile.batch` at a time; a clip depends on its own seed and not on its neighbours.
+        """Animate several pictures, `profile.batch` at a time; a clip depends on its own seed and not on its
+        neighbours.
 
-        `seeds` default to 0, 1, …; `speed` is one of `trip_rt.speed.SPEEDS` or a Speed; `num_inference_steps` and `guidance_scale` default to the
-        speed's and the model's own; `fit` is `crop` or `letterbox`;
-        `on_step(done, total)` is called after every denoising step of all groups. InputError for anything out of bounds.
+        `seeds` default to 0, 1, …; `speed` is one of `trip_rt.speed.SPEEDS` or a Speed; `num_inference_steps` and
+        `guidance_scale` default to the speed's and the model's own; `fit` is `crop` or `letterbox`; `on_step(done,
+        total)` is called after every denoising step of all groups. InputError for anything out of bounds.
         """
         seeds = list(range(len(pictures))) if seeds is None else list(seeds)
         if not len(pictures) == len(prompts) == len(seeds):
-            raise InputError(f"batch: found {len(pictures)} pictures, {len(prompts)} prompts and {len(seeds)} seeds, expected as many of each")
+            raise InputError(
+                f"batch: found {len(pictures)} pictures, {len(prompts)} prompts and {len(seeds)} seeds, expected as"
+                " many of each"
+            )
         loaded = [images.load_image(picture, self.config.height, self.config.width, fit) for picture in pictures]
         fitted = np.stack(loaded) if loaded else np.zeros((0, self.config.height, self.config.width, 3), np.uint8)
         steps = run_steps(self.config, speed, num_inference_steps, guidance_scale)
@@ -167,11 +180,15 @@ class Animator:
     ) -> Array:
         """The denoised latents float32 [n, C, F, h, w] of fitted pictures uint8 [n, H, W, 3]."""
         steps = run_steps(self.config, speed, num_inference_steps, guidance_scale)
-        groups = [self._pipeline.latents()[: len(rows)] for rows in self._denoised(pictures, prompts, seeds, negative_prompt, steps, on_step)]
+        groups = [
+            self._pipeline.latents()[: len(rows)]
+            for rows in self._denoised(pictures, prompts, seeds, negative_prompt, steps, on_step)
+        ]
         return np.concatenate(groups) if groups else np.zeros((0, *self.config.latent_shape), np.float32)
 
     def decode(self, latents: Array) -> Iterator[NDArray[np.uint8]]:
-        """One clip's frames from its latents [C, F, h, w], uint8 [≤ decode_frames, H, W, 3] at a time, so memory stays flat."""
+        """One clip's frames from its latents [C, F, h, w], uint8 [≤ decode_frames, H, W, 3] at a time, so memory stays
+        flat."""
         for pixels in self.decode_pixels(latents):
             yield images.to_frames(pixels)
 
@@ -194,13 +211,18 @@ class Animator:
         batch = self.profile.batch
         total = len(steps) * math.ceil(len(pictures) / batch)
         for start in range(0, len(pictures), batch):
-            rows = [min(row, len(pictures) - 1) for row in range(start, start + batch)]  # the last group repeats its last clip
+            rows = [
+                min(row, len(pictures) - 1) for row in range(start, start + batch)
+            ]  # the last group repeats its last clip
 
             def report(done: int, _: int, before: int = start // batch * len(steps)) -> None:
                 if on_step:
                     on_step(before + done, total)
 
-            unconditional, conditional = self._tokenizer([negative_prompt] * batch), self._tokenizer([prompts[row] for row in rows])
+            unconditional, conditional = (
+                self._tokenizer([negative_prompt] * batch),
+                self._tokenizer([prompts[row] for row in rows]),
+            )
             self._pipeline.encode(unconditional, conditional, images.to_model(pictures[rows]))
             noise = initial_noise([seeds[row] for row in rows], self.config.latent_shape)
             self._pipeline.denoise(noise, steps, report)
@@ -210,7 +232,9 @@ class Animator:
         """A component's engine, opened when first asked for; None where the bundle has none for this backend."""
         spec = self.profile.engines.get(name, {}).get(self.backend)
         if spec and name not in self.engines:
-            self.engines[name] = self._engine_class.open(self._bundle.engine_path(spec), spec, self._options, self._device)
+            self.engines[name] = self._engine_class.open(
+                self._bundle.engine_path(spec), spec, self._options, self._device
+            )
         return self.engines.get(name)
 
     def describe(self) -> dict[str, Any]:

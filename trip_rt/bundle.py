@@ -1,4 +1,5 @@
-"""The bundle: a folder of engines and the manifest that says what they are. Nothing in it is trusted before it is verified."""
+"""The bundle: a folder of engines and the manifest that says what they are. Nothing in it is trusted before it is
+verified."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def open_bundle(folder: Path | str) -> Bundle:
     try:
         return Bundle(folder, manifest, tokenizer.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-        raise InputError(f"{tokenizer}: found bytes that are not UTF-8, expected a tokenizer; export the bundle again") from error
+        raise InputError(
+            f"{tokenizer}: found bytes that are not UTF-8, expected a tokenizer; export the bundle again"
+        ) from error
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -48,9 +51,14 @@ def read_manifest(folder: Path) -> Manifest:
         if not folder.is_dir():
             raise InputError(f"{folder}: found no such folder, expected a bundle; make one with trip-export")
         if not path.is_file():
-            raise InputError(f"{folder}: found no {MANIFEST}, so this is no (finished) bundle; make one with trip-export")
+            raise InputError(
+                f"{folder}: found no {MANIFEST}, so this is no (finished) bundle; make one with trip-export"
+            )
         if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise InputError(f"{path}: found {path.stat().st_size} bytes, expected at most {MAX_MANIFEST_BYTES}; export the bundle again")
+            raise InputError(
+                f"{path}: found {path.stat().st_size} bytes, expected at most {MAX_MANIFEST_BYTES}; export the bundle"
+                " again"
+            )
         return parse(path.read_bytes(), str(path))
 
 
@@ -60,9 +68,13 @@ def verify_file(path: Path, spec: FileSpec) -> None:
         if not path.is_file():
             raise InputError(f"{path}: found no such file, expected one of the bundle's; export the bundle again")
         if path.stat().st_size != spec.bytes:  # cheaper to refuse by
-            raise InputError(f"{path}: found {path.stat().st_size} bytes, expected {spec.bytes}; export the bundle again")
+            raise InputError(
+                f"{path}: found {path.stat().st_size} bytes, expected {spec.bytes}; export the bundle again"
+            )
         if (found := file_sha256(path)) != spec.sha256:
-            raise InputError(f"{path}: damaged, found SHA-256 {found[:12]}…, expected {spec.sha256[:12]}…; export the bundle again")
+            raise InputError(
+                f"{path}: damaged, found SHA-256 {found[:12]}…, expected {spec.sha256[:12]}…; export the bundle again"
+            )
 
 
 def file_sha256(path: Path) -> str:
@@ -81,4 +93,6 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path and its permissions") from error
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror or error}); check the path and its permissions"
+        ) from error

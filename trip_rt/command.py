@@ -1,4 +1,5 @@
-"""The manners every command shares: one clear line and exit code 2 for bad input, 130 for Ctrl-C, figures on request as JSON."""
+"""The manners every command shares: one clear line and exit code 2 for bad input, 130 for Ctrl-C, figures on request as
+JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {_one_line(message)}; see {self.prog} --help\n")
 
 
-def main_of(build_parser: Callable[[], argparse.ArgumentParser], run: Callable[[argparse.Namespace], int]) -> Callable[[Sequence[str] | None], int]:
+def main_of(
+    build_parser: Callable[[], argparse.ArgumentParser], run: Callable[[argparse.Namespace], int]
+) -> Callable[[Sequence[str] | None], int]:
     """A console-script entry point out of a parser and a `run(args) -> exit code`."""
 
     def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +54,9 @@ def main_of(build_parser: Callable[[], argparse.ArgumentParser], run: Callable[[
 
 def add_json_flag(parser: argparse.ArgumentParser) -> None:
     """--json, which `report` obeys."""
-    parser.add_argument("--json", action="store_true", help="print the figures as one JSON line on stdout instead of text")
+    parser.add_argument(
+        "--json", action="store_true", help="print the figures as one JSON line on stdout instead of text"
+    )
 
 
 def report(args: argparse.Namespace, figures: Any, text: str) -> None:

@@ -1,4 +1,5 @@
-"""Settings that the model, the export and the runtime must agree on: frozen, and stored as JSON in checkpoints and bundles."""
+"""Settings that the model, the export and the runtime must agree on: frozen, and stored as JSON in checkpoints and
+bundles."""
 
 from __future__ import annotations
 
@@ -89,7 +90,9 @@ def from_json(cls: type[T], data: Any, where: str) -> T:
     hints = get_type_hints(cls)
     for found, expected, word in ((hints, data, "lacks"), (data, hints, "has unknown")):
         if extra := [name for name in found if name not in expected]:
-            raise InputError(f"{where}: {cls.__name__} {word} {', '.join(map(repr, extra))}; was it written by another version?")
+            raise InputError(
+                f"{where}: {cls.__name__} {word} {', '.join(map(repr, extra))}; was it written by another version?"
+            )
     return cls(**{name: _value(hints[name], data[name], f"{where}: {cls.__name__}.{name}") for name in hints})
 
 

@@ -9,9 +9,11 @@ class InputError(ValueError):
 
 
 class EngineError(RuntimeError):
-    """An engine gave what no engine should, or failed while it ran; commands print it as one line and exit with code 1."""
+    """An engine gave what no engine should, or failed while it ran; commands print it as one line and exit
+    with code 1."""
 
 
 def printable(text: str) -> str:
-    """`text` as one line: whatever would break or garble a terminal line (newlines, control codes, undecodable bytes) becomes `?`."""
+    """`text` as one line: whatever would break or garble a terminal line (newlines, control codes, undecodable bytes)
+    becomes `?`."""
     return "".join(c if c.isprintable() else "?" for c in text)

@@ -1,4 +1,5 @@
-"""Pictures in and out: strangers' files to uint8 arrays, uint8 arrays to model pixels and back, and contact sheets of clips."""
+"""Pictures in and out: strangers' files to uint8 arrays, uint8 arrays to model pixels and back, and contact sheets of
+clips."""
 
 from __future__ import annotations
 
@@ -35,14 +36,18 @@ _TRANSPOSES = {
 _EXPECTED = f"expected a picture file ({', '.join(ACCEPTED_FORMATS)})"
 
 
-def load_image(source: str | os.PathLike[str] | Image.Image | NDArray[np.uint8], height: int, width: int, fit: Fit = "crop") -> NDArray[np.uint8]:
+def load_image(
+    source: str | os.PathLike[str] | Image.Image | NDArray[np.uint8], height: int, width: int, fit: Fit = "crop"
+) -> NDArray[np.uint8]:
     """A picture as uint8 [height, width, 3], upright and never distorted.
 
-    `source` is a path, a PIL image or a uint8 array [h, w], [h, w, 3] or [h, w, 4]. EXIF rotation is applied, transparency is laid
-    on white, 16-bit greyscale is scaled to 8 bits; of an animation the first frame counts. `fit="crop"` keeps the largest centred
-    part of the target's aspect; `fit="letterbox"` keeps all of it, padded with the mean colour of its outermost pixels.
+    `source` is a path, a PIL image or a uint8 array [h, w], [h, w, 3] or [h, w, 4]. EXIF rotation is applied,
+    transparency is laid on white, 16-bit greyscale is scaled to 8 bits; of an animation the first frame counts.
+    `fit="crop"` keeps the largest centred part of the target's aspect; `fit="letterbox"` keeps all of it, padded with
+    the mean colour of its outermost pixels.
 
-    Raises InputError for what cannot be used, before decoding it where it is larger than MAX_MEGAPIXELS or MAX_FILE_MEGABYTES.
+    Raises InputError for what cannot be used, before decoding it where it is larger than MAX_MEGAPIXELS or
+    MAX_FILE_MEGABYTES.
     """
     from PIL import Image
 
@@ -51,7 +56,9 @@ def load_image(source: str | os.PathLike[str] | Image.Image | NDArray[np.uint8],
     if height < 1 or width < 1:
         raise InputError(f"size: found height {height} and width {width}, expected both to be at least 1")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of large pictures and broken metadata; here they are refused or do no harm
+        warnings.simplefilter(
+            "ignore"
+        )  # Pillow warns of large pictures and broken metadata; here they are refused or do no harm
         if isinstance(source, np.ndarray):
             return _fitted(_from_array(source), "image array", height, width, fit)
         if isinstance(source, Image.Image):
@@ -71,25 +78,35 @@ def to_model(images: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def to_frames(pixels: NDArray[Any]) -> NDArray[np.uint8]:
-    """Model pixels [F, 3, H, W] in [-1, 1] to uint8 [F, H, W, 3]: clipped, rounded half to even. EngineError where any is NaN."""
+    """Model pixels [F, 3, H, W] in [-1, 1] to uint8 [F, H, W, 3]: clipped, rounded half to even. EngineError where any
+    is NaN."""
     if not np.issubdtype(pixels.dtype, np.floating) or pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ValueError(f"pixels: found {pixels.dtype} {list(pixels.shape)}, expected float32 [F, 3, H, W]")
     if bad := int(np.isnan(pixels).sum()):
-        raise EngineError(f"pixels: found {bad} NaN of {pixels.size} values, expected none; a half-precision engine overflowed: use fp32 or bf16")
+        raise EngineError(
+            f"pixels: found {bad} NaN of {pixels.size} values, expected none; a half-precision engine overflowed: use"
+            " fp32 or bf16"
+        )
     levels = np.rint((np.clip(pixels.astype(np.float32), -1, 1) + np.float32(1)) * np.float32(127.5))
     return np.ascontiguousarray(levels.astype(np.uint8).transpose(0, 2, 3, 1))  # [F, H, W, 3]
 
 
-def contact_sheet(clips: Sequence[NDArray[np.uint8]], columns: int = 8, labels: Sequence[str] | None = None, scale: int | None = None) -> Image.Image:
-    """An RGB picture with a row per clip (uint8 [F, H, W, 3]): up to `columns` evenly spaced frames, first and last among them.
+def contact_sheet(
+    clips: Sequence[NDArray[np.uint8]], columns: int = 8, labels: Sequence[str] | None = None, scale: int | None = None
+) -> Image.Image:
+    """An RGB picture with a row per clip (uint8 [F, H, W, 3]): up to `columns` evenly spaced frames, first and last
+    among them.
 
-    `labels` are written above the rows. `scale` enlarges frames by whole pixels; by default so that the largest is about 160 wide.
+    `labels` are written above the rows. `scale` enlarges frames by whole pixels; by default so that the largest is
+    about 160 wide.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     if not clips or columns < 1 or (labels is not None and len(labels) != len(clips)):
         found = f"{len(clips)} clips, {columns} columns, {'no' if labels is None else len(labels)} labels"
-        raise ValueError(f"contact sheet: found {found}, expected a clip and a column at least, and a label for each clip or none")
+        raise ValueError(
+            f"contact sheet: found {found}, expected a clip and a column at least, and a label for each clip or none"
+        )
     for clip in clips:
         if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[3] != 3 or 0 in clip.shape:
             raise ValueError(f"clip: found {clip.dtype} {list(clip.shape)}, expected uint8 [F, H, W, 3]")
@@ -139,7 +156,9 @@ def _check_file(path: str | os.PathLike[str], name: str) -> None:
         raise InputError(f"{name}: found no such file, {_EXPECTED}; check the path") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{name}: found an unreadable path ({printable(str(reason))}), {_EXPECTED}; check the path") from error
+        raise InputError(
+            f"{name}: found an unreadable path ({printable(str(reason))}), {_EXPECTED}; check the path"
+        ) from error
     if not stat.S_ISREG(found.st_mode):
         what = "a folder" if stat.S_ISDIR(found.st_mode) else "something that is not a plain file"
         raise InputError(f"{name}: found {what}, {_EXPECTED}; name one file")
@@ -147,14 +166,20 @@ def _check_file(path: str | os.PathLike[str], name: str) -> None:
         raise InputError(f"{name}: found an empty file (0 bytes), {_EXPECTED}; copy or download it again")
     if found.st_size > MAX_FILE_MEGABYTES * 2**20:
         size = f"{found.st_size / 2**20:.0f} MB"
-        raise InputError(f"{name}: found a file of {size}, expected at most {MAX_FILE_MEGABYTES} MB; save it smaller, as PNG or JPEG")
+        raise InputError(
+            f"{name}: found a file of {size}, expected at most {MAX_FILE_MEGABYTES} MB; save it smaller, as PNG or JPEG"
+        )
     if not os.access(path, os.R_OK):
-        raise InputError(f"{name}: found a file without read permission, {_EXPECTED}; change its permissions or copy it")
+        raise InputError(
+            f"{name}: found a file without read permission, {_EXPECTED}; change its permissions or copy it"
+        )
 
 
 def _check_size(name: str, width: int, height: int) -> None:
     if min(width, height) < MIN_SIDE:
-        raise InputError(f"{name}: found {width} x {height} pixels, expected at least {MIN_SIDE} on each side; use a larger picture")
+        raise InputError(
+            f"{name}: found {width} x {height} pixels, expected at least {MIN_SIDE} on each side; use a larger picture"
+        )
     if width * height > MAX_MEGAPIXELS * 1_000_000:
         found = f"{width} x {height} pixels ({width * height / 1e6:.0f} megapixels)"
         raise InputError(f"{name}: found {found}, expected at most {MAX_MEGAPIXELS} megapixels; scale it down first")
@@ -174,12 +199,16 @@ def _open(path: str | os.PathLike[str], name: str) -> Image.Image:
             head = file.read(8)
         if head.startswith((b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*")):
             raise _damaged(name, error) from error
-        raise InputError(f"{name}: found another kind of file (it starts {head!r}), {_EXPECTED}; convert it to PNG or JPEG") from error
+        raise InputError(
+            f"{name}: found another kind of file (it starts {head!r}), {_EXPECTED}; convert it to PNG or JPEG"
+        ) from error
 
 
 def _damaged(name: str, error: Exception) -> InputError:
     reason = printable(str(error) or type(error).__name__)[:120]
-    return InputError(f"{name}: found a damaged, cut-off or unsupported picture ({reason}), {_EXPECTED}; save or download it again")
+    return InputError(
+        f"{name}: found a damaged, cut-off or unsupported picture ({reason}), {_EXPECTED}; save or download it again"
+    )
 
 
 def _fitted(image: Image.Image, name: str, height: int, width: int, fit: Fit) -> NDArray[np.uint8]:
@@ -196,8 +225,12 @@ def _fitted(image: Image.Image, name: str, height: int, width: int, fit: Fit) ->
         image = image.transpose(Image.Transpose[_TRANSPOSES[orientation]])
     source_width, source_height = image.size
     if fit == "crop":
-        # Sides of the largest centred box of the target's aspect; fractions of a pixel are kept, so nothing is stretched.
-        box_width, box_height = min(source_width, source_height * width / height), min(source_height, source_width * height / width)
+        # Sides of the largest centred box of the target's aspect; fractions of a pixel are kept, so nothing is
+        # stretched.
+        box_width, box_height = (
+            min(source_width, source_height * width / height),
+            min(source_height, source_width * height / width),
+        )
         left, top = (source_width - box_width) / 2, (source_height - box_height) / 2
         size, box = (width, height), (left, top, left + box_width, top + box_height)
     else:
@@ -225,8 +258,12 @@ def _eight_bit(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith("I"):
         samples = np.asarray(image)
         if samples.min() < 0 or samples.max() > 65535:
-            raise InputError(f"{name}: found 32-bit samples, expected 8 or 16 bits per channel; convert it to an 8-bit PNG")
+            raise InputError(
+                f"{name}: found 32-bit samples, expected 8 or 16 bits per channel; convert it to an 8-bit PNG"
+            )
         return Image.fromarray(np.rint(samples / np.float32(257)).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise InputError(f"{name}: found floating-point samples, expected 8 or 16 bits per channel; convert it to an 8-bit PNG")
+        raise InputError(
+            f"{name}: found floating-point samples, expected 8 or 16 bits per channel; convert it to an 8-bit PNG"
+        )
     return image.convert("RGBA" if image.has_transparency_data else "RGB")

@@ -40,13 +40,20 @@ def read_batch(path: Path, seed: int) -> list[Job]:
         with path.open("rb") as file:
             data = file.read((MAX_BATCH_FILE_MEGABYTES << 20) + 1)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}), expected a file of JSON Lines; check the path") from error
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}), expected a file of JSON Lines; check the path"
+        ) from error
     if len(data) > MAX_BATCH_FILE_MEGABYTES << 20:
-        raise InputError(f"{path}: found more than {MAX_BATCH_FILE_MEGABYTES} MB, expected a file of JSON Lines; split it")
+        raise InputError(
+            f"{path}: found more than {MAX_BATCH_FILE_MEGABYTES} MB, expected a file of JSON Lines; split it"
+        )
     lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     jobs = [_job(line, seed, f"{path}, line {number}: ") for number, line in enumerate(lines, 1) if line.strip()]
     if not jobs:
-        raise InputError(f'{path}: found no clips, expected a line like {{"image": "a.png", "prompt": "a ball rolls", "output": "a.mp4"}}')
+        raise InputError(
+            f'{path}: found no clips, expected a line like {{"image": "a.png", "prompt": "a ball rolls", "output":'
+            ' "a.mp4"}'
+        )
     return jobs
 
 
@@ -54,7 +61,9 @@ def _job(line: bytes, seed: int, where: str) -> Job:
     try:
         entry = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
-        reason = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else str(error)[:100]
+        reason = (
+            f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else str(error)[:100]
+        )
         raise InputError(f"{where}found no JSON ({reason}), expected one object a line") from error
     if not isinstance(entry, dict):
         raise InputError(f"{where}found a JSON {type(entry).__name__}, expected an object")
@@ -65,12 +74,16 @@ def _job(line: bytes, seed: int, where: str) -> Job:
         if field not in entry:
             raise InputError(f"{where}found no {field}, expected {', '.join(_FIELDS)} (the seed is optional)")
         if type(entry[field]) is not kind:
-            raise InputError(f"{where}{field}: found a {type(entry[field]).__name__}, expected a {'whole number' if kind is int else 'string'}")
+            raise InputError(
+                f"{where}{field}: found a {type(entry[field]).__name__}, expected a"
+                f" {'whole number' if kind is int else 'string'}"
+            )
     return Job(entry["image"], entry["prompt"], entry["output"], entry["seed"], where)
 
 
 def check_jobs(jobs: Sequence[Job], contact_sheet: Path | None) -> None:
-    """InputError unless every clip is asked for properly and can be written where it should go, without harm to another or to a picture."""
+    """InputError unless every clip is asked for properly and can be written where it should go, without harm to another
+    or to a picture."""
     taken: dict[str, str] = {}  # by real path; a folder that something is in ends with a separator
     for picture in {os.path.realpath(job.image) for job in jobs if "\0" not in job.image}:
         taken[picture] = taken[os.path.join(os.path.dirname(picture), "")] = "the picture of a clip"
@@ -84,20 +97,31 @@ def check_jobs(jobs: Sequence[Job], contact_sheet: Path | None) -> None:
             _claim(job.output, "another clip", taken)
     if contact_sheet:
         name = printable(str(contact_sheet))
-        if contact_sheet.suffix.lower() != ".png" or os.path.isdir(contact_sheet) or not os.access(contact_sheet.parent, os.W_OK | os.X_OK):
-            raise InputError(f"{name}: expected a file name ending in .png, in a folder to write in, for the contact sheet")
+        if (
+            contact_sheet.suffix.lower() != ".png"
+            or os.path.isdir(contact_sheet)
+            or not os.access(contact_sheet.parent, os.W_OK | os.X_OK)
+        ):
+            raise InputError(
+                f"{name}: expected a file name ending in .png, in a folder to write in, for the contact sheet"
+            )
         if len(jobs) > MAX_SHEET_CLIPS:
-            raise InputError(f"contact sheet: found {len(jobs)} clips, expected at most {MAX_SHEET_CLIPS}; leave --contact-sheet out")
+            raise InputError(
+                f"contact sheet: found {len(jobs)} clips, expected at most {MAX_SHEET_CLIPS}; leave --contact-sheet out"
+            )
         _claim(contact_sheet, "the contact sheet", taken)
 
 
 def _claim(path: str | Path, what: str, taken: dict[str, str]) -> None:
-    """InputError where `path` is taken, or is in or around a path that is: a folder of frames is replaced as a whole."""
+    """InputError where `path` is taken, or is in or around a path that is: a folder of frames is replaced as a
+    whole."""
     target = os.path.realpath(path)
     folder = os.path.dirname(target)
     for place in (target, folder, os.path.join(target, "")):
         if place in taken:
-            raise InputError(f"{printable(str(path))}: found that it would replace or disturb {taken[place]}; choose another name")
+            raise InputError(
+                f"{printable(str(path))}: found that it would replace or disturb {taken[place]}; choose another name"
+            )
     taken[target] = taken[os.path.join(folder, "")] = what
 
 

@@ -1,4 +1,5 @@
-"""The manifest: what a bundle says of itself. `manifest.schema.json` is its contract; what is not written there is refused."""
+"""The manifest: what a bundle says of itself. `manifest.schema.json` is its contract; what is not written there is
+refused."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from trip_rt.errors import InputError
 
 FORMAT_VERSION = 4
 COMPONENTS = ("text_encoder", "text_projection", "vae_encoder", "unet", "tnf", "vae_decoder")
-# Parts of those that a bundle may hold besides, for steps without guidance and steps that reuse deep features (speed.py).
+# Parts of those that a bundle may hold besides, for steps without guidance and steps that reuse deep features
+# (speed.py).
 SPEEDUPS = ("unet_shallow", "unet_unguided", "unet_unguided_shallow", "tnf_unguided")
 
 
@@ -41,9 +43,10 @@ class TensorSpec:
 class EngineSpec:
     """One component's engine for one backend.
 
-    `files` are in the manifest's table: the first is what the backend opens, the others are what that one refers to (weights), and may be shared
-    with other engines. `key` hashes all it was built from. `precision` is fp32, fp16 or bf16 and `policy` says for people which parts were kept in
-    fp32 and why. `target` holds what the machine must match before the engine is opened, in the backend's own words (versions, compute capability).
+    `files` are in the manifest's table: the first is what the backend opens, the others are what that one refers to
+    (weights), and may be shared with other engines. `key` hashes all it was built from. `precision` is fp32, fp16 or
+    bf16 and `policy` says for people which parts were kept in fp32 and why. `target` holds what the machine must match
+    before the engine is opened, in the backend's own words (versions, compute capability).
     """
 
     files: tuple[str, ...]
@@ -62,8 +65,8 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class Cubin:
-    """A kernel's machine code for one compute capability and how it is launched: a program of `warps` warps with `shared_bytes` of shared memory
-    serves `pixels` pixels of a clip. `registers` a thread are for people."""
+    """A kernel's machine code for one compute capability and how it is launched: a program of `warps` warps with
+    `shared_bytes` of shared memory serves `pixels` pixels of a clip. `registers` a thread are for people."""
 
     file: str
     pixels: int
@@ -76,8 +79,9 @@ class Cubin:
 class KernelSpec:
     """The fused step after the UNet, compiled for several GPUs.
 
-    `entry` is the function's name in every cubin. `parameters` are its own in order: names of the loop's buffers, of integers that the loop knows, or
-    of `tensors`, which says at what byte of the file `weights` each begins; "scratch" stands for a null pointer, which the compiler asks for.
+    `entry` is the function's name in every cubin. `parameters` are its own in order: names of the loop's buffers, of
+    integers that the loop knows, or of `tensors`, which says at what byte of the file `weights` each begins; "scratch"
+    stands for a null pointer, which the compiler asks for.
     """
 
     key: str
@@ -94,11 +98,13 @@ class KernelSpec:
 
 @dataclass(frozen=True)
 class Profile:
-    """Engines of one set of static shapes: `engines[component][backend]`, run on `batch` clips and decoding `decode_frames` frames at a time.
+    """Engines of one set of static shapes: `engines[component][backend]`, run on `batch` clips and decoding
+    `decode_frames` frames at a time.
 
-    `context_width`: numbers that all cross-attentions' keys and values of a token take. `features_shape`: of one clip's deep features in the UNet.
-    `kernels[precision]` is the fused step for GPUs beside UNets of that precision; there may be none. `reference` is a file of the PyTorch model's
-    own inputs and outputs, or "" where none were recorded; `parity[backend]` are the figures measured against it at export.
+    `context_width`: numbers that all cross-attentions' keys and values of a token take. `features_shape`: of one clip's
+    deep features in the UNet. `kernels[precision]` is the fused step for GPUs beside UNets of that precision; there may
+    be none. `reference` is a file of the PyTorch model's own inputs and outputs, or "" where none were recorded;
+    `parity[backend]` are the figures measured against it at export.
     """
 
     num_frames: int
@@ -127,9 +133,11 @@ class Profile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle holds: the model's config, a profile for each set of shapes (the first is the default), and a table of all its files.
+    """What a bundle holds: the model's config, a profile for each set of shapes (the first is the default), and a table
+    of all its files.
 
-    `built_with` (package versions) and `source` (hashes of the checkpoint's files) are for people and for the next export.
+    `built_with` (package versions) and `source` (hashes of the checkpoint's files) are for people and for the next
+    export.
     """
 
     config: TripConfig
@@ -143,7 +151,10 @@ class Manifest:
         for profile in self.profiles:
             if name in (None, profile.name):
                 return profile
-        raise InputError(f"profile: found {name!r}, the bundle has {', '.join(p.name for p in self.profiles)}; export that one with --add")
+        raise InputError(
+            f"profile: found {name!r}, the bundle has {', '.join(p.name for p in self.profiles)}; export that one with"
+            " --add"
+        )
 
     def engine_specs(self) -> Iterator[EngineSpec]:
         """Every engine of every profile."""
@@ -158,15 +169,19 @@ class Manifest:
 
     def config_of(self, profile: Profile) -> TripConfig:
         """The model's config with the profile's shapes."""
-        return dataclasses.replace(self.config, num_frames=profile.num_frames, height=profile.height, width=profile.width)
+        return dataclasses.replace(
+            self.config, num_frames=profile.num_frames, height=profile.height, width=profile.width
+        )
 
 
 Signature = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
 
 
-def tensors(config: TripConfig, batch: int, decode_frames: int, context_width: int, features_shape: tuple[int, ...]) -> dict[str, Signature]:
-    """Inputs and outputs of every component's graph, for a config of the profile's shapes: the loop's tensors hold 2·batch clips, the
-    unconditional half first, those of `_unguided` graphs the conditional half alone."""
+def tensors(
+    config: TripConfig, batch: int, decode_frames: int, context_width: int, features_shape: tuple[int, ...]
+) -> dict[str, Signature]:
+    """Inputs and outputs of every component's graph, for a config of the profile's shapes: the loop's tensors hold
+    2·batch clips, the unconditional half first, those of `_unguided` graphs the conditional half alone."""
     channels, height, width = config.latent_channels, config.latent_height, config.latent_width
 
     def f32(name: str, *shape: int) -> TensorSpec:
@@ -177,19 +192,34 @@ def tensors(config: TripConfig, batch: int, decode_frames: int, context_width: i
         first_frame = f32("first_frame", clips, channels, height, width)
         residual, noise = (dataclasses.replace(latents, name=name) for name in ("residual_noise", "noise"))
         timestep = TensorSpec("timestep", "int64", (1,))
-        context, features = f32("context", clips, config.text_length, context_width), f32("features", clips, *features_shape)
-        unet, coefficients = (latents, first_frame, timestep, context), (f32("sqrt_alpha_bar", 1), f32("sqrt_one_minus_alpha_bar", 1))
+        context, features = (
+            f32("context", clips, config.text_length, context_width),
+            f32("features", clips, *features_shape),
+        )
+        unet, coefficients = (
+            (latents, first_frame, timestep, context),
+            (f32("sqrt_alpha_bar", 1), f32("sqrt_one_minus_alpha_bar", 1)),
+        )
         tnf = (latents, first_frame, residual, *coefficients, timestep)
         return (unet, (residual, features)), ((*unet, features), (residual,)), (tnf, (noise,))
 
     input_ids = TensorSpec("input_ids", "int64", (batch, config.text_length))
     text = f32("text", 2 * batch, config.text_length, config.text_width)
-    of_both, of_conditional = ("unet", "unet_shallow", "tnf"), ("unet_unguided", "unet_unguided_shallow", "tnf_unguided")
+    of_both, of_conditional = (
+        ("unet", "unet_shallow", "tnf"),
+        ("unet_unguided", "unet_unguided_shallow", "tnf_unguided"),
+    )
     return {
         "text_encoder": ((input_ids,), (f32("text", batch, config.text_length, config.text_width),)),
         "text_projection": ((text,), (f32("context", 2 * batch, config.text_length, context_width),)),
-        "vae_encoder": ((f32("image", batch, 3, config.height, config.width),), (f32("latent", batch, channels, height, width),)),
-        "vae_decoder": ((f32("latents", decode_frames, channels, height, width),), (f32("image", decode_frames, 3, config.height, config.width),)),
+        "vae_encoder": (
+            (f32("image", batch, 3, config.height, config.width),),
+            (f32("latent", batch, channels, height, width),),
+        ),
+        "vae_decoder": (
+            (f32("latents", decode_frames, channels, height, width),),
+            (f32("image", decode_frames, 3, config.height, config.width),),
+        ),
         **dict(zip(of_both, denoising(2 * batch), strict=True)),
         **dict(zip(of_conditional, denoising(batch), strict=True)),
     }
@@ -202,21 +232,30 @@ def serialise(manifest: Manifest) -> bytes:
 
 
 def parse(raw: bytes, where: str) -> Manifest:
-    """The manifest in `raw`; InputError for anything that `serialise` would not have written, `where` naming the file."""
+    """The manifest in `raw`; InputError for anything that `serialise` would not have written, `where` naming
+    the file."""
     try:
         body = json.loads(raw)
         version = body["format_version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{where}: damaged, it is not a manifest; export the bundle again") from error
     if type(version) is int and version > FORMAT_VERSION:
-        raise InputError(f"{where}: found format version {version}, this trip-rt reads up to {FORMAT_VERSION}; upgrade trip-rt or export again")
+        raise InputError(
+            f"{where}: found format version {version}, this trip-rt reads up to {FORMAT_VERSION}; upgrade trip-rt or"
+            " export again"
+        )
     if type(version) is not int or version != FORMAT_VERSION:
-        raise InputError(f"{where}: found format version {version!r}, expected {FORMAT_VERSION}; export the bundle again")
+        raise InputError(
+            f"{where}: found format version {version!r}, expected {FORMAT_VERSION}; export the bundle again"
+        )
     if not _is_intact(body, raw):
         raise InputError(f"{where}: damaged, its contents and its own hash differ; export the bundle again")
     if wrong := next(_validator().iter_errors(body), None):
         place = "/".join(map(str, wrong.absolute_path)) or "manifest"
-        raise InputError(f"{where}: not a manifest of format {FORMAT_VERSION} ({place}: {wrong.message[:200]}); export the bundle again")
+        raise InputError(
+            f"{where}: not a manifest of format {FORMAT_VERSION} ({place}: {wrong.message[:200]}); export the bundle"
+            " again"
+        )
     manifest = Manifest(
         config=from_json(TripConfig, body["config"], where),
         profiles=tuple(_profile(profile) for profile in body["profiles"]),
@@ -242,7 +281,10 @@ def _validator() -> Any:
 
 
 def _profile(data: dict[str, Any]) -> Profile:
-    engines = {component: {backend: engine_spec(spec) for backend, spec in specs.items()} for component, specs in data["engines"].items()}
+    engines = {
+        component: {backend: engine_spec(spec) for backend, spec in specs.items()}
+        for component, specs in data["engines"].items()
+    }
     kernels = {precision: kernel_spec(spec) for precision, spec in data["kernels"].items()}
     return Profile(**(data | {"engines": engines, "kernels": kernels, "features_shape": tuple(data["features_shape"])}))
 
@@ -255,30 +297,45 @@ def kernel_spec(data: dict[str, Any]) -> KernelSpec:
 
 def engine_spec(data: dict[str, Any]) -> EngineSpec:
     """An EngineSpec out of its JSON, which has passed the schema."""
-    sides = {side: tuple(TensorSpec(**(tensor | {"shape": tuple(tensor["shape"])})) for tensor in data[side]) for side in ("inputs", "outputs")}
+    sides = {
+        side: tuple(TensorSpec(**(tensor | {"shape": tuple(tensor["shape"])})) for tensor in data[side])
+        for side in ("inputs", "outputs")
+    }
     return EngineSpec(**(data | sides | {"files": tuple(data["files"])}))
 
 
 def _check_consistent(manifest: Manifest, where: str) -> None:
-    """What a schema cannot say: files that engines speak of are in the table, and engines have the tensors that the loop will hand them."""
+    """What a schema cannot say: files that engines speak of are in the table, and engines have the tensors that the
+    loop will hand them."""
     again = "export the bundle again"
     names = [profile.name for profile in manifest.profiles]
     if len(set(names)) < len(names):
         raise InputError(f"{where}: found two profiles of one name among {', '.join(names)}; {again}")
     for profile in manifest.profiles:
-        expected = tensors(manifest.config_of(profile), profile.batch, profile.decode_frames, profile.context_width, profile.features_shape)
+        expected = tensors(
+            manifest.config_of(profile),
+            profile.batch,
+            profile.decode_frames,
+            profile.context_width,
+            profile.features_shape,
+        )
         spoken_of = {"tokenizer.json", profile.reference} - {""}
         for component, engines in profile.engines.items():
             for backend, spec in engines.items():
                 spoken_of.update(spec.files)
                 for found, wanted in zip((spec.inputs, spec.outputs), expected[component], strict=True):
                     if sorted(found, key=_name) != sorted(wanted, key=_name):
-                        raise InputError(f"{where}: {component} for {backend} has tensors that are not this model's of {profile.name}; {again}")
+                        raise InputError(
+                            f"{where}: {component} for {backend} has tensors that are not this model's of"
+                            f" {profile.name}; {again}"
+                        )
         spoken_of.update(name for kernel in profile.kernels.values() for name in kernel.files)
         if missing := sorted(spoken_of - set(manifest.files)):
             raise InputError(f"{where}: speaks of {', '.join(missing)[:200]}, which its table of files lacks; {again}")
         for kernel in profile.kernels.values():
-            if outside := [name for name, start in kernel.tensors.items() if start >= manifest.files[kernel.weights].bytes]:
+            if outside := [
+                name for name, start in kernel.tensors.items() if start >= manifest.files[kernel.weights].bytes
+            ]:
                 raise InputError(f"{where}: the kernel's {outside[0]} begins outside of {kernel.weights}; {again}")
 
 

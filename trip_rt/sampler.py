@@ -1,4 +1,5 @@
-"""The denoising loop: a solver's steps with classifier-free guidance on the fused noise, frame 1 held at the given picture."""
+"""The denoising loop: a solver's steps with classifier-free guidance on the fused noise, frame 1 held at the given
+picture."""
 
 from __future__ import annotations
 
@@ -20,11 +21,12 @@ Array = NDArray[np.float32]
 class LoopBuffers:
     """All that the loop reads and writes, on one device; of guidance's two halves the unconditional comes first.
 
-    latents [2B, C, F, h, w]: both halves equal, moved on in place; first_frame [2B, C, h, w]: clean, both halves equal; first_noise [B, C, h, w]:
-    frame 1's own; context [2B, L, K]: the text's keys and values; residual_noise [2B, C, F, h, w]: the UNet's output; features: deep ones of the
-    UNet's, of the manifest's shape; history [3, B, C, F, h, w]: corrected latents and the clean latents of the two steps before (solvers.Step);
-    timestep int64 [1]; table [rows, columns]: a step_table of any number of steps; step int32 [1]: the row to do next; done int32 [1]: a count of
-    the fused kernel's own, zero between steps.
+    latents [2B, C, F, h, w]: both halves equal, moved on in place; first_frame [2B, C, h, w]: clean, both halves equal;
+    first_noise [B, C, h, w]: frame 1's own; context [2B, L, K]: the text's keys and values; residual_noise [2B, C, F,
+    h, w]: the UNet's output; features: deep ones of the UNet's, of the manifest's shape; history [3, B, C, F, h, w]:
+    corrected latents and the clean latents of the two steps before (solvers.Step); timestep int64 [1]; table [rows,
+    columns]: a step_table of any number of steps; step int32 [1]: the row to do next; done int32 [1]: a count of the
+    fused kernel's own, zero between steps.
     """
 
     latents: Buffer
@@ -40,7 +42,9 @@ class LoopBuffers:
     done: Buffer
 
 
-def loop_buffers(device: Device, config: TripConfig, batch: int, context_width: int, features_shape: Sequence[int]) -> LoopBuffers:
+def loop_buffers(
+    device: Device, config: TripConfig, batch: int, context_width: int, features_shape: Sequence[int]
+) -> LoopBuffers:
     """Buffers for `batch` clips at a time; the last two as in manifest.Profile."""
     channels, frames, size = config.latent_channels, config.num_frames, (config.latent_height, config.latent_width)
     return LoopBuffers(
@@ -72,10 +76,12 @@ def denoise(
     steps: Sequence[LoopStep],
     on_step: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Turn `buffers.latents` into clean latents, from `noise` [B, C, F, h, w] and the `first_frame` and `context` that are there.
+    """Turn `buffers.latents` into clean latents, from `noise` [B, C, F, h, w] and the `first_frame` and `context` that
+    are there.
 
-    `works[guided, shallow]` is a step of that kind: a UNet and then what `after_unet` does, which is all the rest and moves `buffers.step` on. The
-    loop only counts: what a step is made of lies in the step table on the device. `on_step(done, total)` is called as steps end.
+    `works[guided, shallow]` is a step of that kind: a UNet and then what `after_unet` does, which is all the rest and
+    moves `buffers.step` on. The loop only counts: what a step is made of lies in the step table on the device.
+    `on_step(done, total)` is called as steps end.
     """
     device.write(buffers.latents, np.concatenate([noise, noise]))
     device.write(buffers.first_noise, noise[:, :, 0])

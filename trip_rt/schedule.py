@@ -10,7 +10,8 @@ from trip_rt.errors import InputError
 
 
 def alpha_bars(config: ScheduleConfig) -> NDArray[np.float64]:
-    """ᾱ_t = Π (1 − β_s) for t = 0 … num_train_timesteps − 1. `scaled_linear` is linear in sqrt(β) (ModelScope, Stable Diffusion)."""
+    """ᾱ_t = Π (1 − β_s) for t = 0 … num_train_timesteps − 1. `scaled_linear` is linear in sqrt(β) (ModelScope, Stable
+    Diffusion)."""
     if config.beta_schedule == "linear":
         betas = np.linspace(config.beta_start, config.beta_end, config.num_train_timesteps)
     else:

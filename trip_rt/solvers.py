@@ -1,4 +1,5 @@
-"""Solvers of the denoising ODE, each as the coefficients of its steps: DDIM, DPM-Solver++(2M) and UniPC. Pure functions, fp64."""
+"""Solvers of the denoising ODE, each as the coefficients of its steps: DDIM, DPM-Solver++(2M) and UniPC. Pure
+functions, fp64."""
 
 from __future__ import annotations
 
@@ -22,11 +23,11 @@ Vector = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Step:
-    """One step from `timestep`, linear in five tensors: the latents z, the predicted noise ε̃, and what the steps before left, namely the corrected
-    latents z̄ and the clean latents x⁻ and x⁻⁻ predicted one and two steps before.
+    """One step from `timestep`, linear in five tensors: the latents z, the predicted noise ε̃, and what the steps
+    before left, namely the corrected latents z̄ and the clean latents x⁻ and x⁻⁻ predicted one and two steps before.
 
-    `latents` are the coefficients of the next latents, `corrected` those of this step's z̄. The clean latents predicted here are
-    (z − sqrt_one_minus_alpha_bar·ε̃) / sqrt_alpha_bar.
+    `latents` are the coefficients of the next latents, `corrected` those of this step's z̄. The clean latents predicted
+    here are (z − sqrt_one_minus_alpha_bar·ε̃) / sqrt_alpha_bar.
     """
 
     timestep: int
@@ -38,7 +39,8 @@ class Step:
 
 @dataclass(frozen=True)
 class _Point:
-    """Where a step starts or lands: signal α = sqrt(ᾱ), noise σ = sqrt(1 − ᾱ), and half the log of their ratio's square."""
+    """Where a step starts or lands: signal α = sqrt(ᾱ), noise σ = sqrt(1 − ᾱ), and half the log of their ratio's
+    square."""
 
     alpha: float
     sigma: float
@@ -49,9 +51,11 @@ class _Point:
 
 
 def solver_steps(config: ScheduleConfig, num_inference_steps: int, solver: Solver = "ddim") -> list[Step]:
-    """The steps of a whole run, first to last, the last landing on clean latents; InputError for a number or a solver that is not to be had.
+    """The steps of a whole run, first to last, the last landing on clean latents; InputError for a number or a solver
+    that is not to be had.
 
-    DDIM lands `num_train_timesteps // num_inference_steps` lower than it starts, as diffusers' does; the others where the next one starts.
+    DDIM lands `num_train_timesteps // num_inference_steps` lower than it starts, as diffusers' does; the others where
+    the next one starts.
     """
     if solver not in SOLVERS:
         raise InputError(f"solver: found {solver!r}, expected one of {', '.join(SOLVERS)}")
@@ -61,7 +65,11 @@ def solver_steps(config: ScheduleConfig, num_inference_steps: int, solver: Solve
     landings = [timestep - stride for timestep in timesteps] if solver == "ddim" else [*timesteps[1:], -1]
     points = [_Point(math.sqrt(table[timestep]), math.sqrt(1 - table[timestep])) for timestep in timesteps]
     targets = [_Point(math.sqrt(table[t]), math.sqrt(1 - table[t])) if t >= 0 else _Point(1.0, 0.0) for t in landings]
-    made: Callable[[list[_Point], int, _Point], tuple[Coefficients, Coefficients]] = {"ddim": _ddim, "dpm++": _dpm, "unipc": _unipc}[solver]
+    made: Callable[[list[_Point], int, _Point], tuple[Coefficients, Coefficients]] = {
+        "ddim": _ddim,
+        "dpm++": _dpm,
+        "unipc": _unipc,
+    }[solver]
     return [
         Step(timestep, point.alpha, point.sigma, *made(points, i, target))
         for i, (timestep, point, target) in enumerate(zip(timesteps, points, targets, strict=True))
@@ -88,16 +96,20 @@ def _ddim(points: list[_Point], i: int, target: _Point) -> tuple[Coefficients, C
 
 
 def _dpm(points: list[_Point], i: int, target: _Point) -> tuple[Coefficients, Coefficients]:
-    """DPM-Solver++(2M), Lu et al. 2022, algorithm 2; its first step and its last, which lands on σ = 0, are of first order."""
+    """DPM-Solver++(2M), Lu et al. 2022, algorithm 2; its first step and its last, which lands on σ = 0, are of first
+    order."""
     here, clean = points[i], _clean(points[i])
     if i > 0 and target.sigma > 0:
         ratio = (here.log_snr - points[i - 1].log_snr) / (target.log_snr - here.log_snr)
         clean = clean + (clean - _CLEAN_1) / (2 * ratio)
-    return _coefficients(target.sigma / here.sigma * _Z - target.alpha * math.expm1(here.log_snr - target.log_snr) * clean), _NOTHING
+    return _coefficients(
+        target.sigma / here.sigma * _Z - target.alpha * math.expm1(here.log_snr - target.log_snr) * clean
+    ), _NOTHING
 
 
 def _unipc(points: list[_Point], i: int, target: _Point) -> tuple[Coefficients, Coefficients]:
-    """UniPC of order 2 with B(h) = e^h − 1 on predicted clean latents (Zhao et al. 2023, algorithms 7 and 8): correct, then predict."""
+    """UniPC of order 2 with B(h) = e^h − 1 on predicted clean latents (Zhao et al. 2023, algorithms 7 and 8): correct,
+    then predict."""
     here, clean = points[i], _clean(points[i])
     corrected = _Z if i == 0 else _corrected(points, i)
     h = target.log_snr - here.log_snr

@@ -19,10 +19,10 @@ class Speed:
     """How much work a run saves; the defaults save none.
 
     - `solver` and `num_inference_steps` (None: the model's own): a better solver needs fewer steps.
-    - `guidance_interval`: guidance, and with it the unconditional half of all work, only where timestep / num_train_timesteps lies within
-      (Kynkäänniemi et al. 2024); outside of it the guidance scale is 1.
-    - `feature_reuse`: the whole UNet every so many steps, in between only its outermost layer, on deep features that the last whole run left
-      (DeepCache, Ma et al. 2023).
+    - `guidance_interval`: guidance, and with it the unconditional half of all work, only where timestep /
+      num_train_timesteps lies within (Kynkäänniemi et al. 2024); outside of it the guidance scale is 1.
+    - `feature_reuse`: the whole UNet every so many steps, in between only its outermost layer, on deep features that
+      the last whole run left (DeepCache, Ma et al. 2023).
     """
 
     solver: Solver = "ddim"
@@ -40,7 +40,8 @@ SPEEDS = {
 
 @dataclass(frozen=True)
 class LoopStep:
-    """A solver's step with its guidance scale, 1 where the conditional half is all there is; `shallow`, whether it reuses deep features."""
+    """A solver's step with its guidance scale, 1 where the conditional half is all there is; `shallow`, whether it
+    reuses deep features."""
 
     step: Step
     guidance_scale: float
@@ -59,14 +60,17 @@ def speed_named(name: str) -> Speed:
 
 
 def loop_steps(config: TripConfig, speed: Speed | None = None, guidance_scale: float | None = None) -> list[LoopStep]:
-    """The steps of a run, first to last; `guidance_scale` is the model's own by default. InputError where something is out of bounds."""
+    """The steps of a run, first to last; `guidance_scale` is the model's own by default. InputError where something is
+    out of bounds."""
     speed = speed or Speed()
     scale = config.guidance_scale if guidance_scale is None else guidance_scale
     if not (math.isfinite(scale) and 0 <= scale <= 100):
         raise InputError(f"guidance scale: found {scale}, expected 0 to 100")
     low, high = speed.guidance_interval
     if not 0 <= low <= high <= 1:
-        raise InputError(f"guidance interval: found {low} to {high}, expected two numbers from 0 to 1, the lower one first")
+        raise InputError(
+            f"guidance interval: found {low} to {high}, expected two numbers from 0 to 1, the lower one first"
+        )
     if speed.feature_reuse < 1:
         raise InputError(f"feature reuse: found {speed.feature_reuse}, expected at least 1, which reuses none")
     count = config.num_inference_steps if speed.num_inference_steps is None else speed.num_inference_steps
@@ -81,7 +85,8 @@ def loop_steps(config: TripConfig, speed: Speed | None = None, guidance_scale: f
     return steps
 
 
-# A row of the step table, fp32: what one step needs, and of the step after it what holds frame 1 there. The coefficients are those of Step.
+# A row of the step table, fp32: what one step needs, and of the step after it what holds frame 1 there. The
+# coefficients are those of Step.
 COEFFICIENTS = ("z", "noise", "corrected", "clean_1", "clean_2")
 STEP_COLUMNS = (
     "timestep", "sqrt_alpha_bar", "sqrt_one_minus_alpha_bar", "guidance_scale",
@@ -93,11 +98,14 @@ STEP_COLUMNS = (
 def step_table(steps: Sequence[LoopStep]) -> NDArray[np.float32]:
     """The rows of a run, fp32 [len(steps) + 1, len(STEP_COLUMNS)], for a loop that counts its steps on a GPU.
 
-    Row 0 is the beginning: z = 1·z, which changes nothing but puts frame 1 on its path at the first step. Row i is step i. After the last step
-    frame 1 is the given latent itself.
+    Row 0 is the beginning: z = 1·z, which changes nothing but puts frame 1 on its path at the first step. Row i is step
+    i. After the last step frame 1 is the given latent itself.
     """
     points = [(one.step.timestep, one.step.sqrt_alpha_bar, one.step.sqrt_one_minus_alpha_bar) for one in steps]
     landings = [*points, (0, 1.0, 0.0)]
     rows = [(*landings[0], 1.0, *(1.0, 0.0, 0.0, 0.0, 0.0), *(0.0,) * 5, *landings[0])]
-    rows += [(*points[i], one.guidance_scale, *one.step.latents, *one.step.corrected, *landings[i + 1]) for i, one in enumerate(steps)]
+    rows += [
+        (*points[i], one.guidance_scale, *one.step.latents, *one.step.corrected, *landings[i + 1])
+        for i, one in enumerate(steps)
+    ]
     return np.array(rows, np.float32)

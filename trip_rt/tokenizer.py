@@ -22,11 +22,15 @@ class PromptTokenizer:
         try:
             self._tokenizer = Tokenizer.from_str(tokenizer_json)
         except Exception as error:  # tokenizers raises bare Exception
-            raise InputError(f"tokenizer.json: not a tokenizer ({str(error)[:100]}); export the bundle again") from error
+            raise InputError(
+                f"tokenizer.json: not a tokenizer ({str(error)[:100]}); export the bundle again"
+            ) from error
         self._length = length
         padding = self._tokenizer.padding
         if padding is None or padding["length"] != length:
-            raise InputError(f"tokenizer.json: found padding {padding}, expected padding to {length} tokens; export the bundle again")
+            raise InputError(
+                f"tokenizer.json: found padding {padding}, expected padding to {length} tokens; export the bundle again"
+            )
         self._unknown = self._tokenizer.token_to_id("<unk>")
         self._tokenizer.no_truncation()
         self._special = self._tokenizer.num_special_tokens_to_add(False)
@@ -45,18 +49,23 @@ class PromptTokenizer:
             warnings.warn(f"the prompt {_excerpt(prompt)!r} is too long: only its first {used} are used", stacklevel=4)
         if words > room:
             ids = ids[: self._length - 1] + ids[-1:]  # its end token stays
-        if self._unknown is not None and (strange := [prompt[a:b] for i, (a, b) in zip(ids, encoding.offsets, strict=False) if i == self._unknown]):
+        if self._unknown is not None and (
+            strange := [prompt[a:b] for i, (a, b) in zip(ids, encoding.offsets, strict=False) if i == self._unknown]
+        ):
             known = ", ".join(_excerpt(word) for word in sorted(set(strange))[:5])
             warnings.warn(f"this model knows no such words and passes over them: {known}", stacklevel=4)
         return ids
 
 
 def check_text(prompt: str) -> None:
-    """InputError where a prompt holds what is no character: bytes of a command line that are no text, half a pair of `\\u` escapes."""
+    """InputError where a prompt holds what is no character: bytes of a command line that are no text, half a pair of
+    `\\u` escapes."""
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"prompt: found undecodable characters in {_excerpt(prompt)!r}, expected Unicode text; write it as UTF-8") from error
+        raise InputError(
+            f"prompt: found undecodable characters in {_excerpt(prompt)!r}, expected Unicode text; write it as UTF-8"
+        ) from error
 
 
 def _excerpt(text: str) -> str:

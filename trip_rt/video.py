@@ -33,8 +33,8 @@ Frames = NDArray[np.uint8]
 def output_format(path: str | os.PathLike[str]) -> str:
     """`mp4`, `gif`, `webp` or `png` (a folder of frames): how `save` would write `path`. Writes nothing.
 
-    Call it before the work whose result is to be saved: it raises InputError for a name that `save` would refuse, a missing or
-    read-only parent folder, and a folder that holds anything but the frames of an earlier run.
+    Call it before the work whose result is to be saved: it raises InputError for a name that `save` would refuse, a
+    missing or read-only parent folder, and a folder that holds anything but the frames of an earlier run.
     """
     given = os.fsdecode(path)
     name = printable(given)
@@ -54,7 +54,9 @@ def output_format(path: str | os.PathLike[str]) -> str:
     elif not os.path.isdir(parent):
         raise InputError(f"{name}: found no folder {printable(parent)}, expected it to exist; create it first")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"{name}: found no permission to write in {printable(parent)}, expected it; choose another place")
+        raise InputError(
+            f"{name}: found no permission to write in {printable(parent)}, expected it; choose another place"
+        )
     try:
         if not is_folder and os.path.lexists(target) and not (suffix and os.path.isfile(target)):
             raise InputError(f"{name}: found a file or device of that name, {_ACCEPTED}; choose another name")
@@ -77,10 +79,10 @@ def check_fps(fps: float) -> None:
 def save(frames: Frames, path: str | os.PathLike[str], fps: float) -> None:
     """Writes uint8 [F, H, W, 3] at `fps` frames a second to `path`, in the format `output_format` gives it.
 
-    An existing clip is replaced only once the new one is complete; a failure or interrupt leaves nothing behind. mp4 pads odd sides
-    by repeating the last row or column; a gif's frame times are rounded to 1/100 s without drift, and it plays at most 50 a second.
-    gif and webp store frames that do not change once, for longer.
-    Raises InputError where `output_format` would, for a useless fps, and where the disk refuses.
+    An existing clip is replaced only once the new one is complete; a failure or interrupt leaves nothing behind. mp4
+    pads odd sides by repeating the last row or column; a gif's frame times are rounded to 1/100 s without drift, and it
+    plays at most 50 a second. gif and webp store frames that do not change once, for longer. Raises InputError where
+    `output_format` would, for a useless fps, and where the disk refuses.
     """
     kind, target, name = output_format(path), os.path.realpath(os.fsdecode(path)), printable(os.fsdecode(path))
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
@@ -111,14 +113,18 @@ def _mp4(frames: Frames, fps: float) -> bytes:
         return io.BytesIO(buffer.getvalue())
 
     with av.open(buffer, "w", format="mp4", options={"movflags": "+faststart"}, io_open=reopen) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16", "preset": "slow"})
+        stream = container.add_stream(
+            "libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "16", "preset": "slow"}
+        )
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         context = stream.codec_context
         context.color_range, context.colorspace = ColorRange.MPEG, Colorspace.ITU709
         context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            picture = picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+            picture = picture.reformat(
+                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+            )
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
     return buffer.getvalue()
@@ -141,7 +147,9 @@ def _gif(frames: Frames, fps: float) -> bytes:
 def _webp(frames: Frames, fps: float) -> bytes:
     from PIL import Image
 
-    return _animation([Image.fromarray(frame) for frame in frames], "WEBP", _durations(len(frames), fps, 1000), quality=90)
+    return _animation(
+        [Image.fromarray(frame) for frame in frames], "WEBP", _durations(len(frames), fps, 1000), quality=90
+    )
 
 
 def _png(frame: Frames) -> bytes:

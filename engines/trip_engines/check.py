@@ -14,10 +14,14 @@ from trip_rt.errors import InputError
 from trip_rt.manifest import COMPONENTS, Profile
 
 
-def check_bundle(folder: Path, note: Callable[[str], None] = lambda text: None) -> tuple[dict[str, Parity], dict[str, str]]:
-    """Verify every file of the bundle, open every engine that this machine can run, and compare each backend with the recorded reference.
+def check_bundle(
+    folder: Path, note: Callable[[str], None] = lambda text: None
+) -> tuple[dict[str, Parity], dict[str, str]]:
+    """Verify every file of the bundle, open every engine that this machine can run, and compare each backend with the
+    recorded reference.
 
-    Returns parity by `profile backend`, and the reasons for what could not be compared. InputError for a bundle that is not whole.
+    Returns parity by `profile backend`, and the reasons for what could not be compared. InputError for a bundle that is
+    not whole.
     """
     bundle = open_bundle(folder)
     note(f"{folder}: {len(bundle.manifest.files)} files are as the manifest says")
@@ -34,7 +38,9 @@ def check_bundle(folder: Path, note: Callable[[str], None] = lambda text: None) 
                 continue
             with animator:
                 if reference is None:
-                    refused[name] = "opened, but the bundle has no recorded reference; export it without --parity-steps 0"
+                    refused[name] = (
+                        "opened, but the bundle has no recorded reference; export it without --parity-steps 0"
+                    )
                     continue
                 note(f"{name}: measuring {reference.num_inference_steps} steps on {measured_on}")
                 parity[name] = measure(animator, reference, precision_of(profile, backend), measured_on)
@@ -42,11 +48,14 @@ def check_bundle(folder: Path, note: Callable[[str], None] = lambda text: None) 
 
 
 def animator_for(bundle: Bundle, profile: Profile, backend: str) -> tuple[Animator, str]:
-    """An Animator to measure parity on, and what it runs on: the backend itself or, for half precision that ONNX Runtime has no arithmetic for on a
-    CPU, an emulation of it, which is stricter than the casts to fp32 by which ONNX Runtime would run it."""
+    """An Animator to measure parity on, and what it runs on: the backend itself or, for half precision that ONNX
+    Runtime has no arithmetic for on a CPU, an emulation of it, which is stricter than the casts to fp32 by which ONNX
+    Runtime would run it."""
     precision = precision_of(profile, backend)
     if backend == "onnxruntime" and precision != "fp32" and not _on_gpu(profile):
-        return Animator(bundle, EmulatedEngine, profile.name), f"an emulation of {precision} on a CPU (fp32 sums, every {precision} value rounded)"
+        return Animator(
+            bundle, EmulatedEngine, profile.name
+        ), f"an emulation of {precision} on a CPU (fp32 sums, every {precision} value rounded)"
     animator = Animator(bundle, backend, profile.name)
     about = animator.describe()
     arithmetic = f" in {about['arithmetic']} arithmetic" if "arithmetic" in about else ""

@@ -1,7 +1,9 @@
-"""A half-precision graph on a CPU without such arithmetic: sums in fp32, and every half-precision value rounded where it is stored.
+"""A half-precision graph on a CPU without such arithmetic: sums in fp32, and every half-precision value rounded where
+it is stored.
 
-That is what tensor cores do: products of halves summed in fp32. Softmax and instance normalisation are spelled out, each of their steps rounded,
-since an engine may keep their statistics in half precision too; LayerNormalization's are fp32 by its definition in ONNX.
+That is what tensor cores do: products of halves summed in fp32. Softmax and instance normalisation are spelled out,
+each of their steps rounded, since an engine may keep their statistics in half precision too; LayerNormalization's are
+fp32 by its definition in ONNX.
 """
 
 from __future__ import annotations
@@ -23,7 +25,22 @@ from trip_rt.manifest import EngineSpec
 
 # Data movement has no arithmetic: it runs in whatever precision its data has, and rounds nothing.
 MOVEMENT = frozenset(
-    ["Reshape", "Transpose", "Concat", "Split", "Slice", "Squeeze", "Unsqueeze", "Expand", "Flatten", "Identity", "Pad", "Tile", "Gather", "Where"]
+    [
+        "Reshape",
+        "Transpose",
+        "Concat",
+        "Split",
+        "Slice",
+        "Squeeze",
+        "Unsqueeze",
+        "Expand",
+        "Flatten",
+        "Identity",
+        "Pad",
+        "Tile",
+        "Gather",
+        "Where",
+    ]
 )
 LARGEST = {"FLOAT16": 65504.0, "BFLOAT16": 3.39e38, "FLOAT": 3.4e38}
 _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -73,12 +90,16 @@ class Emulation:
     def run_watched(self, inputs: Mapping[str, NDArray[Any]]) -> tuple[list[NDArray[Any]], list[Peak]]:
         """The graph's outputs, and the peaks of its arithmetic nodes in their order."""
         results = self._session.run([*self._outputs, *(f"{_PEAK}{name}" for name, _ in self._watched)], dict(inputs))
-        peaks = [Peak(name, dtype, float(value)) for (name, dtype), value in zip(self._watched, results[len(self._outputs) :], strict=True)]
+        peaks = [
+            Peak(name, dtype, float(value))
+            for (name, dtype), value in zip(self._watched, results[len(self._outputs) :], strict=True)
+        ]
         return results[: len(self._outputs)], peaks
 
 
 class EmulatedEngine(Engine):
-    """ONNX Runtime's engines of a bundle, emulated: what parity is measured on where no engine has the bundle's precision."""
+    """ONNX Runtime's engines of a bundle, emulated: what parity is measured on where no engine has the bundle's
+    precision."""
 
     backend = "onnxruntime"
 
@@ -97,7 +118,9 @@ class EmulatedEngine(Engine):
     def _run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         if self._emulation is None:
             raise self._closed()
-        return {tensor.name: array for tensor, array in zip(self.spec.outputs, self._emulation.run(inputs), strict=True)}
+        return {
+            tensor.name: array for tensor, array in zip(self.spec.outputs, self._emulation.run(inputs), strict=True)
+        }
 
     def describe(self) -> dict[str, Any]:
         return {"backend": "emulation", "version": onnxruntime.__version__, "device": "cpu"}
@@ -108,7 +131,8 @@ class EmulatedEngine(Engine):
 
 
 def _emulate(model: ir.Model) -> list[tuple[str, str]]:
-    """Turn the typed graph into one of fp32 values with roundings, in place; returns names and dtypes of the nodes whose values are watched.
+    """Turn the typed graph into one of fp32 values with roundings, in place; returns names and dtypes of the nodes
+    whose values are watched.
 
     Every watched node gets an output of its own, its peak.
     """
@@ -134,7 +158,13 @@ def _emulate(model: ir.Model) -> list[tuple[str, str]]:
                 if exact is not output:
                     graph.remove(node)
         # Not watched: weights (fold_weights checks them), integers, and numbers that are meant to be minus infinity.
-        if exact is None or exact.is_initializer() or dtype not in _FLOATS or node.op_type in MOVEMENT or node in masked:
+        if (
+            exact is None
+            or exact.is_initializer()
+            or dtype not in _FLOATS
+            or node.op_type in MOVEMENT
+            or node in masked
+        ):
             continue
         watched.append((node.name or "", dtype.name))
         _watch(graph, exact, f"{_PEAK}{node.name}")
@@ -155,17 +185,24 @@ def _masked(graph: ir.Graph) -> set[ir.Node]:
     constants = {value for value in graph.initializers.values() if _is_mask(value.const_value)}
     masked: set[ir.Node] = set()
     for node in graph:
-        if node.op_type in {"Cast", "Add", *MOVEMENT} and any(value in constants or (value and value.producer() in masked) for value in node.inputs):
+        if node.op_type in {"Cast", "Add", *MOVEMENT} and any(
+            value in constants or (value and value.producer() in masked) for value in node.inputs
+        ):
             masked.add(node)
     return masked
 
 
 def _is_mask(tensor: ir.TensorProtocol | None) -> bool:
-    return tensor is not None and tensor.nbytes <= _LARGEST_MASK and bool((np.abs(tensor.numpy().astype(np.float32)) >= MASKED).any())
+    return (
+        tensor is not None
+        and tensor.nbytes <= _LARGEST_MASK
+        and bool((np.abs(tensor.numpy().astype(np.float32)) >= MASKED).any())
+    )
 
 
 def _spell_out(graph: ir.Graph, node: ir.Node, dtype: ir.DataType) -> ir.Value:
-    """The value of `node`, not yet rounded: its own output or, of a reduction, that of nodes in its place, all but the last of them rounded."""
+    """The value of `node`, not yet rounded: its own output or, of a reduction, that of nodes in its place, all but the
+    last of them rounded."""
 
     def step(op_type: str, *inputs: ir.Value | None) -> ir.Value:
         return _insert(graph, node, op_type, *inputs)
@@ -174,7 +211,9 @@ def _spell_out(graph: ir.Graph, node: ir.Node, dtype: ir.DataType) -> ir.Value:
         return _rounded(graph, node, step(op_type, *inputs), dtype)
 
     def constant(numbers: Any, kind: type) -> ir.Value:
-        value = ir.Value(name=f"{node.name}/constant_{len(graph.initializers)}", const_value=ir.tensor(np.array(numbers, kind)))
+        value = ir.Value(
+            name=f"{node.name}/constant_{len(graph.initializers)}", const_value=ir.tensor(np.array(numbers, kind))
+        )
         graph.register_initializer(value)
         return value
 
@@ -202,7 +241,9 @@ def _rounded(graph: ir.Graph, before: ir.Node | None, value: ir.Value, dtype: ir
     return _insert(graph, before, "Cast", _insert(graph, before, "Cast", value, to=dtype), to=ir.DataType.FLOAT)
 
 
-def _insert(graph: ir.Graph, before: ir.Node | None, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+def _insert(
+    graph: ir.Graph, before: ir.Node | None, op_type: str, *inputs: ir.Value | None, **attributes: Any
+) -> ir.Value:
     """The output of a new node, which is placed before another one or at the end."""
     node = ir.node(op_type, inputs, attributes)
     if before is None:

@@ -1,4 +1,5 @@
-"""An ONNX graph as an engine of the bundle: checked, in its precision, its weights in a file of their own that other graphs may share."""
+"""An ONNX graph as an engine of the bundle: checked, in its precision, its weights in a file of their own that other
+graphs may share."""
 
 from __future__ import annotations
 
@@ -20,9 +21,14 @@ EXTERNAL_FROM = 1024  # bytes: tensors of that size go into the weights file
 
 
 def to_precision(
-    graph: Path, precision: str, samples: Sequence[Sample], note: Callable[[str], None], like: Mapping[str, Any] | None = None
+    graph: Path,
+    precision: str,
+    samples: Sequence[Sample],
+    note: Callable[[str], None],
+    like: Mapping[str, Any] | None = None,
 ) -> tuple[Path, dict[str, Any]]:
-    """The fp32 `graph` in `precision`, in a folder beside it, and the policy that was chosen on `samples`; fp32 is the graph itself.
+    """The fp32 `graph` in `precision`, in a folder beside it, and the policy that was chosen on `samples`; fp32 is the
+    graph itself.
 
     `like` is the policy of another graph of the same network, to be followed instead.
     """
@@ -42,17 +48,19 @@ def to_precision(
 
 
 def finish_onnx_engine(graph: Path, destination: Path, like: Path | None = None) -> tuple[str, ...]:
-    """Check `graph` and move it to `destination`, its weights (`graph` ending in .weights) beside that under a name made of their hash. Where the
-    finished graph `like` has all those weights in its file, that is referred to instead.
+    """Check `graph` and move it to `destination`, its weights (`graph` ending in .weights) beside that under a name
+    made of their hash. Where the finished graph `like` has all those weights in its file, that is referred to instead.
 
-    Returns the files' names, the graph first. Moving the graph is the last act and atomic. Raises onnx.checker.ValidationError, or ValueError for a
-    dynamic shape.
+    Returns the files' names, the graph first. Moving the graph is the last act and atomic. Raises
+    onnx.checker.ValidationError, or ValueError for a dynamic shape.
     """
     onnx.checker.check_model(graph, full_check=True)
     model = onnx.load(graph, load_external_data=False)
     for value in [*model.graph.input, *model.graph.output]:
         if any(not dim.HasField("dim_value") for dim in value.type.tensor_type.shape.dim):
-            raise ValueError(f"{value.name}: found a dynamic shape, expected a static one; the exporter lost a constant")
+            raise ValueError(
+                f"{value.name}: found a dynamic shape, expected a static one; the exporter lost a constant"
+            )
     names = [destination.name]
     weights = graph.with_suffix(".weights")
     if weights.exists() and weights.stat().st_size:  # a writer with only small tensors leaves an empty one
@@ -70,7 +78,8 @@ def finish_onnx_engine(graph: Path, destination: Path, like: Path | None = None)
 
 
 def _shared(model: onnx.ModelProto, folder: Path, like: Path) -> str | None:
-    """Have `model` refer to the weights file of the graph `like`, whose name is returned; None where that lacks some of its weights."""
+    """Have `model` refer to the weights file of the graph `like`, whose name is returned; None where that lacks some of
+    its weights."""
     there, own = _regions(onnx.load(like, load_external_data=False), like.parent), _regions(model, folder)
     if not own.keys() <= there.keys():
         return None
@@ -78,7 +87,9 @@ def _shared(model: onnx.ModelProto, folder: Path, like: Path) -> str | None:
         for tensor in tensors:
             del tensor.external_data[:]
             tensor.external_data.extend(there[digest][0].external_data)
-    (name,) = {entry.value for tensors in there.values() for entry in tensors[0].external_data if entry.key == "location"}
+    (name,) = {
+        entry.value for tensors in there.values() for entry in tensors[0].external_data if entry.key == "location"
+    }
     return str(name)
 
 
@@ -88,6 +99,8 @@ def _regions(model: onnx.ModelProto, folder: Path) -> dict[str, list[onnx.Tensor
     for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             place = {entry.key: entry.value for entry in tensor.external_data}
-            region = np.memmap(folder / place["location"], np.uint8, "r", int(place.get("offset", 0)), (int(place["length"]),))
+            region = np.memmap(
+                folder / place["location"], np.uint8, "r", int(place.get("offset", 0)), (int(place["length"]),)
+            )
             found.setdefault(hashlib.sha256(region.data).hexdigest(), []).append(tensor)
     return found

@@ -14,7 +14,8 @@ from trip_engines.reference import Reference, Sample
 from trip_rt.animator import Animator
 from trip_rt.manifest import COMPONENTS, SPEEDUPS
 
-# A bf16 number has three bits fewer than an fp16 one, so its rounding is 8 times as coarse; a clip has to come out as well as in fp16 all the same.
+# A bf16 number has three bits fewer than an fp16 one, so its rounding is 8 times as coarse; a clip has to come out as
+# well as in fp16 all the same.
 MAX_COMPONENT_RMS = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2}
 MIN_LOOP_PSNR = {"fp32": 60.0, "fp16": 40.0, "bf16": 40.0}
 NOT_A_NUMBER = 1e9  # JSON has no infinity
@@ -22,7 +23,8 @@ NOT_A_NUMBER = 1e9  # JSON has no infinity
 
 @dataclass(frozen=True)
 class ComponentParity:
-    """The largest errors over a component's samples, relative to the RMS of the reference's output; NOT_A_NUMBER where an engine gave NaN."""
+    """The largest errors over a component's samples, relative to the RMS of the reference's output; NOT_A_NUMBER where
+    an engine gave NaN."""
 
     max_error: float
     rms_error: float
@@ -30,7 +32,8 @@ class ComponentParity:
 
 @dataclass(frozen=True)
 class Parity:
-    """`components` by name, PSNR in dB of the whole loop's latents (peak: their range) and frames (peak: 2), and the verdict.
+    """`components` by name, PSNR in dB of the whole loop's latents (peak: their range) and frames (peak: 2), and the
+    verdict.
 
     `measured_on` names what ran: an engine library and its device, or an emulation.
     """
@@ -48,7 +51,12 @@ class Parity:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Parity:
-        return Parity(**(data | {"components": {name: ComponentParity(**figures) for name, figures in data["components"].items()}}))
+        return Parity(
+            **(
+                data
+                | {"components": {name: ComponentParity(**figures) for name, figures in data["components"].items()}}
+            )
+        )
 
     def table(self) -> str:
         """A table for people."""
@@ -57,31 +65,54 @@ class Parity:
             [
                 f"parity of {self.precision} with PyTorch, measured on {self.measured_on}",
                 f"{'component':<22}{'RMS error':>11}{'max error':>11}",
-                *(f"{name:<22}{c.rms_error:>11.1e}{c.max_error:>11.1e}" for name, c in sorted(self.components.items(), key=_in_order)),
-                f"whole loop, {self.num_inference_steps} steps: latents {self.latents_psnr:.1f} dB, frames {self.frames_psnr:.1f} dB",
-                f"parity: {'passed' if self.passed else 'FAILED'} (RMS error ≤ {bound:.0e} and PSNR ≥ {floor:.0f} dB expected)",
+                *(
+                    f"{name:<22}{c.rms_error:>11.1e}{c.max_error:>11.1e}"
+                    for name, c in sorted(self.components.items(), key=_in_order)
+                ),
+                (
+                    f"whole loop, {self.num_inference_steps} steps: latents {self.latents_psnr:.1f} dB, frames"
+                    f" {self.frames_psnr:.1f} dB"
+                ),
+                (
+                    f"parity: {'passed' if self.passed else 'FAILED'} (RMS error ≤ {bound:.0e} and PSNR ≥ {floor:.0f}"
+                    " dB expected)"
+                ),
             ]
         )
 
 
 def measure(animator: Animator, reference: Reference, precision: str, measured_on: str) -> Parity:
     """Compare `animator`'s engines with the recorded `reference`, to the bounds of `precision`."""
-    figures = {name: component_parity(animator, name, samples) for name, samples in reference.samples.items() if animator.engine(name)}
+    figures = {
+        name: component_parity(animator, name, samples)
+        for name, samples in reference.samples.items()
+        if animator.engine(name)
+    }
     steps = reference.num_inference_steps
     with tqdm(total=steps, desc="parity", unit="step", disable=None, leave=False) as bar:
         found = animator.latents(
-            reference.pictures, reference.prompts, reference.seeds, num_inference_steps=steps, on_step=lambda done, total: bar.update()
+            reference.pictures,
+            reference.prompts,
+            reference.seeds,
+            num_inference_steps=steps,
+            on_step=lambda done, total: bar.update(),
         )
     frames = np.concatenate(list(animator.decode_pixels(found[0])))
     latents_psnr = psnr(found, reference.latents, float(np.ptp(reference.latents)))
     frames_psnr = psnr(frames, reference.frames, 2.0)
-    passed = all(c.rms_error <= MAX_COMPONENT_RMS[precision] for c in figures.values()) and min(latents_psnr, frames_psnr) >= MIN_LOOP_PSNR[precision]
+    passed = (
+        all(c.rms_error <= MAX_COMPONENT_RMS[precision] for c in figures.values())
+        and min(latents_psnr, frames_psnr) >= MIN_LOOP_PSNR[precision]
+    )
     return Parity(precision, measured_on, figures, steps, round(latents_psnr, 2), round(frames_psnr, 2), passed)
 
 
 def component_parity(animator: Animator, name: str, samples: Sequence[Sample]) -> ComponentParity:
     """The largest errors of one engine over recorded calls."""
-    errors = [relative_errors(next(iter(animator.engines[name].run(sample.inputs).values())), sample.output) for sample in samples]
+    errors = [
+        relative_errors(next(iter(animator.engines[name].run(sample.inputs).values())), sample.output)
+        for sample in samples
+    ]
     return ComponentParity(*(float(np.max(side)) for side in zip(*errors, strict=True)))
 
 

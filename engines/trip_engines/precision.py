@@ -1,7 +1,8 @@
-"""Half precision as a graph's own dtypes: which nodes compute in fp16 or bf16 and which stay fp32, chosen by measured error.
+"""Half precision as a graph's own dtypes: which nodes compute in fp16 or bf16 and which stay fp32, chosen by measured
+error.
 
-Engines are strongly typed: TensorRT 11 has no precision flags and the other engines never had, so what the ONNX says is what runs. A graph's inputs
-and outputs keep their documented fp32 dtypes; casts stand where the two precisions meet.
+Engines are strongly typed: TensorRT 11 has no precision flags and the other engines never had, so what the ONNX says is
+what runs. A graph's inputs and outputs keep their documented fp32 dtypes; casts stand where the two precisions meet.
 """
 
 from __future__ import annotations
@@ -24,7 +25,13 @@ from trip_rt.errors import EngineError
 HALF = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 # ONNX has bf16 convolutions and instance normalisations only since opset 22.
 _BF16_OPSET = 22
-_KINDS = {"Conv": "convolution", "ConvTranspose": "convolution", "MatMul": "matrix product", "Gemm": "matrix product", "Softmax": "softmax"}
+_KINDS = {
+    "Conv": "convolution",
+    "ConvTranspose": "convolution",
+    "MatMul": "matrix product",
+    "Gemm": "matrix product",
+    "Softmax": "softmax",
+}
 _NORMALISATIONS = frozenset(["InstanceNormalization", "LayerNormalization", "GroupNormalization", "BatchNormalization"])
 # What tensor cores do is what half precision is for, so these go to fp32 last.
 _HEAVY = ("convolution", "matrix product")
@@ -34,7 +41,8 @@ _SAMPLES = 3
 
 @dataclass(frozen=True)
 class Group:
-    """Nodes that change precision together: of one kind and, where a whole kind would be too much, of one block of the network."""
+    """Nodes that change precision together: of one kind and, where a whole kind would be too much, of one block of the
+    network."""
 
     kind: str
     block: str | None = None
@@ -51,8 +59,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Policy:
-    """Which groups stay fp32, and the figures that say why: RMS errors relative to the reference, of all the rest in half precision, and of each
-    kind in half precision alone; `largest` is the largest number a half-precision value had to hold, and where."""
+    """Which groups stay fp32, and the figures that say why: RMS errors relative to the reference, of all the rest in
+    half precision, and of each kind in half precision alone; `largest` is the largest number a half-precision value had
+    to hold, and where."""
 
     fp32: tuple[Group, ...]
     error: float
@@ -68,26 +77,38 @@ class Policy:
         }
 
 
-# TRIP's own arithmetic around its networks: the noise prior and its gate (which are fp32 by contract), the scaling of latents.
+# TRIP's own arithmetic around its networks: the noise prior and its gate (which are fp32 by contract), the scaling of
+# latents.
 ALWAYS_FP32 = (Group("own arithmetic"),)
 
 
-def choose_precision(graph: Path, precision: str, samples: Sequence[Sample], note: Callable[[str], None] = lambda text: None) -> Policy:
-    """The policy with few fp32 groups that brings `graph` (fp32 ONNX) in `precision` well within its parity bound on `samples`.
+def choose_precision(
+    graph: Path, precision: str, samples: Sequence[Sample], note: Callable[[str], None] = lambda text: None
+) -> Policy:
+    """The policy with few fp32 groups that brings `graph` (fp32 ONNX) in `precision` well within its parity bound on
+    `samples`.
 
-    First each kind of node alone is put into half precision and its error measured, then all of them at once; while the error is too large or a
-    value overflows, the worst goes back to fp32: light kinds whole, convolutions and matrix products block by block, and last of all unless they
-    overflow. Errors are measured by trip_engines.emulation. EngineError naming the node where values overflow or are NaN even so.
+    First each kind of node alone is put into half precision and its error measured, then all of them at once; while the
+    error is too large or a value overflows, the worst goes back to fp32: light kinds whole, convolutions and matrix
+    products block by block, and last of all unless they overflow. Errors are measured by trip_engines.emulation.
+    EngineError naming the node where values overflow or are NaN even so.
     """
-    kinds = sorted({kind for kind, _ in _groups(ir.load(graph)).values() if kind not in ("movement", ALWAYS_FP32[0].kind)})
+    kinds = sorted(
+        {kind for kind, _ in _groups(ir.load(graph)).values() if kind not in ("movement", ALWAYS_FP32[0].kind)}
+    )
     samples = [samples[i] for i in sorted(set(np.linspace(0, len(samples) - 1, _SAMPLES).round().astype(int)))]
     target = _CLOSE * MAX_COMPONENT_RMS[precision]
 
     def error_of(fp32: Sequence[Group]) -> Policy:
         return _measure(graph, precision, tuple(fp32), samples)
 
-    alone = {kind: error_of([*ALWAYS_FP32, *(Group(other) for other in kinds if other != kind)]).error for kind in kinds}
-    note(f"error of one kind of node in {precision}: " + ", ".join(f"{kind} {error:.1e}" for kind, error in alone.items()))
+    alone = {
+        kind: error_of([*ALWAYS_FP32, *(Group(other) for other in kinds if other != kind)]).error for kind in kinds
+    }
+    note(
+        f"error of one kind of node in {precision}: "
+        + ", ".join(f"{kind} {error:.1e}" for kind, error in alone.items())
+    )
     policy = error_of(ALWAYS_FP32)
     for group in _candidates(graph, kinds, alone, error_of):
         if policy.error <= target:
@@ -96,12 +117,18 @@ def choose_precision(graph: Path, precision: str, samples: Sequence[Sample], not
         note(f"kept in fp32: {group}; error now {policy.error:.1e}")
     if policy.error >= NOT_A_NUMBER:
         node, value = policy.largest
-        raise EngineError(f"{graph.name}: {node} gave {value:g}, which {precision} cannot hold; check the checkpoint, or export in bf16 or fp32")
+        raise EngineError(
+            f"{graph.name}: {node} gave {value:g}, which {precision} cannot hold; check the checkpoint, or export in"
+            " bf16 or fp32"
+        )
     return Policy(policy.fp32, policy.error, alone, policy.largest)
 
 
-def _candidates(graph: Path, kinds: Sequence[str], alone: Mapping[str, float], error_of: Callable[[Sequence[Group]], Policy]) -> Iterator[Group]:
-    """Groups in the order in which they go back to fp32: what overflows by itself, then light kinds, then heavy ones, each from the worst on."""
+def _candidates(
+    graph: Path, kinds: Sequence[str], alone: Mapping[str, float], error_of: Callable[[Sequence[Group]], Policy]
+) -> Iterator[Group]:
+    """Groups in the order in which they go back to fp32: what overflows by itself, then light kinds, then heavy ones,
+    each from the worst on."""
     worst_first = sorted(kinds, key=lambda kind: -alone[kind])
     later = []
     for kind in (kind for kind in worst_first if kind in _HEAVY and alone[kind] >= NOT_A_NUMBER):
@@ -116,7 +143,9 @@ def _candidates(graph: Path, kinds: Sequence[str], alone: Mapping[str, float], e
         yield from (group for group, _ in _blocks(graph, kind, kinds, error_of))
 
 
-def _blocks(graph: Path, kind: str, kinds: Sequence[str], error_of: Callable[[Sequence[Group]], Policy]) -> list[tuple[Group, float]]:
+def _blocks(
+    graph: Path, kind: str, kinds: Sequence[str], error_of: Callable[[Sequence[Group]], Policy]
+) -> list[tuple[Group, float]]:
     """The blocks that have nodes of a kind, and the error of each alone in half precision, the worst first."""
     blocks = sorted({block for found, block in _groups(ir.load(graph)).values() if found == kind})
     others = [Group(other) for other in kinds if other != kind]
@@ -130,7 +159,9 @@ def _blocks(graph: Path, kind: str, kinds: Sequence[str], error_of: Callable[[Se
 def _measure(graph: Path, precision: str, fp32: tuple[Group, ...], samples: Sequence[Sample]) -> Policy:
     candidate = graph.with_name(f"candidate-{graph.name}")
     try:
-        ir.save(typed_graph(ir.load(graph), precision, fp32), candidate)  # its weights stay where they are, cast in the graph
+        ir.save(
+            typed_graph(ir.load(graph), precision, fp32), candidate
+        )  # its weights stay where they are, cast in the graph
         emulation = Emulation(candidate)
     finally:
         candidate.unlink(missing_ok=True)
@@ -146,7 +177,8 @@ def _measure(graph: Path, precision: str, fp32: tuple[Group, ...], samples: Sequ
 
 
 def typed_graph(model: ir.Model, precision: str, fp32: Sequence[Group]) -> ir.Model:
-    """`model`, fp32, with every node outside the groups `fp32` in half precision; weights are cast in the graph (`fold_weights` makes them half)."""
+    """`model`, fp32, with every node outside the groups `fp32` in half precision; weights are cast in the graph
+    (`fold_weights` makes them half)."""
     if precision == "bf16":
         version_converter.convert_version(model, _BF16_OPSET)
     graph, half = model.graph, HALF[precision]
@@ -156,7 +188,11 @@ def typed_graph(model: ir.Model, precision: str, fp32: Sequence[Group]) -> ir.Mo
     def cast(value: ir.Value, dtype: ir.DataType, before: ir.Node | None) -> ir.Value:
         if (value, dtype) not in casts:
             node = ir.node("Cast", [value], {"to": dtype}, name=f"{value.name}/to_{dtype.name.lower()}")
-            node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = f"{value.name}.{dtype.name.lower()}", dtype, value.shape
+            node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = (
+                f"{value.name}.{dtype.name.lower()}",
+                dtype,
+                value.shape,
+            )
             if before is None:
                 graph.append(node)
             else:
@@ -167,7 +203,9 @@ def typed_graph(model: ir.Model, precision: str, fp32: Sequence[Group]) -> ir.Mo
     for node in list(graph):
         kind, block = groups[node]
         floats = [
-            (index, value) for index, value in enumerate(node.inputs) if value is not None and _is_float(value) and not _stays_fp32(node, index)
+            (index, value)
+            for index, value in enumerate(node.inputs)
+            if value is not None and _is_float(value) and not _stays_fp32(node, index)
         ]
         if kind == "movement":
             dtype = half if any(value.dtype == half for _, value in floats) else ir.DataType.FLOAT
@@ -189,7 +227,8 @@ def typed_graph(model: ir.Model, precision: str, fp32: Sequence[Group]) -> ir.Mo
 
 
 def fold_weights(model: ir.Model) -> None:
-    """Replace every cast of a weight by the cast weight, in place. EngineError naming a weight that half precision cannot hold."""
+    """Replace every cast of a weight by the cast weight, in place. EngineError naming a weight that half precision
+    cannot hold."""
     graph = model.graph
     for node in list(graph):
         weight = node.inputs[0] if node.op_type == "Cast" else None
@@ -197,7 +236,9 @@ def fold_weights(model: ir.Model) -> None:
             continue
         (cast,) = node.outputs
         assert cast.dtype and cast.shape is not None and cast.name and weight.name
-        value = ir.Value(name=cast.name, type=cast.type, shape=cast.shape, const_value=_cast_tensor(weight.const_value, cast.dtype))
+        value = ir.Value(
+            name=cast.name, type=cast.type, shape=cast.shape, const_value=_cast_tensor(weight.const_value, cast.dtype)
+        )
         cast.replace_all_uses_with(value)
         graph.remove(node, safe=True)
         graph.register_initializer(value)

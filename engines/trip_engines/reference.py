@@ -26,8 +26,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Reference:
-    """Calls of every component, and a whole run: uint8 pictures [B, H, W, 3] with prompts and seeds, denoised in so many steps to
-    `latents` [B, C, F, h, w]; `frames` [F, 3, H, W] are the first clip's."""
+    """Calls of every component, and a whole run: uint8 pictures [B, H, W, 3] with prompts and seeds, denoised in so
+    many steps to `latents` [B, C, F, h, w]; `frames` [F, 3, H, W] are the first clip's."""
 
     samples: Mapping[str, list[Sample]]
     pictures: NDArray[np.uint8]
@@ -39,18 +39,30 @@ class Reference:
 
     def save(self, path: Path, key: str) -> None:
         """Write a safetensors file; `key` says what it was recorded from."""
-        arrays: dict[str, NDArray[Any]] = {"loop/pictures": self.pictures, "loop/latents": self.latents, "loop/frames": self.frames}
+        arrays: dict[str, NDArray[Any]] = {
+            "loop/pictures": self.pictures,
+            "loop/latents": self.latents,
+            "loop/frames": self.frames,
+        }
         for name, samples in self.samples.items():
             for index, sample in enumerate(samples):
                 arrays |= {f"{name}/{index}/in/{tensor}": array for tensor, array in sample.inputs.items()}
                 arrays[f"{name}/{index}/out"] = sample.output
-        about = {"key": key, "prompts": self.prompts, "seeds": self.seeds, "num_inference_steps": self.num_inference_steps}
+        about = {
+            "key": key,
+            "prompts": self.prompts,
+            "seeds": self.seeds,
+            "num_inference_steps": self.num_inference_steps,
+        }
         # One entry: safetensors writes several in any order, and the same recording should be the same bytes.
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, {"about": json.dumps(about)})
+        save_file(
+            {name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, {"about": json.dumps(about)}
+        )
 
     @staticmethod
     def load(path: Path, key: str | None = None) -> Reference:
-        """Read what `save` wrote; InputError for anything else, or where it was recorded from something else than `key`."""
+        """Read what `save` wrote; InputError for anything else, or where it was recorded from something else than
+        `key`."""
         try:
             with safe_open(path, "np") as file:
                 about = json.loads(file.metadata()["about"])
@@ -63,7 +75,10 @@ class Reference:
                 component, index, tensor = name.split("/", 2)
                 calls.setdefault(component, {}).setdefault(int(index), {})[tensor] = array
             samples = {
-                component: [Sample({name[3:]: call[name] for name in call if name != "out"}, call["out"]) for _, call in sorted(by_index.items())]
+                component: [
+                    Sample({name[3:]: call[name] for name in call if name != "out"}, call["out"])
+                    for _, call in sorted(by_index.items())
+                ]
                 for component, by_index in calls.items()
             }
             return Reference(samples=samples, **loop, **about)

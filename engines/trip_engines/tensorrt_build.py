@@ -1,7 +1,8 @@
 """A TensorRT plan from an ONNX file, built by Polygraphy on the machine and GPU that it is for.
 
-The graph's own types are the plan's precision. The network is strongly typed, which TensorRT 11's always are; its BuilderFlag lost FP16 and BF16, and
-Polygraphy's CreateConfig reads those only where it is asked for them, which is never here. So one path serves 10.13 and 11.
+The graph's own types are the plan's precision. The network is strongly typed, which TensorRT 11's always are; its
+BuilderFlag lost FP16 and BF16, and Polygraphy's CreateConfig reads those only where it is asked for them, which is
+never here. So one path serves 10.13 and 11.
 """
 
 from __future__ import annotations
@@ -28,17 +29,22 @@ from trip_rt.errors import InputError
 
 OLDEST = (10, 13)
 _CONTRACTION = re.compile(r"conv|fprop|gemm|matmul|matrixmultiply|einsum|mha", re.IGNORECASE)
-_PRECISIONS = {"FP16": re.compile(r"\bhalf\b|fp16"), "BF16": re.compile(r"bfloat16|bf16"), "FP32": re.compile(r"\bfloat\b|fp32|\bfloat32")}
+_PRECISIONS = {
+    "FP16": re.compile(r"\bhalf\b|fp16"),
+    "BF16": re.compile(r"bfloat16|bf16"),
+    "FP32": re.compile(r"\bfloat\b|fp32|\bfloat32"),
+}
 
 
 @dataclass(frozen=True)
 class BuildOptions:
     """How a plan is built beyond what its graph says; InputError where a number is out of range.
 
-    `workspace_gb` (GiB) caps one layer's scratch memory: uncapped, a UNet with temporal layers can run the builder out of memory.
-    `optimization_level` is 0 (quick) to 5 (thorough). `timing_cache` is a file of measured kernels, read and extended by builds, good for one
-    TensorRT version and GPU. `version_compatible` plans open with later versions of the same major and with the lean runtime,
-    `hardware_compatibility` frees them from the exact GPU, both at some cost in speed; `refittable` plans can take new weights.
+    `workspace_gb` (GiB) caps one layer's scratch memory: uncapped, a UNet with temporal layers can run the builder out
+    of memory. `optimization_level` is 0 (quick) to 5 (thorough). `timing_cache` is a file of measured kernels, read and
+    extended by builds, good for one TensorRT version and GPU. `version_compatible` plans open with later versions of
+    the same major and with the lean runtime, `hardware_compatibility` frees them from the exact GPU, both at some cost
+    in speed; `refittable` plans can take new weights.
     """
 
     workspace_gb: float = 8.0
@@ -52,14 +58,20 @@ class BuildOptions:
         if not self.workspace_gb > 0:
             raise InputError(f"workspace: found {self.workspace_gb} GiB, expected more than 0; leave it out for 8")
         if not 0 <= self.optimization_level <= 5:
-            raise InputError(f"optimization level: found {self.optimization_level}, expected 0 to 5; leave it out for 3")
+            raise InputError(
+                f"optimization level: found {self.optimization_level}, expected 0 to 5; leave it out for 3"
+            )
 
 
-def build_engine(graph: Path, plan: Path, options: BuildOptions, note: Callable[[str], None] = lambda line: None) -> dict[str, str]:
-    """Build `plan` from the ONNX file `graph` (weights may lie in files beside it) and return what the manifest's EngineSpec.target says of it.
+def build_engine(
+    graph: Path, plan: Path, options: BuildOptions, note: Callable[[str], None] = lambda line: None
+) -> dict[str, str]:
+    """Build `plan` from the ONNX file `graph` (weights may lie in files beside it) and return what the manifest's
+    EngineSpec.target says of it.
 
-    `note` is told, in one line, in which precisions it computes. InputError where TensorRT or this machine cannot, or where the engine lost a half
-    precision that the graph declares; KeyboardInterrupt after Ctrl-C, once the builder has stopped at its next step. Then no plan is left behind.
+    `note` is told, in one line, in which precisions it computes. InputError where TensorRT or this machine cannot, or
+    where the engine lost a half precision that the graph declares; KeyboardInterrupt after Ctrl-C, once the builder has
+    stopped at its next step. Then no plan is left behind.
     """
     trt = _builder()
     built_for = target(options)
@@ -69,7 +81,8 @@ def build_engine(graph: Path, plan: Path, options: BuildOptions, note: Callable[
     with (
         tqdm(desc=f"build {plan.name}", unit="step", disable=None, leave=False) as bar,
         _polygraphy_errors() as errors,
-        # TensorRT calls back from any thread, Ctrl-C reaches only the main one: that waits here and tells the builder through `cancelled`.
+        # TensorRT calls back from any thread, Ctrl-C reaches only the main one: that waits here and tells the builder
+        # through `cancelled`.
         ThreadPoolExecutor(1) as pool,
     ):
         try:
@@ -101,35 +114,54 @@ def target(options: BuildOptions) -> dict[str, str]:
 
 def cache_key(options: BuildOptions) -> dict[str, str]:
     """All that a plan depends on besides its graph and the timing cache, to be hashed with the graph."""
-    build = {"workspace_gb": options.workspace_gb, "optimization_level": options.optimization_level, "refittable": options.refittable}
+    build = {
+        "workspace_gb": options.workspace_gb,
+        "optimization_level": options.optimization_level,
+        "refittable": options.refittable,
+    }
     return target(options) | {name: str(value) for name, value in build.items()}
 
 
 def layer_precisions(information: str) -> Counter[str]:
     """How many layers compute in FP32, FP16 and BF16, from the engine inspector's JSON at detailed verbosity.
 
-    A layer's precision is the narrowest that it reads. Convolutions and matrix products are counted; where no layer is known as one, all but
-    reformats and constants. Empty where the JSON says nothing of types.
+    A layer's precision is the narrowest that it reads. Convolutions and matrix products are counted; where no layer is
+    known as one, all but reformats and constants. Empty where the JSON says nothing of types.
     """
     try:
-        layers = json.loads(information, strict=False)["Layers"]  # not strict: TensorRT parts names in Metadata by control characters
+        layers = json.loads(information, strict=False)[
+            "Layers"
+        ]  # not strict: TensorRT parts names in Metadata by control characters
     except (ValueError, KeyError, TypeError):
         return Counter()
-    detailed = [layer for layer in layers if isinstance(layer, dict) and layer.get("LayerType") not in ("Reformat", "NoOp", "Constant")]
-    contractions = [layer for layer in detailed if _CONTRACTION.search(f"{layer.get('LayerType')} {layer.get('TacticName')}")]
+    detailed = [
+        layer
+        for layer in layers
+        if isinstance(layer, dict) and layer.get("LayerType") not in ("Reformat", "NoOp", "Constant")
+    ]
+    contractions = [
+        layer for layer in detailed if _CONTRACTION.search(f"{layer.get('LayerType')} {layer.get('TacticName')}")
+    ]
     return Counter(precision for layer in contractions or detailed if (precision := _precision(layer)))
 
 
 def check_precisions(declared: set[str], found: Mapping[str, int], name: str) -> str:
-    """What to tell of an engine's precisions; InputError where a half precision in which the graph `name` declares products is in no layer."""
+    """What to tell of an engine's precisions; InputError where a half precision in which the graph `name` declares
+    products is in no layer."""
     if not found:
-        return f"{name}: TensorRT tells no layer's type, so whether it kept {', '.join(sorted(declared))} shows in speed and parity only"
+        return (
+            f"{name}: TensorRT tells no layer's type, so whether it kept {', '.join(sorted(declared))} shows in speed"
+            " and parity only"
+        )
     if lost := sorted(declared - {"FP32"} - {precision for precision, count in found.items() if count}):
         there = ", ".join(sorted(found))
         raise InputError(
-            f"{name}: found an engine silently built in {there}, expected {', '.join(lost)} as declared; use another TensorRT or export fp32"
+            f"{name}: found an engine silently built in {there}, expected {', '.join(lost)} as declared; use another"
+            " TensorRT or export fp32"
         )
-    return f"{name}: convolutions and matrix products: " + ", ".join(f"{count} in {precision}" for precision, count in sorted(found.items()))
+    return f"{name}: convolutions and matrix products: " + ", ".join(
+        f"{count} in {precision}" for precision, count in sorted(found.items())
+    )
 
 
 def explain(errors: Sequence[str], graph: Path) -> InputError:
@@ -138,15 +170,27 @@ def explain(errors: Sequence[str], graph: Path) -> InputError:
     text = " ".join(lines)
     operators = sorted(set(re.findall(r"(?:operator|registered for op): ?([\w:]+(?:\.\w+)*)", text)))
     if operators and re.search(r"UNSUPPORTED_(?:NODE|GRAPH)|No importer|Plugin not found|PluginCreator", text):
-        return InputError(f"{graph}: TensorRT does not support {', '.join(operators)}; install a newer TensorRT, or export for another backend")
+        return InputError(
+            f"{graph}: TensorRT does not support {', '.join(operators)}; install a newer TensorRT, or export for"
+            " another backend"
+        )
     if re.search(r"insufficient workspace", text):
-        return InputError(f"{graph}: TensorRT found too little workspace for a layer; allow more, or take a smaller profile")
+        return InputError(
+            f"{graph}: TensorRT found too little workspace for a layer; allow more, or take a smaller profile"
+        )
     if OUT_OF_MEMORY.search(text):
-        return InputError(f"{graph}: TensorRT ran out of memory; close what else uses the GPU, allow less workspace, or take a smaller profile")
+        return InputError(
+            f"{graph}: TensorRT ran out of memory; close what else uses the GPU, allow less workspace, or take a"
+            " smaller profile"
+        )
     if re.search(r"CUDA initialization failure|CUDA driver version|no CUDA-capable device", text):
-        return InputError(f"{graph}: TensorRT found no usable GPU, expected one with a driver for its CUDA version; update the driver")
+        return InputError(
+            f"{graph}: TensorRT found no usable GPU, expected one with a driver for its CUDA version; update the driver"
+        )
     reason = next((line for line in lines if line and not line.startswith("File ")), "it gave no reason")[:300]
-    return InputError(f"{graph}: TensorRT cannot build it ({reason}); install another TensorRT, or export for another backend")
+    return InputError(
+        f"{graph}: TensorRT cannot build it ({reason}); install another TensorRT, or export for another backend"
+    )
 
 
 def _build(trt: Any, graph: Path, options: BuildOptions, monitor: Any) -> tuple[Any, Counter[str]]:
@@ -164,14 +208,18 @@ def _loader(trt: Any, graph: Path, options: BuildOptions, monitor: Any) -> Any:
     polygraphy, cache = _polygraphy(), options.timing_cache
     level = getattr(trt.HardwareCompatibilityLevel, options.hardware_compatibility.upper(), None)
     if level is None:
-        raise InputError(f"tensorrt: {trt.__version__} knows no hardware compatibility {options.hardware_compatibility}; install a newer TensorRT")
+        raise InputError(
+            f"tensorrt: {trt.__version__} knows no hardware compatibility {options.hardware_compatibility}; install a"
+            " newer TensorRT"
+        )
     config = polygraphy.CreateConfig(
         profiles=[],  # ranges of dynamic shapes: ours are static
         memory_pool_limits={trt.MemoryPoolType.WORKSPACE: int(options.workspace_gb * 2**30)},
         builder_optimization_level=options.optimization_level,
         refittable=options.refittable,
         version_compatible=options.version_compatible,
-        exclude_lean_runtime=options.version_compatible,  # it is host code inside the plan, which trip_rt does not allow to run
+        # It is host code inside the plan, which trip_rt does not allow to run.
+        exclude_lean_runtime=options.version_compatible,
         hardware_compatibility_level=None if options.hardware_compatibility == "none" else level,
         profiling_verbosity=trt.ProfilingVerbosity.DETAILED,  # or the inspector tells no types
         load_timing_cache=str(cache) if cache and cache.exists() else None,
@@ -218,7 +266,12 @@ def _precision(layer: Mapping[str, Any]) -> str | None:
     described = [layer.get("Weights")]
     for side in ("Inputs", "Outputs"):
         described += layer.get(side) or []
-        types = " ".join(str(item.get(key, "")) for item in described if isinstance(item, dict) for key in ("Format/Datatype", "Datatype", "Type"))
+        types = " ".join(
+            str(item.get(key, ""))
+            for item in described
+            if isinstance(item, dict)
+            for key in ("Format/Datatype", "Datatype", "Type")
+        )
         if found := next((name for name, pattern in _PRECISIONS.items() if pattern.search(types.lower())), None):
             return found  # outputs only where the inputs tell nothing: they may already be cast
     return None
@@ -248,14 +301,19 @@ def _polygraphy() -> Any:
     try:
         return importlib.import_module("polygraphy.backend.trt")
     except ImportError as error:
-        raise InputError("tensorrt: found no Polygraphy, expected it for building plans; pip install polygraphy") from error
+        raise InputError(
+            "tensorrt: found no Polygraphy, expected it for building plans; pip install polygraphy"
+        ) from error
 
 
 def _builder() -> Any:
     try:
         trt: Any = importlib.import_module("tensorrt")
     except (ImportError, OSError) as error:
-        raise InputError("tensorrt: found no builder, expected the full package (the lean runtime cannot build); pip install tensorrt") from error
+        raise InputError(
+            "tensorrt: found no builder, expected the full package (the lean runtime cannot build); pip install"
+            " tensorrt"
+        ) from error
     if version_numbers(trt.__version__) < OLDEST:
         raise InputError(f"tensorrt: found {trt.__version__}, expected 10.13 or newer; pip install --upgrade tensorrt")
     return trt

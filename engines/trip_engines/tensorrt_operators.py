@@ -1,4 +1,5 @@
-"""What TensorRT's ONNX parser will make of a graph, told without TensorRT: operators and types outside its documented table."""
+"""What TensorRT's ONNX parser will make of a graph, told without TensorRT: operators and types outside its documented
+table."""
 
 from __future__ import annotations
 
@@ -13,16 +14,23 @@ from typing import Any
 import onnx
 from onnx import defs, inliner
 
-_TYPES = {"FLOAT": "FP32", "FLOAT16": "FP16", "BFLOAT16": "BF16", "FLOAT8E4M3FN": "FP8"}  # the rest is named alike in ONNX and the table
+_TYPES = {
+    "FLOAT": "FP32",
+    "FLOAT16": "FP16",
+    "BFLOAT16": "BF16",
+    "FLOAT8E4M3FN": "FP8",
+}  # the rest is named alike in ONNX and the table
 _CONTRACTIONS = {"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"}
 
 
 def unsupported(graph: Path) -> list[str]:
-    """A line for each operator, or type that an operator works on, that the table lacks; [] where TensorRT should parse the whole ONNX file.
+    """A line for each operator, or type that an operator works on, that the table lacks; [] where TensorRT should parse
+    the whole ONNX file.
 
-    The table is parser 10.1's (opset 9 to 20), so a line tells of a risk: newer parsers support more. It speaks of the types of an operator's data:
-    those of its first input or output that can have several, of what must have the same one, and of what Cast makes. Where a value's type is neither
-    recorded nor inferred, that value passes. Limits on attributes and shapes are not checked. Weights in files beside the graph are not read.
+    The table is parser 10.1's (opset 9 to 20), so a line tells of a risk: newer parsers support more. It speaks of the
+    types of an operator's data: those of its first input or output that can have several, of what must have the same
+    one, and of what Cast makes. Where a value's type is neither recorded nor inferred, that value passes. Limits on
+    attributes and shapes are not checked. Weights in files beside the graph are not read.
     """
     model = _load(graph)
     opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=1)
@@ -32,12 +40,20 @@ def unsupported(graph: Path) -> list[str]:
         for problem in _problems(node, types, opset):
             counts[problem] += 1
             first.setdefault(problem, node.name or node.output[0])
-    return [f"{problem} ({count} {'node' if count == 1 else 'nodes'}, first {first[problem]})" for problem, count in sorted(counts.items())]
+    return [
+        f"{problem} ({count} {'node' if count == 1 else 'nodes'}, first {first[problem]})"
+        for problem, count in sorted(counts.items())
+    ]
 
 
 def contraction_precisions(graph: Path) -> set[str]:
     """The types among FP32, FP16 and BF16 in which the ONNX file declares its convolutions and matrix products."""
-    found = {types.get(name) for node, types in _nodes(_load(graph).graph, {}) if node.op_type in _CONTRACTIONS for name in node.input}
+    found = {
+        types.get(name)
+        for node, types in _nodes(_load(graph).graph, {})
+        if node.op_type in _CONTRACTIONS
+        for name in node.input
+    }
     return {name for name in ("FP32", "FP16", "BF16") if name in found}
 
 

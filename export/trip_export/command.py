@@ -21,30 +21,59 @@ def build_export_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="trip-export",
         usage="%(prog)s CHECKPOINT -o BUNDLE [options]\n       %(prog)s --check BUNDLE",
-        description="Export a checkpoint to a bundle of engines, and measure that they agree with PyTorch. What is unchanged is reused.",
-        epilog="examples: trip-export checkpoints/demo -o bundle; trip-export checkpoints/demo -o bundle --backend openvino --add; "
-        "trip-export checkpoints/demo -o bundle-fp16 --fp16 --backend tensorrt; trip-export --check bundle",
+        description=(
+            "Export a checkpoint to a bundle of engines, and measure that they agree with PyTorch. What is unchanged is"
+            " reused."
+        ),
+        epilog=(
+            "examples: trip-export checkpoints/demo -o bundle; trip-export checkpoints/demo -o bundle --backend"
+            " openvino --add; trip-export checkpoints/demo -o bundle-fp16 --fp16 --backend tensorrt; trip-export"
+            " --check bundle"
+        ),
     )
-    parser.add_argument("checkpoint", type=Path, nargs="?", metavar="CHECKPOINT", help="checkpoint folder, as trip-train writes it")
+    parser.add_argument(
+        "checkpoint", type=Path, nargs="?", metavar="CHECKPOINT", help="checkpoint folder, as trip-train writes it"
+    )
     parser.add_argument("-o", "--output", type=Path, metavar="BUNDLE", help="bundle folder to write")
     parser.add_argument(
-        "--check", type=Path, metavar="BUNDLE", help="verify a bundle, open all of it that can run here, and compare with its reference"
+        "--check",
+        type=Path,
+        metavar="BUNDLE",
+        help="verify a bundle, open all of it that can run here, and compare with its reference",
     )
     precision = parser.add_mutually_exclusive_group()
     for name in ("fp16", "bf16"):
-        precision.add_argument(f"--{name}", dest="precision", action="store_const", const=name, help=f"{name} where measured error allows it")
+        precision.add_argument(
+            f"--{name}",
+            dest="precision",
+            action="store_const",
+            const=name,
+            help=f"{name} where measured error allows it",
+        )
     parser.add_argument(
         "--backend",
         action="append",
         metavar="NAME",
-        help="onnxruntime, openvino, tensorrt or inductor; may be given several times (both of the first in fp32, onnxruntime in half precision)",
+        help=(
+            "onnxruntime, openvino, tensorrt or inductor; may be given several times (both of the first in fp32,"
+            " onnxruntime in half precision)"
+        ),
     )
     parser.add_argument("--batch", type=int, default=1, help="clips animated at a time (%(default)s)")
     parser.add_argument("--frames", type=int, help="frames of a clip (the checkpoint's)")
     parser.add_argument("--size", type=size_of, metavar="WxH", help="picture size in pixels (the checkpoint's)")
-    parser.add_argument("--add", action="store_true", help="keep what the bundle already holds: other backends, other shapes")
-    parser.add_argument("--parity-steps", type=int, metavar="N", help="denoising steps that parity compares, 0 for none (the model's own number)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="what inductor compiles for (a GPU where there is one)")
+    parser.add_argument(
+        "--add", action="store_true", help="keep what the bundle already holds: other backends, other shapes"
+    )
+    parser.add_argument(
+        "--parity-steps",
+        type=int,
+        metavar="N",
+        help="denoising steps that parity compares, 0 for none (the model's own number)",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="what inductor compiles for (a GPU where there is one)"
+    )
     parser.add_argument(
         "--gpus",
         type=_gpus,
@@ -52,15 +81,32 @@ def build_export_parser() -> argparse.ArgumentParser:
         help="compute capabilities to compile the fused kernel for, such as 8.0,9.0; all or none (all, with triton)",
     )
     parser.add_argument(
-        "--no-speedups", action="store_true", help="leave out the engines that only trip-animate's approximate and unguided steps need"
+        "--no-speedups",
+        action="store_true",
+        help="leave out the engines that only trip-animate's approximate and unguided steps need",
     )
     tensorrt = parser.add_argument_group("TensorRT")
-    tensorrt.add_argument("--workspace", type=float, metavar="GB", help="memory the builder may try tactics in (%(default)s)", default=8.0)
-    tensorrt.add_argument("--optimization-level", type=int, default=3, metavar="0-5", help="higher builds longer for faster engines (%(default)s)")
-    tensorrt.add_argument("--timing-cache", type=Path, metavar="FILE", help="read and update this cache of measured tactics")
-    tensorrt.add_argument("--version-compatible", action="store_true", help="engines that later TensorRT of the same major version opens")
     tensorrt.add_argument(
-        "--hardware-compatibility", choices=("none", "ampere_plus", "same_compute_capability"), default="none", help="(%(default)s)"
+        "--workspace", type=float, metavar="GB", help="memory the builder may try tactics in (%(default)s)", default=8.0
+    )
+    tensorrt.add_argument(
+        "--optimization-level",
+        type=int,
+        default=3,
+        metavar="0-5",
+        help="higher builds longer for faster engines (%(default)s)",
+    )
+    tensorrt.add_argument(
+        "--timing-cache", type=Path, metavar="FILE", help="read and update this cache of measured tactics"
+    )
+    tensorrt.add_argument(
+        "--version-compatible", action="store_true", help="engines that later TensorRT of the same major version opens"
+    )
+    tensorrt.add_argument(
+        "--hardware-compatibility",
+        choices=("none", "ampere_plus", "same_compute_capability"),
+        default="none",
+        help="(%(default)s)",
     )
     tensorrt.add_argument("--refittable", action="store_true", help="engines whose weights can be replaced")
     add_json_flag(parser)
@@ -82,7 +128,9 @@ def run_export(args: argparse.Namespace) -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     figures = _figures(result) | {"peak_memory_gb": round(peak, 2)}
     lines = [parity.table() for parity in result.parity.values()]
-    report(args, figures, "\n\n".join([*lines, f"{args.output}: {result.profile} {verdict} (peak memory {peak:.1f} GB)"]))
+    report(
+        args, figures, "\n\n".join([*lines, f"{args.output}: {result.profile} {verdict} (peak memory {peak:.1f} GB)"])
+    )
     return 0 if passed else 1
 
 
@@ -93,7 +141,11 @@ def _check(args: argparse.Namespace) -> int:
     passed = bool(parity) and all(figures.passed for figures in parity.values())
     lines = [f"{name}\n{figures.table()}" for name, figures in parity.items()]
     lines += [f"{name}: not compared: {reason}" for name, reason in refused.items()]
-    figures = {"passed": passed, "parity": {name: figures.to_json() for name, figures in parity.items()}, "not_compared": refused}
+    figures = {
+        "passed": passed,
+        "parity": {name: figures.to_json() for name, figures in parity.items()},
+        "not_compared": refused,
+    }
     report(args, figures, "\n\n".join([*lines, f"{args.check}: {'passed' if passed else 'FAILED'}"]))
     return 0 if passed else 1
 
@@ -132,7 +184,10 @@ def _figures(result: ExportResult) -> dict[str, Any]:
         "profile": result.profile,
         "seconds": result.seconds,
         "reused": result.reused,
-        "operators": {name: {"traced": dict(before), "simplified": dict(after)} for name, (before, after) in result.operators.items()},
+        "operators": {
+            name: {"traced": dict(before), "simplified": dict(after)}
+            for name, (before, after) in result.operators.items()
+        },
         "not_in_tensorrt": result.unsupported,
         "parity": {backend: parity.to_json() for backend, parity in result.parity.items()},
     }
@@ -141,13 +196,18 @@ def _figures(result: ExportResult) -> dict[str, Any]:
 def build_parity_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="trip-parity",
-        description="Compare a bundle with the checkpoint it was made from: every component on real inputs, then the whole loop.",
+        description=(
+            "Compare a bundle with the checkpoint it was made from: every component on real inputs, then the whole"
+            " loop."
+        ),
         epilog="example: trip-parity bundle checkpoints/demo",
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--backend", metavar="NAME", help="(the bundle's first)")
-    parser.add_argument("--profile", metavar="NAME", help="one of the bundle's sets of shapes, such as 256x256-16f-b1 (its first)")
+    parser.add_argument(
+        "--profile", metavar="NAME", help="one of the bundle's sets of shapes, such as 256x256-16f-b1 (its first)"
+    )
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (the model's own number)")
     add_json_flag(parser)
     return parser
@@ -166,11 +226,16 @@ def run_parity(args: argparse.Namespace) -> int:
     backend = args.backend or profile.backends[0]
     model = checkpoint.from_pretrained(args.checkpoint)
     if config.schedule != model.config.schedule or config.latent_channels != model.config.latent_channels:
-        raise InputError(f"{args.bundle}: was not made from {args.checkpoint}, their configs differ; compare it with its own checkpoint")
+        raise InputError(
+            f"{args.bundle}: was not made from {args.checkpoint}, their configs differ; compare it with its own"
+            " checkpoint"
+        )
     model.config = config  # the profile's shapes
     animator, measured_on = animator_for(bundle, profile, backend)
     with animator:
-        reference = record(model, bundle.tokenizer_json, profile.batch, profile.decode_frames, args.steps or config.num_inference_steps)
+        reference = record(
+            model, bundle.tokenizer_json, profile.batch, profile.decode_frames, args.steps or config.num_inference_steps
+        )
         parity = measure(animator, reference, precision_of(profile, backend), measured_on)
     report(args, parity.to_json(), parity.table())
     return 0 if parity.passed else 1

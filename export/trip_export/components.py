@@ -32,7 +32,8 @@ VARIANT_OF = {"unet_shallow": "unet", "unet_unguided": "unet", "unet_unguided_sh
 
 @dataclass(frozen=True)
 class Component:
-    """One graph to be: `module(*inputs)` takes the named tensors in order and gives those called `outputs`, one by itself or several as a tuple."""
+    """One graph to be: `module(*inputs)` takes the named tensors in order and gives those called `outputs`, one by
+    itself or several as a tuple."""
 
     name: str
     module: nn.Module
@@ -53,7 +54,8 @@ class Call(nn.Module):
 
 
 def component(model: TripModel, name: str, batch: int, decode_frames: int) -> Component:
-    """The component called `name` with example inputs of its static shapes; of `model` only its own part need hold weights, and may be changed."""
+    """The component called `name` with example inputs of its static shapes; of `model` only its own part need hold
+    weights, and may be changed."""
     match name:
         case "text_encoder":
             module: nn.Module = Call(model.encode_text, model.text_encoder)
@@ -68,7 +70,9 @@ def component(model: TripModel, name: str, batch: int, decode_frames: int) -> Co
         case _:
             module = DenoisingUNet(model.residual_unet, guided="unguided" not in name, shallow="shallow" in name)
     inputs, outputs = signatures(model, batch, decode_frames)[name]
-    return Component(name, module.eval(), {spec.name: _example(spec) for spec in inputs}, tuple(spec.name for spec in outputs))
+    return Component(
+        name, module.eval(), {spec.name: _example(spec) for spec in inputs}, tuple(spec.name for spec in outputs)
+    )
 
 
 def signatures(model: TripModel, batch: int, decode_frames: int) -> dict[str, Signature]:
@@ -78,7 +82,11 @@ def signatures(model: TripModel, batch: int, decode_frames: int) -> dict[str, Si
 
 def context_width(model: TripModel) -> int:
     """How many numbers all cross-attentions' keys and values of a token are."""
-    return sum(projection.out_features for one in cross_attentions(model.residual_unet.unet) for projection in (one.to_k, one.to_v))
+    return sum(
+        projection.out_features
+        for one in cross_attentions(model.residual_unet.unet)
+        for projection in (one.to_k, one.to_v)
+    )
 
 
 def features_shape(model: TripModel) -> tuple[int, int, int, int]:
@@ -89,7 +97,8 @@ def features_shape(model: TripModel) -> tuple[int, int, int, int]:
 
 
 def default_decode_frames(config: TripConfig) -> int:
-    """Frames the VAE decodes at a time: eight, so that memory does not grow with the clip, and of large pictures about a million pixels."""
+    """Frames the VAE decodes at a time: eight, so that memory does not grow with the clip, and of large pictures about
+    a million pixels."""
     return max(1, min(config.num_frames, 8, 2**20 // (config.height * config.width)))
 
 

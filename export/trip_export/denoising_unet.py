@@ -1,4 +1,5 @@
-"""The residual UNet as a denoising step runs it: the same weights and the same result, without what diffusers' network does twice."""
+"""The residual UNet as a denoising step runs it: the same weights and the same result, without what diffusers' network
+does twice."""
 
 from __future__ import annotations
 
@@ -20,11 +21,14 @@ Texts = dict[Attention, tuple[Tensor, Tensor]]
 
 
 class TextProjection(nn.Module):
-    """The text's keys and values for all cross-attentions, once a clip: diffusers' network computes them for every frame of every step."""
+    """The text's keys and values for all cross-attentions, once a clip: diffusers' network computes them for every
+    frame of every step."""
 
     def __init__(self, unet: UNet3DConditionModel):
         super().__init__()
-        self.projections = nn.ModuleList(projection for one in cross_attentions(unet) for projection in (one.to_k, one.to_v))
+        self.projections = nn.ModuleList(
+            projection for one in cross_attentions(unet) for projection in (one.to_k, one.to_v)
+        )
 
     def forward(self, text: Tensor) -> Tensor:
         """[2B, L, D] → [2B, L, K]: keys and values of the first cross-attention, of the second, …"""
@@ -34,9 +38,9 @@ class TextProjection(nn.Module):
 class DenoisingUNet(nn.Module):
     """A ResidualUNet that takes the text as `TextProjection` makes it.
 
-    `guided`: latents and first frames come twice, once for each of guidance's halves, and are equal; what comes before the first cross-attention
-    is computed once. `shallow`: only the outermost layer, on deep features that another step left (DeepCache, Ma et al. 2023).
-    The network given is changed: it can no longer be called by itself.
+    `guided`: latents and first frames come twice, once for each of guidance's halves, and are equal; what comes before
+    the first cross-attention is computed once. `shallow`: only the outermost layer, on deep features that another step
+    left (DeepCache, Ma et al. 2023). The network given is changed: it can no longer be called by itself.
     """
 
     def __init__(self, residual_unet: ResidualUNet, guided: bool, shallow: bool):
@@ -45,10 +49,14 @@ class DenoisingUNet(nn.Module):
         self.first_frame = residual_unet.first_frame
         self.guided, self.shallow = guided, shallow
 
-    def forward(self, latents: Tensor, first_frame: Tensor, timestep: Tensor, context: Tensor, features: Tensor | None = None) -> tuple[Tensor, ...]:
-        """latents: [B, C, F, h, w]; first_frame: [B, C, h, w]; timestep: [1]; context: [B, L, K]; where shallow, features: [B, F', C', h, w].
+    def forward(
+        self, latents: Tensor, first_frame: Tensor, timestep: Tensor, context: Tensor, features: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """latents: [B, C, F, h, w]; first_frame: [B, C, h, w]; timestep: [1]; context: [B, L, K]; where shallow,
+        features: [B, F', C', h, w].
 
-        Returns the residual noise [B, C, F, h, w] and, from the whole network, its features; F' counts the clean frame where that is one of them.
+        Returns the residual noise [B, C, F, h, w] and, from the whole network, its features; F' counts the clean frame
+        where that is one of them.
         """
         unet, clips = self.unet, len(context)
         if self.guided:
@@ -57,18 +65,29 @@ class DenoisingUNet(nn.Module):
         time = unet.time_embedding(unet.time_proj(timestep))  # [1, width], the same for all clips and frames
         x = with_first_frame(latents, first_frame, self.first_frame).transpose(1, 2)  # [B, F', C, h, w]
         frames = x.shape[1]
-        x = unet.transformer_in(unet.conv_in(x.flatten(0, 1)), num_frames=frames, return_dict=False)[0]  # [B·F', C', h, w]
+        x = unet.transformer_in(unet.conv_in(x.flatten(0, 1)), num_frames=frames, return_dict=False)[
+            0
+        ]  # [B·F', C', h, w]
         skips = [x]
         last = unet.up_blocks[-1]
         if features is None:
             x = self._all_but_the_last_layer(x, skips, time, frames, texts)
             features = x.unflatten(0, (clips, frames))
-        x = _layer(last, len(last.resnets) - 1, torch.cat([features.flatten(0, 1), _as_many(skips[0], clips * frames)], dim=1), time, frames, texts)
+        x = _layer(
+            last,
+            len(last.resnets) - 1,
+            torch.cat([features.flatten(0, 1), _as_many(skips[0], clips * frames)], dim=1),
+            time,
+            frames,
+            texts,
+        )
         x = unet.conv_out(unet.conv_act(unet.conv_norm_out(x)))
         residual = without_first_frame(x.unflatten(0, (clips, frames)).transpose(1, 2), self.first_frame)
         return (residual,) if self.shallow else (residual, features)
 
-    def _all_but_the_last_layer(self, x: Tensor, skips: list[Tensor], time: Tensor, frames: int, texts: Texts) -> Tensor:
+    def _all_but_the_last_layer(
+        self, x: Tensor, skips: list[Tensor], time: Tensor, frames: int, texts: Texts
+    ) -> Tensor:
         for block in self.unet.down_blocks:
             for i in range(len(block.resnets)):
                 x = _layer(block, i, x, time, frames, texts)
@@ -78,7 +97,9 @@ class DenoisingUNet(nn.Module):
                 skips.append(x)
         mid = self.unet.mid_block
         x = mid.temp_convs[0](mid.resnets[0](x, time), num_frames=frames)
-        for attention, temporal, resnet, convolution in zip(mid.attentions, mid.temp_attentions, mid.resnets[1:], mid.temp_convs[1:], strict=True):
+        for attention, temporal, resnet, convolution in zip(
+            mid.attentions, mid.temp_attentions, mid.resnets[1:], mid.temp_convs[1:], strict=True
+        ):
             x = temporal(attention(x, frames, texts), num_frames=frames, return_dict=False)[0]
             x = convolution(resnet(x, time), num_frames=frames)
         for block in self.unet.up_blocks:
@@ -139,7 +160,9 @@ class _SplitGEGLU(nn.Module):
 def _rows(linear: nn.Linear, start: int, count: int) -> nn.Linear:
     """Some of a layer's outputs, on the same memory."""
     part = nn.Linear(linear.in_features, count, device="meta")
-    part.weight, part.bias = (nn.Parameter(whole[start : start + count], requires_grad=False) for whole in (linear.weight, linear.bias))
+    part.weight, part.bias = (
+        nn.Parameter(whole[start : start + count], requires_grad=False) for whole in (linear.weight, linear.bias)
+    )
     return part
 
 
@@ -159,7 +182,9 @@ def cross_attentions(unet: UNet3DConditionModel) -> Iterator[Attention]:
 
 def _split(unet: UNet3DConditionModel, context: Tensor) -> Texts:
     attentions = list(cross_attentions(unet))
-    parts = iter(context.split([projection.out_features for one in attentions for projection in (one.to_k, one.to_v)], dim=-1))
+    parts = iter(
+        context.split([projection.out_features for one in attentions for projection in (one.to_k, one.to_v)], dim=-1)
+    )
     return dict(zip(attentions, zip(parts, parts, strict=True), strict=True))
 
 

@@ -1,4 +1,5 @@
-"""A checkpoint to a bundle: build the engines that are new, reuse those that are not, measure parity, and write the manifest last."""
+"""A checkpoint to a bundle: build the engines that are new, reuse those that are not, measure parity, and write the
+manifest last."""
 
 from __future__ import annotations
 
@@ -38,8 +39,8 @@ from trip_rt.manifest import EngineSpec, KernelSpec, Manifest, Profile, serialis
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What an export did: seconds spent on each engine built, the ones reused, each traced graph's operators before and after simplification and what
-    of them TensorRT lacks, and the parity of each backend."""
+    """What an export did: seconds spent on each engine built, the ones reused, each traced graph's operators before and
+    after simplification and what of them TensorRT lacks, and the parity of each backend."""
 
     bundle: Path
     profile: str
@@ -50,12 +51,15 @@ class ExportResult:
     parity: dict[str, Parity]
 
 
-def export_bundle(source: Path, bundle: Path, options: ExportOptions | None = None, note: Callable[[str], None] = lambda text: None) -> ExportResult:
+def export_bundle(
+    source: Path, bundle: Path, options: ExportOptions | None = None, note: Callable[[str], None] = lambda text: None
+) -> ExportResult:
     """Export checkpoint `source` to the folder `bundle`.
 
-    Files are named after the hash of all they are built from, so a new one never overwrites one that the present manifest speaks of: the folder is a
-    whole bundle, the old or the new, at every moment, and a rerun takes up what a cut-short one finished. Components are loaded one at a time.
-    InputError for an unusable checkpoint, shape or folder, or a backend that cannot be built for here.
+    Files are named after the hash of all they are built from, so a new one never overwrites one that the present
+    manifest speaks of: the folder is a whole bundle, the old or the new, at every moment, and a rerun takes up what a
+    cut-short one finished. Components are loaded one at a time. InputError for an unusable checkpoint, shape or folder,
+    or a backend that cannot be built for here.
     """
     plan = Plan(source, options or ExportOptions())
     with store(bundle) as held:
@@ -74,12 +78,17 @@ class _Export:
         kept = self._kept()
         if self.options.precision != "fp32":
             _ = self.reference  # by which it is chosen what stays fp32
-        engines = {name: {backend: self._engine(name, backend) for backend in self.options.backends} for name in self.plan.components}
+        engines = {
+            name: {backend: self._engine(name, backend) for backend in self.options.backends}
+            for name in self.plan.components
+        }
         profile = self._merged(engines, self._kernels(), kept)
         self.store.write(TOKENIZER, self.plan.tokenizer_json.encode())
         if self.plan.steps:
             bundle = Bundle(self.store.bundle, self._manifest([profile]), self.plan.tokenizer_json)
-            self.result.parity.update({backend: self._parity(bundle, profile, backend) for backend in self.options.backends})
+            self.result.parity.update(
+                {backend: self._parity(bundle, profile, backend) for backend in self.options.backends}
+            )
             measured = {backend: parity.to_json() for backend, parity in self.result.parity.items()}
             profile = dataclasses.replace(profile, parity={**profile.parity, **measured})
         profiles = [profile if other.name == profile.name else other for other in kept]
@@ -94,11 +103,16 @@ class _Export:
         if not (self.options.add and previous):
             return []
         if (previous.config, previous.source) != (self.plan.checkpoint_config, self.plan.hashes):
-            raise InputError(f"{self.store.bundle}: was made from another checkpoint than {self.plan.source}; export it without --add, or elsewhere")
+            raise InputError(
+                f"{self.store.bundle}: was made from another checkpoint than {self.plan.source}; export it without"
+                " --add, or elsewhere"
+            )
         self.store.files |= previous.files
         return list(previous.profiles)
 
-    def _merged(self, engines: dict[str, dict[str, EngineSpec]], kernels: dict[str, KernelSpec], kept: list[Profile]) -> Profile:
+    def _merged(
+        self, engines: dict[str, dict[str, EngineSpec]], kernels: dict[str, KernelSpec], kept: list[Profile]
+    ) -> Profile:
         """The profile asked for, with what one of the same shapes had for other backends."""
         config, reference = self.plan.config, self.plan.reference_name
         profile = Profile(
@@ -119,7 +133,10 @@ class _Export:
             return profile
         return dataclasses.replace(
             profile,
-            engines={name: {**before.engines.get(name, {}), **engines.get(name, {})} for name in {**before.engines, **engines}},
+            engines={
+                name: {**before.engines.get(name, {}), **engines.get(name, {})}
+                for name in {**before.engines, **engines}
+            },
             kernels={**before.kernels, **kernels},
             parity=before.parity if before.reference == reference else {},
         )
@@ -135,7 +152,11 @@ class _Export:
             source=self.plan.hashes,
         )
         specs = (*manifest.engine_specs(), *manifest.kernel_specs())
-        spoken_of = {TOKENIZER, *(profile.reference for profile in profiles), *(name for spec in specs for name in spec.files)} - {""}
+        spoken_of = {
+            TOKENIZER,
+            *(profile.reference for profile in profiles),
+            *(name for spec in specs for name in spec.files),
+        } - {""}
         return dataclasses.replace(manifest, files={name: self.store.files[name] for name in spoken_of})
 
     def _kernels(self) -> dict[str, KernelSpec]:
@@ -150,22 +171,30 @@ class _Export:
         began = time.monotonic()
         fusion = checkpoint.from_pretrained(self.plan.source, only=PARTS["tnf"]).fusion
         try:
-            spec = build_kernel(fusion, self.plan.config, self.options.precision, self.options.gpus, key, self.store.bundle, self.note)
+            spec = build_kernel(
+                fusion, self.plan.config, self.options.precision, self.options.gpus, key, self.store.bundle, self.note
+            )
         except RuntimeError as error:
             raise InputError(f"{error}; or leave that GPU out of --gpus, which then runs the engine of tnf") from error
         self.store.finish(spec)
         self.result.seconds["fused step"] = round(time.monotonic() - began, 1)
-        self.note(f"fused step: compiled for {len(spec.cubins)} kinds of GPU in {self.result.seconds['fused step']:.1f} s")
+        self.note(
+            f"fused step: compiled for {len(spec.cubins)} kinds of GPU in {self.result.seconds['fused step']:.1f} s"
+        )
         return {self.options.precision: spec}
 
     def _engine(self, name: str, backend: str) -> EngineSpec:
         """The engine of a component for a backend, built if it has to be."""
         ingredients = self.plan.ingredients(name)
         if backend == "inductor":
-            return self._reused_or_built(name, backend, self.plan.key(**ingredients, inductor=self.plan.inductor), self._build_inductor)
+            return self._reused_or_built(
+                name, backend, self.plan.key(**ingredients, inductor=self.plan.inductor), self._build_inductor
+            )
         key = self.plan.key(**ingredients, opset=OPSET)
         if backend == "tensorrt":
-            return self._reused_or_built(name, backend, self.plan.key(onnx=key, tensorrt=self.plan.tensorrt), self._build_tensorrt)
+            return self._reused_or_built(
+                name, backend, self.plan.key(onnx=key, tensorrt=self.plan.tensorrt), self._build_tensorrt
+            )
         return self._reused_or_built(name, "onnx", key, self._build_onnx)  # ONNX Runtime and OpenVINO run the same file
 
     def _reused_or_built(self, name: str, kind: str, key: str, build: Callable[[str, str], EngineSpec]) -> EngineSpec:
@@ -188,7 +217,9 @@ class _Export:
         graph, gflop = self._graph(name)
         model = self._engine(VARIANT_OF[name], "onnxruntime") if name in VARIANT_OF else None
         policy_of, weights_of = (model.policy, self.store.bundle / model.file) if model else (None, None)
-        graph, policy = to_precision(graph, self.options.precision, self._samples(name), lambda text: self.note(f"{name}: {text}"), policy_of)
+        graph, policy = to_precision(
+            graph, self.options.precision, self._samples(name), lambda text: self.note(f"{name}: {text}"), policy_of
+        )
         files = finish_onnx_engine(graph, self.store.bundle / f"{name}-{key[:16]}.onnx", weights_of)
         return self._spec(name, files, key, policy, gflop, {})
 
@@ -197,7 +228,9 @@ class _Export:
         if lacking := unsupported(self.store.bundle / onnx.file):
             raise InputError(f"{name}: TensorRT has no {'; '.join(lacking)[:200]}; export it for another backend")
         plan = self.store.bundle / f"{name}-{key[:16]}.plan"
-        target = build_engine(self.store.bundle / onnx.file, plan, self.options.tensorrt, lambda text: self.note(f"{name}: {text}"))
+        target = build_engine(
+            self.store.bundle / onnx.file, plan, self.options.tensorrt, lambda text: self.note(f"{name}: {text}")
+        )
         return self._spec(name, (plan.name,), key, dict(onnx.policy), onnx.gflop, target)
 
     def _build_inductor(self, name: str, key: str) -> EngineSpec:
@@ -208,7 +241,9 @@ class _Export:
         target = export_inductor(part, package, self.options.precision, self.options.device)
         return self._spec(name, (package.name,), key, {}, gflop, target)
 
-    def _spec(self, name: str, files: tuple[str, ...], key: str, policy: dict[str, Any], gflop: float, target: dict[str, str]) -> EngineSpec:
+    def _spec(
+        self, name: str, files: tuple[str, ...], key: str, policy: dict[str, Any], gflop: float, target: dict[str, str]
+    ) -> EngineSpec:
         inputs, outputs = self.plan.signatures[name]
         return EngineSpec(files, key, self.options.precision, policy, gflop, target, inputs, outputs)
 
@@ -220,7 +255,8 @@ class _Export:
         lacking = unsupported(graph)
         self.result.operators[name], self.result.unsupported[name] = (before, after), lacking
         self.note(
-            f"{name}: {before.total()} operators traced, {after.total()} after simplification; {len(lacking) or 'none'} not in TensorRT's table"
+            f"{name}: {before.total()} operators traced, {after.total()} after simplification; {len(lacking) or 'none'}"
+            " not in TensorRT's table"
         )
         return graph, gflop
 
@@ -248,7 +284,9 @@ class _Export:
         self.note(f"reference run: {self.plan.steps} steps in PyTorch")
         model = checkpoint.from_pretrained(self.plan.source)
         model.config = self.plan.config
-        reference = record(model, self.plan.tokenizer_json, self.options.batch, self.plan.decode_frames, self.plan.steps)
+        reference = record(
+            model, self.plan.tokenizer_json, self.options.batch, self.plan.decode_frames, self.plan.steps
+        )
         del model
         gc.collect()  # before engines need the memory
         reference.save(self.store.draft / name, key)
@@ -259,8 +297,15 @@ class _Export:
     def _parity(self, bundle: Bundle, profile: Profile, backend: str) -> Parity:
         """The parity of one backend: as measured before, where nothing it depends on has changed."""
         for before in self.store.previous.profiles if self.store.previous else ():
-            same = [before.engines.get(name, {}).get(backend) == profile.engines[name][backend] for name in profile.engines]
-            if before.name == profile.name and before.reference == profile.reference and all(same) and backend in before.parity:
+            same = [
+                before.engines.get(name, {}).get(backend) == profile.engines[name][backend] for name in profile.engines
+            ]
+            if (
+                before.name == profile.name
+                and before.reference == profile.reference
+                and all(same)
+                and backend in before.parity
+            ):
                 self.note(f"parity of {backend}: unchanged, reused")
                 return Parity.from_json(dict(before.parity[backend]))
         self.note(f"parity of {backend}: measuring {self.plan.steps} steps")

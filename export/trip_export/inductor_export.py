@@ -1,4 +1,5 @@
-"""One component to native code, by torch.export and AOTInductor: a `.pt2` package that needs torch but no Python of the model's."""
+"""One component to native code, by torch.export and AOTInductor: a `.pt2` package that needs torch but no Python of the
+model's."""
 
 from __future__ import annotations
 
@@ -29,18 +30,24 @@ _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def export_inductor(component: Component, path: Path, precision: str, device: str) -> dict[str, str]:
-    """Write `component` to `path`, a name ending in .pt2, in fp32, fp16 or bf16, compiled for this machine's `device`, cpu or cuda.
+    """Write `component` to `path`, a name ending in .pt2, in fp32, fp16 or bf16, compiled for this machine's `device`,
+    cpu or cuda.
 
     Returns what `target_for` does, with its InputErrors.
 
-    A weight that the graph casts or reorders is cast and reordered here ("freezing"), so in half precision the package holds half of each matrix
-    and nothing is converted at a call. Threads are not baked in. Every build has a cache of its own, gone afterwards, so that nothing compiled by
-    another torch or with other settings gets in. The generated C++ is left out of the package: nothing reads it.
+    A weight that the graph casts or reorders is cast and reordered here ("freezing"), so in half precision the package
+    holds half of each matrix and nothing is converted at a call. Threads are not baked in. Every build has a cache of
+    its own, gone afterwards, so that nothing compiled by another torch or with other settings gets in. The generated
+    C++ is left out of the package: nothing reads it.
     """
     target = target_for(device)
     from torch._inductor import aoti_compile_and_package
 
-    with _building(path.parent) as folder, full_fp32(torch), torch.no_grad():  # freezing takes place only without gradients
+    with (
+        _building(path.parent) as folder,
+        full_fp32(torch),
+        torch.no_grad(),
+    ):  # freezing takes place only without gradients
         package = folder / "engine.pt2"  # its stem is the folder that all members lie in, which the runtime knows
         aoti_compile_and_package(export_program(component, precision, device), package_path=str(package))
         stripped = folder / "stripped.pt2"
@@ -50,14 +57,18 @@ def export_inductor(component: Component, path: Path, precision: str, device: st
 
 
 def target_for(device: str) -> dict[str, str]:
-    """What a machine must have in common with this one to run what is compiled here for `device`. InputError without a C++ compiler or that device.
+    """What a machine must have in common with this one to run what is compiled here for `device`. InputError without a
+    C++ compiler or that device.
 
-    `torch` is the release without the build's name (2.13.0, not 2.13.0+cpu): the code calls torch by an interface that is the same in all builds of a
-    release. `cpu` names the vector extensions used, in the words of `torch.cpu.get_capabilities()`; for a GPU it is `compute_capability`, and `cuda`
-    the toolkit's major version.
+    `torch` is the release without the build's name (2.13.0, not 2.13.0+cpu): the code calls torch by an interface that
+    is the same in all builds of a release. `cpu` names the vector extensions used, in the words of
+    `torch.cpu.get_capabilities()`; for a GPU it is `compute_capability`, and `cuda` the toolkit's major version.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device: found no GPU that this torch can use, expected one to compile for; export for the CPU or install torch with CUDA")
+        raise InputError(
+            "device: found no GPU that this torch can use, expected one to compile for; export for the CPU or install"
+            " torch with CUDA"
+        )
     target = {"torch": torch.__version__.split("+")[0], "device": device, "machine": platform.machine()}
     with tempfile.TemporaryDirectory() as folder, _building(Path(folder)):
         from torch._inductor.cpu_vec_isa import pick_vec_isa
@@ -73,20 +84,23 @@ def target_for(device: str) -> dict[str, str]:
 
 
 def export_program(component: Component, precision: str, device: str) -> ExportedProgram:
-    """The graph to be compiled, static in all shapes; in half precision by autocast, its inputs and outputs as documented all the same."""
+    """The graph to be compiled, static in all shapes; in half precision by autocast, its inputs and outputs as
+    documented all the same."""
     module: nn.Module = component.module.eval()
     if precision != "fp32":
         module = _Autocast(module, device, _HALF[precision])
     try:
         with torch.no_grad():
-            return torch.export.export(module.to(device), tuple(tensor.to(device) for tensor in component.inputs.values()))
+            return torch.export.export(
+                module.to(device), tuple(tensor.to(device) for tensor in component.inputs.values())
+            )
     finally:
         module.to("cpu")
 
 
 class _Autocast(nn.Module):
-    """PyTorch's own policy: matrix products and convolutions in half precision, norms and softmax summed in fp32; the noise prior, which is neither,
-    stays as it is."""
+    """PyTorch's own policy: matrix products and convolutions in half precision, norms and softmax summed in fp32; the
+    noise prior, which is neither, stays as it is."""
 
     def __init__(self, module: nn.Module, device: str, dtype: torch.dtype):
         super().__init__()
@@ -101,19 +115,26 @@ def _strip(package: Path, stripped: Path) -> None:
     with zipfile.ZipFile(package) as source, zipfile.ZipFile(stripped, "w") as kept:
         for member in source.infolist():
             if not member.filename.endswith(".cpp"):
-                with source.open(member) as read, kept.open(zipfile.ZipInfo(member.filename), "w", force_zip64=True) as written:
+                with (
+                    source.open(member) as read,
+                    kept.open(zipfile.ZipInfo(member.filename), "w", force_zip64=True) as written,
+                ):
                     shutil.copyfileobj(read, written)
 
 
 @contextlib.contextmanager
 def _building(place: Path) -> Iterator[Path]:
-    """A folder in `place` for a build, and inductor set up to work there, in silence: it speaks of its own internals, and what goes wrong is raised.
+    """A folder in `place` for a build, and inductor set up to work there, in silence: it speaks of its own internals,
+    and what goes wrong is raised.
 
     The compiler is looked for first, as inductor would miss it only after minutes.
     """
     compiler = os.environ.get("CXX") or "g++"
     if shutil.which(compiler) is None:
-        raise InputError(f"inductor: found no C++ compiler ({compiler}), expected one to build native code with; install g++ or set CXX")
+        raise InputError(
+            f"inductor: found no C++ compiler ({compiler}), expected one to build native code with; install g++ or"
+            " set CXX"
+        )
     from torch._inductor import config
     from torch._inductor.utils import fresh_cache
 
@@ -130,7 +151,11 @@ def _building(place: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=".exporting-", dir=place) as folder:
         logging.disable(logging.WARNING)
         try:
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            with (
+                contextlib.redirect_stdout(io.StringIO()),
+                contextlib.redirect_stderr(io.StringIO()),
+                warnings.catch_warnings(),
+            ):
                 warnings.simplefilter("ignore")
                 with fresh_cache(dir=folder), config.patch(settings):
                     yield Path(folder)

@@ -20,9 +20,16 @@ _ALIGNMENT = 256  # bytes, as cudaMalloc aligns: the kernel is compiled for at l
 
 
 def build_kernel(
-    fusion: NoiseFusion, config: TripConfig, precision: str, gpus: Sequence[str], key: str, folder: Path, note: Callable[[str], None]
+    fusion: NoiseFusion,
+    config: TripConfig,
+    precision: str,
+    gpus: Sequence[str],
+    key: str,
+    folder: Path,
+    note: Callable[[str], None],
 ) -> KernelSpec:
-    """Compile the fused step of `config`'s fusion for `gpus` (compute capabilities) and write it, with its weights, to `folder`.
+    """Compile the fused step of `config`'s fusion for `gpus` (compute capabilities) and write it, with its weights, to
+    `folder`.
 
     RuntimeError where it cannot be compiled without spilling registers.
     """
@@ -34,7 +41,9 @@ def build_kernel(
         (folder / file).write_bytes(step.cubin)
         cubins[step.capability] = Cubin(file, step.tile.pixels, step.tile.warps, step.shared_bytes, step.registers)
     weights = f"fused_step-{key[:16]}.weights"
-    blob, starts = _blob(pack(fusion.state_dict(), shape, DTYPES[precision], torch.arange(config.schedule.num_train_timesteps)))
+    blob, starts = _blob(
+        pack(fusion.state_dict(), shape, DTYPES[precision], torch.arange(config.schedule.num_train_timesteps))
+    )
     (folder / weights).write_bytes(blob)
     return KernelSpec(key, compiled[0].entry, compiled[0].parameters, cubins, weights, starts)
 
@@ -42,7 +51,14 @@ def build_kernel(
 def shape_of(config: TripConfig) -> TileShape:
     """The sizes that the kernels are compiled for."""
     layers = config.tnf.num_layers if config.fusion == "tnf" else 0
-    return tile_shape(config.latent_channels, config.num_frames, config.normalize_prior, config.tnf.hidden_size, config.tnf.num_heads, layers)
+    return tile_shape(
+        config.latent_channels,
+        config.num_frames,
+        config.normalize_prior,
+        config.tnf.hidden_size,
+        config.tnf.num_heads,
+        layers,
+    )
 
 
 def sources_sha256() -> str:

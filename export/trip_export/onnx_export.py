@@ -20,19 +20,23 @@ from trip_engines.onnx_engine import EXTERNAL_FROM
 from trip_export.components import Component
 
 OPSET = 18
-# What the exporter's trace writes where a shape was computed: none may be left, since engines want shapes that stand still.
-DYNAMIC_SHAPE_OPERATORS = frozenset({"Shape", "Size", "Range", "NonZero", "Loop", "If", "Scan", "SequenceAt", "SplitToSequence", "ConstantOfShape"})
+# What the exporter's trace writes where a shape was computed: none may be left, since engines want shapes that stand
+# still.
+DYNAMIC_SHAPE_OPERATORS = frozenset(
+    {"Shape", "Size", "Range", "NonZero", "Loop", "If", "Scan", "SequenceAt", "SplitToSequence", "ConstantOfShape"}
+)
 _LARGEST_MASK = 1 << 24  # bytes
 # Component modules wrap the networks (components.Call); these prefixes are theirs and say nothing.
 _WRAPPER = re.compile(r"^(function|owned\.0)(\.|$)")
 
 
 def export_onnx(component: Component, path: Path) -> tuple[Counter[str], Counter[str]]:
-    """Write `component` to `path` as fp32 ONNX with static shapes and its documented tensor names, its weights in `path` with the ending .weights.
+    """Write `component` to `path` as fp32 ONNX with static shapes and its documented tensor names, its weights in
+    `path` with the ending .weights.
 
-    Nodes are called after the module they come from, such as `unet.mid_block.resnets.0.conv1/Conv_3`; the trace's own paths and stacks are
-    dropped, so the same model gives the same bytes wherever it is exported. Returns how often each operator occurs, as traced and as written.
-    ValueError where shape arithmetic is left.
+    Nodes are called after the module they come from, such as `unet.mid_block.resnets.0.conv1/Conv_3`; the trace's own
+    paths and stacks are dropped, so the same model gives the same bytes wherever it is exported. Returns how often each
+    operator occurs, as traced and as written. ValueError where shape arithmetic is left.
     """
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
@@ -56,7 +60,10 @@ def export_onnx(component: Component, path: Path) -> tuple[Counter[str], Counter
         passes.ShapeInferencePass()(model)
     after = operators(model)
     if left := DYNAMIC_SHAPE_OPERATORS & set(after):
-        raise ValueError(f"{component.name}: {', '.join(sorted(left))} left in the graph, expected static shapes; the exporter lost a constant")
+        raise ValueError(
+            f"{component.name}: {', '.join(sorted(left))} left in the graph, expected static shapes; the exporter lost"
+            " a constant"
+        )
     for value, name in zip(model.graph.inputs, component.inputs, strict=True):
         value.name = name  # an input that is passed through as the output was given another
     _name_nodes(model)
@@ -70,14 +77,24 @@ def operators(model: ir.Model) -> Counter[str]:
 
 
 def _store_once(model: ir.Model) -> None:
-    """Constants repeated for every clip, as attention masks are, to one that is broadcast: the weights of all batch sizes are then the same bytes."""
+    """Constants repeated for every clip, as attention masks are, to one that is broadcast: the weights of all batch
+    sizes are then the same bytes."""
     for value in list(model.graph.initializers.values()):
-        if value.const_value is None or value.const_value.nbytes > _LARGEST_MASK or not value.shape or value.shape[0] == 1:
+        if (
+            value.const_value is None
+            or value.const_value.nbytes > _LARGEST_MASK
+            or not value.shape
+            or value.shape[0] == 1
+        ):
             continue
         array = value.const_value.numpy()
         others = [other for node, index in value.uses() for other in node.inputs[:index] + node.inputs[index + 1 :]]
         added = all(node.op_type == "Add" for node in value.consumers())
-        if added and (array == array[:1]).all() and all(other and other.shape and other.shape[0] == array.shape[0] for other in others):
+        if (
+            added
+            and (array == array[:1]).all()
+            and all(other and other.shape and other.shape[0] == array.shape[0] for other in others)
+        ):
             value.const_value = ir.tensor(array[:1].copy(), name=value.name)
             value.shape = ir.Shape(array[:1].shape)
 
@@ -100,7 +117,8 @@ def _name_nodes(model: ir.Model) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter narrates its passes on stdout and warns of its own deprecations; neither helps the person exporting."""
+    """The exporter narrates its passes on stdout and warns of its own deprecations; neither helps the person
+    exporting."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

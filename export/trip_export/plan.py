@@ -27,13 +27,13 @@ _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-i
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to export: engines for `backends` in `precision`, run on `batch` clips of `frames` frames of `size` (height, width), by default the
-    checkpoint's.
+    """What to export: engines for `backends` in `precision`, run on `batch` clips of `frames` frames of `size` (height,
+    width), by default the checkpoint's.
 
-    `gpus` are the compute capabilities that the fused step is compiled for, whether there is a GPU here or not. `speedups`: also the engines that
-    only approximate or unguided steps need (trip_rt/speed.py). `add` keeps what the bundle already
-    holds of the same checkpoint. `parity_steps` is how many denoising steps parity compares (the model's own number by default; 0: none). `device` is
-    what inductor compiles for.
+    `gpus` are the compute capabilities that the fused step is compiled for, whether there is a GPU here or not.
+    `speedups`: also the engines that only approximate or unguided steps need (trip_rt/speed.py). `add` keeps what the
+    bundle already holds of the same checkpoint. `parity_steps` is how many denoising steps parity compares (the model's
+    own number by default; 0: none). `device` is what inductor compiles for.
     """
 
     backends: tuple[str, ...] = ("onnxruntime",)
@@ -56,7 +56,10 @@ class Plan:
         self.source, self.options = source, options
         self.checkpoint_config = checkpoint.load_config(source)
         self.config = _with_shapes(source, self.checkpoint_config, options)
-        for name, found, expected in (("precision", options.precision, PRECISIONS), *(("backend", name, BACKENDS) for name in options.backends)):
+        for name, found, expected in (
+            ("precision", options.precision, PRECISIONS),
+            *(("backend", name, BACKENDS) for name in options.backends),
+        ):
             if found not in expected:
                 raise InputError(f"{name}: found {found!r}, expected one of {', '.join(expected)}")
         if options.batch < 1:
@@ -64,11 +67,21 @@ class Plan:
         self.decode_frames = default_decode_frames(self.config)
         self.steps = self.config.num_inference_steps if options.parity_steps is None else options.parity_steps
         if not 0 <= self.steps <= self.config.schedule.num_train_timesteps:
-            raise InputError(f"parity steps: found {self.steps}, expected 0 to {self.config.schedule.num_train_timesteps}")
+            raise InputError(
+                f"parity steps: found {self.steps}, expected 0 to {self.config.schedule.num_train_timesteps}"
+            )
         if self.steps == 0 and options.precision != "fp32":
-            raise InputError(f"parity steps: found 0, expected at least 1, since {options.precision} is chosen by measured error")
-        if missing := [name for name in ("onnxruntime", "openvino") if name in options.backends and not importlib.util.find_spec(name)]:
-            raise InputError(f"{missing[0]}: the package is not installed, parity is measured with it; pip install {missing[0]}")
+            raise InputError(
+                f"parity steps: found 0, expected at least 1, since {options.precision} is chosen by measured error"
+            )
+        if missing := [
+            name
+            for name in ("onnxruntime", "openvino")
+            if name in options.backends and not importlib.util.find_spec(name)
+        ]:
+            raise InputError(
+                f"{missing[0]}: the package is not installed, parity is measured with it; pip install {missing[0]}"
+            )
         if options.gpus:
             self._check_gpus()
         if "tensorrt" in options.backends:
@@ -88,11 +101,16 @@ class Plan:
 
     def _check_gpus(self) -> None:
         if not importlib.util.find_spec("triton"):
-            raise InputError("gpus: the package triton is not installed, kernels are compiled with it; pip install triton, or take --gpus none")
+            raise InputError(
+                "gpus: the package triton is not installed, kernels are compiled with it; pip install triton, or take"
+                " --gpus none"
+            )
         from trip_kernels.compile import CAPABILITIES
 
         if unknown := [name for name in self.options.gpus if name not in CAPABILITIES]:
-            raise InputError(f"gpus: found {', '.join(unknown)}, expected all, none, or some of {','.join(CAPABILITIES)}")
+            raise InputError(
+                f"gpus: found {', '.join(unknown)}, expected all, none, or some of {','.join(CAPABILITIES)}"
+            )
 
     @cached_property
     def kernel_key(self) -> str:
@@ -103,12 +121,18 @@ class Plan:
         compiler = [importlib.metadata.version("triton"), sources_sha256(), *self.options.gpus]
         schedule = self.config.schedule.num_train_timesteps
         return self.key(
-            kernel=to_json(shape_of(self.config)), weights=fusion, timesteps=schedule, precision=self.options.precision, compiler=compiler
+            kernel=to_json(shape_of(self.config)),
+            weights=fusion,
+            timesteps=schedule,
+            precision=self.options.precision,
+            compiler=compiler,
         )
 
     def key(self, **ingredients: Any) -> str:
         """The hash of everything a file is built from."""
-        return hashlib.sha256(json.dumps(ingredients | {"versions": self.versions}, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps(ingredients | {"versions": self.versions}, sort_keys=True).encode()
+        ).hexdigest()
 
     @cached_property
     def reference_key(self) -> str:
@@ -121,7 +145,8 @@ class Plan:
         return f"reference-{self.reference_key[:16]}.safetensors" if self.steps else ""
 
     def ingredients(self, name: str) -> dict[str, Any]:
-        """What every engine of a component depends on; not on shapes that it does not have, so that profiles share what they can."""
+        """What every engine of a component depends on; not on shapes that it does not have, so that profiles share what
+        they can."""
         shapeless = dataclasses.replace(self.config, num_frames=0, height=0, width=0)
         inputs, outputs = self.signatures[name]
         return {
@@ -141,7 +166,10 @@ def _with_shapes(source: Path, config: TripConfig, options: ExportOptions) -> Tr
     if height % step or width % step or min(height, width) < step:
         raise InputError(f"size: found {width}x{height}, expected multiples of {step}")
     if config.fusion != "none" and frames != config.num_frames:
-        raise InputError(f"frames: found {frames}, but this checkpoint's fusion was trained for {config.num_frames}; leave --frames out")
+        raise InputError(
+            f"frames: found {frames}, but this checkpoint's fusion was trained for {config.num_frames}; leave"
+            " --frames out"
+        )
     if frames < 1:
         raise InputError(f"frames: found {frames}, expected at least 1")
     return dataclasses.replace(config, num_frames=frames, height=height, width=width)
@@ -149,4 +177,7 @@ def _with_shapes(source: Path, config: TripConfig, options: ExportOptions) -> Tr
 
 def _checkpoint_files(source: Path) -> list[Path]:
     parts = ("text_encoder", "tokenizer", "vae", "unet", "fusion")
-    return [source / "trip_config.json", *sorted(path for part in parts for path in (source / part).glob("*") if path.is_file())]
+    return [
+        source / "trip_config.json",
+        *sorted(path for part in parts for path in (source / part).glob("*") if path.is_file()),
+    ]

@@ -1,4 +1,5 @@
-"""The PyTorch model's own inputs and outputs on held-out pictures: what every engine is held to, and what half precision is chosen by."""
+"""The PyTorch model's own inputs and outputs on held-out pictures: what every engine is held to, and what half
+precision is chosen by."""
 
 from __future__ import annotations
 
@@ -23,11 +24,13 @@ from trip_rt.tokenizer import PromptTokenizer
 STEPS_RECORDED = 6
 
 
-def record(model: TripModel, tokenizer_json: str, batch: int, decode_frames: int, num_inference_steps: int) -> Reference:
+def record(
+    model: TripModel, tokenizer_json: str, batch: int, decode_frames: int, num_inference_steps: int
+) -> Reference:
     """Run `model` on pictures of the demo world, at the shapes of its config, for `num_inference_steps` steps.
 
-    The loop's components are recorded at up to STEPS_RECORDED steps spread over the whole run, each with the reference's own tensors, so that an
-    engine's error is not counted twice.
+    The loop's components are recorded at up to STEPS_RECORDED steps spread over the whole run, each with the
+    reference's own tensors, so that an engine's error is not counted twice.
     """
     config = model.config
     pictures, prompts = held_out(config.height, config.width, batch)
@@ -36,10 +39,15 @@ def record(model: TripModel, tokenizer_json: str, batch: int, decode_frames: int
     samples: dict[str, list[Sample]] = defaultdict(list)
 
     def keep(name: str, inputs: dict[str, Tensor], output: Tensor) -> None:
-        samples[name].append(Sample({key: value.numpy().copy() for key, value in inputs.items()}, output.numpy().copy()))
+        samples[name].append(
+            Sample({key: value.numpy().copy() for key, value in inputs.items()}, output.numpy().copy())
+        )
 
     with torch.no_grad():
-        ids, pixels = torch.from_numpy(tokenizer(prompts)), to_pixels(pictures).contiguous()  # GroupNorm of channels-last is less exact
+        ids, pixels = (
+            torch.from_numpy(tokenizer(prompts)),
+            to_pixels(pictures).contiguous(),
+        )  # GroupNorm of channels-last is less exact
         conditional, first_frame = model.encode_text(ids), model.encode_image(pixels)
         keep("text_encoder", {"input_ids": ids}, conditional)
         keep("vae_encoder", {"image": pixels}, first_frame)

@@ -1,4 +1,5 @@
-"""The bundle's folder while an export writes it: held alone, every file moved in whole, and what is finished remembered."""
+"""The bundle's folder while an export writes it: held alone, every file moved in whole, and what is finished
+remembered."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ _FINISHED = ".finished-"
 
 
 class Store:
-    """The folder `bundle` and the drafts in it; `files` is the manifest's table to be, `previous` the manifest that is there now, if any."""
+    """The folder `bundle` and the drafts in it; `files` is the manifest's table to be, `previous` the manifest that is
+    there now, if any."""
 
     def __init__(self, bundle: Path, draft: Path):
         self.bundle, self.draft = bundle, draft
@@ -43,7 +45,8 @@ class Store:
         self.files[name] = file_spec(self.bundle / name)
 
     def finish(self, spec: EngineSpec | KernelSpec) -> None:
-        """Take up a finished engine's or kernel's files, and leave word of them for the rerun, should this export be cut short before its end."""
+        """Take up a finished engine's or kernel's files, and leave word of them for the rerun, should this export be
+        cut short before its end."""
         self.files |= {name: file_spec(self.bundle / name) for name in spec.files}
         note = {
             "engine" if isinstance(spec, EngineSpec) else "kernel": to_json(spec),
@@ -52,9 +55,12 @@ class Store:
         self.write(f"{_FINISHED}{spec.key[:16]}.json", json.dumps(note).encode())
 
     def finished(self, key: str) -> Any:
-        """The EngineSpec or KernelSpec of that key, if all its files are whole: one of the manifest's, or one that a cut-short export left."""
+        """The EngineSpec or KernelSpec of that key, if all its files are whole: one of the manifest's, or one that a
+        cut-short export left."""
         for spec, files in self._known():
-            if spec.key == key and all((self.bundle / name).is_file() and file_spec(self.bundle / name) == files[name] for name in spec.files):
+            if spec.key == key and all(
+                (self.bundle / name).is_file() and file_spec(self.bundle / name) == files[name] for name in spec.files
+            ):
                 self.files |= files
                 return spec
         return None
@@ -65,8 +71,17 @@ class Store:
         return self.previous is None or self.previous.files.get(name, self.files[name]) == self.files[name]
 
     def remove_others(self, files: set[str]) -> None:
-        """Remove engines of earlier exports and the word left of finished ones; anything else in the folder is not ours."""
-        for pattern in ("*.onnx", "*.weights", "*.plan", "*.pt2", "*.cubin", "reference-*.safetensors", f"{_FINISHED}*"):
+        """Remove engines of earlier exports and the word left of finished ones; anything else in the folder is not
+        ours."""
+        for pattern in (
+            "*.onnx",
+            "*.weights",
+            "*.plan",
+            "*.pt2",
+            "*.cubin",
+            "reference-*.safetensors",
+            f"{_FINISHED}*",
+        ):
             for path in self.bundle.glob(pattern):
                 if path.name not in files:
                     path.unlink()
@@ -83,7 +98,8 @@ class Store:
 
 @contextlib.contextmanager
 def store(bundle: Path) -> Iterator[Store]:
-    """Hold the bundle folder alone; what a killed export left in it is removed. InputError where it is held already or cannot be a folder."""
+    """Hold the bundle folder alone; what a killed export left in it is removed. InputError where it is held already or
+    cannot be a folder."""
     try:
         bundle.mkdir(parents=True, exist_ok=True)
         handle = os.open(bundle, os.O_RDONLY | os.O_DIRECTORY)
@@ -93,7 +109,9 @@ def store(bundle: Path) -> Iterator[Store]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"{bundle}: another export is writing here; wait for it or choose another folder") from error
+            raise InputError(
+                f"{bundle}: another export is writing here; wait for it or choose another folder"
+            ) from error
         for leftover in bundle.glob(f"{_DRAFT}*"):
             shutil.rmtree(leftover)
         with tempfile.TemporaryDirectory(dir=bundle, prefix=_DRAFT) as draft:

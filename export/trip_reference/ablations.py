@@ -1,4 +1,5 @@
-"""`python -m trip_reference.ablations`: fusion × first frame on the demo world, at equal budgets, over several seeds."""
+"""`python -m trip_reference.ablations`: fusion × first frame on the demo world, at equal budgets, over several
+seeds."""
 
 from __future__ import annotations
 
@@ -29,8 +30,11 @@ COLUMNS = (
 )
 
 
-def ablate(folder: Path, vae: Path, seeds: int, steps: int, batch: int, clips: int, judged: int, jobs: int) -> list[dict[str, Any]]:
-    """Train and judge every variant with every seed, `jobs` at a time on a thread each; what `folder` has is not done again.
+def ablate(
+    folder: Path, vae: Path, seeds: int, steps: int, batch: int, clips: int, judged: int, jobs: int
+) -> list[dict[str, Any]]:
+    """Train and judge every variant with every seed, `jobs` at a time on a thread each; what `folder` has is not done
+    again.
 
     All variants see the same clips in the same order with the same noise: those depend on the seed alone.
     """
@@ -41,12 +45,17 @@ def ablate(folder: Path, vae: Path, seeds: int, steps: int, batch: int, clips: i
     folder.mkdir(parents=True, exist_ok=True)
     _cache(folder / "latents", vae, clips)
     with multiprocessing.get_context("spawn").Pool(jobs, initializer=_one_thread, maxtasksperchild=1) as pool:
-        return list(tqdm(pool.imap(_variant, variants), total=len(variants), desc="ablations", unit="run", disable=None))
+        return list(
+            tqdm(pool.imap(_variant, variants), total=len(variants), desc="ablations", unit="run", disable=None)
+        )
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Mean ± standard deviation over the seeds, a row a variant, as Markdown."""
-    lines = ["| fusion | first frame | " + " | ".join(heading for heading, _, _ in COLUMNS) + " |", "| --- | --- |" + " --- |" * len(COLUMNS)]
+    lines = [
+        "| fusion | first frame | " + " | ".join(heading for heading, _, _ in COLUMNS) + " |",
+        "| --- | --- |" + " --- |" * len(COLUMNS),
+    ]
     for fusion, first_frame in product(FUSIONS, FIRST_FRAMES):
         rows = [row for row in results if (row["fusion"], row["first_frame"]) == (fusion, first_frame)]
         columns = [([row[key] for row in rows], decimals) for _, key, decimals in COLUMNS]
@@ -95,7 +104,9 @@ def _config(vae: str, fusion: str, first_frame: str, seed: int, steps: int, batc
         "run.tracker": "none",
         "optimizer.ema_decay": 0.99,
     }
-    words = [f"{name}={value!r}" for name, value in quoted.items()] + [f"{name}={value}" for name, value in settings.items()]
+    words = [f"{name}={value!r}" for name, value in quoted.items()] + [
+        f"{name}={value}" for name, value in settings.items()
+    ]
     return load_config("demo", None, words)
 
 
@@ -115,9 +126,17 @@ def _variant(task: tuple[Path, str, str, str, int, int, int, int, int]) -> dict[
     train_run(_config(vae, fusion, first_frame, seed, steps, batch, str(folder / "latents")), run)
     cases = demo_cases(checkpoint.load_config(run), judged)
     figures = judge_clips(make_clips(run, cases, Settings(num_inference_steps=10, guidance_scale=1.0)), cases)
-    records = [json.loads(line) for line in (run / "training" / "denoiser.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = [
+        json.loads(line) for line in (run / "training" / "denoiser.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     loss = [record["validation_loss"] for record in records if "validation_loss" in record][-1]
-    result = figures["all"] | {"fusion": fusion, "first_frame": first_frame, "seed": seed, **settings, "held_out_loss": loss}
+    result = figures["all"] | {
+        "fusion": fusion,
+        "first_frame": first_frame,
+        "seed": seed,
+        **settings,
+        "held_out_loss": loss,
+    }
     with whole_file(found) as part:
         part.write_text(json.dumps(result) + "\n", encoding="utf-8")
     return result
@@ -126,18 +145,35 @@ def _variant(task: tuple[Path, str, str, str, int, int, int, int, int]) -> dict[
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="python -m trip_reference.ablations",
-        description="Train the small demo with each fusion, first frame and seed, judge held-out clips, and print the table. "
-        "Run it again to go on; finished runs are kept.",
-        epilog="example: python -m trip_reference.ablations -o out/ablations --seeds 3 --steps 400 --markdown out/ablations.md",
+        description=(
+            "Train the small demo with each fusion, first frame and seed, judge held-out clips, and print the table. "
+            "Run it again to go on; finished runs are kept."
+        ),
+        epilog=(
+            "example: python -m trip_reference.ablations -o out/ablations --seeds 3 --steps 400 --markdown"
+            " out/ablations.md"
+        ),
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder for the runs and their figures")
-    parser.add_argument("--vae", type=Path, default=Path("checkpoints/demo"), metavar="CHECKPOINT", help="whose VAE all share (%(default)s)")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="DIR", help="folder for the runs and their figures"
+    )
+    parser.add_argument(
+        "--vae",
+        type=Path,
+        default=Path("checkpoints/demo"),
+        metavar="CHECKPOINT",
+        help="whose VAE all share (%(default)s)",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--steps", type=int, default=400, help="of each run (%(default)s)")
     parser.add_argument("--batch", type=int, default=4, help="clips a step (%(default)s)")
     parser.add_argument("--clips", type=int, default=1500, help="to train on (%(default)s)")
-    parser.add_argument("--judged", type=int, default=48, help="held-out clips that are sampled, 10 steps each (%(default)s)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side, on a core each (%(default)s)")
+    parser.add_argument(
+        "--judged", type=int, default=48, help="held-out clips that are sampled, 10 steps each (%(default)s)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="runs side by side, on a core each (%(default)s)"
+    )
     parser.add_argument("--markdown", type=Path, metavar="FILE.md", help="write the table there too")
     add_json_flag(parser)
     return parser

@@ -37,7 +37,9 @@ _PARTS = {
 _FUSION_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def save_pretrained(model: TripModel, tokenizer_json: str, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
+def save_pretrained(
+    model: TripModel, tokenizer_json: str, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32
+) -> None:
     """Write `model` and its tokenizer (the text of a tokenizer.json) to `folder`, weights as `dtype`.
 
     Written beside and moved into place, so that a folder with a `model_index.json` is always whole.
@@ -54,7 +56,14 @@ def save_pretrained(model: TripModel, tokenizer_json: str, folder: str | os.Path
         model.text_encoder.save_pretrained(draft / "text_encoder")
         for part in ("vae", "unet"):  # diffusers writes where it once loaded them from: a path of the machine at hand
             path = draft / part / "config.json"
-            _write_json(path, {name: value for name, value in json.loads(path.read_text(encoding="utf-8")).items() if name != "_name_or_path"})
+            _write_json(
+                path,
+                {
+                    name: value
+                    for name, value in json.loads(path.read_text(encoding="utf-8")).items()
+                    if name != "_name_or_path"
+                },
+            )
         (draft / "fusion").mkdir()
         save_file(model.fusion.state_dict(), draft / "fusion" / _FUSION_WEIGHTS)
         (draft / "tokenizer").mkdir()
@@ -70,9 +79,11 @@ def save_pretrained(model: TripModel, tokenizer_json: str, folder: str | os.Path
 
 
 def from_pretrained(folder: str | os.PathLike[str], only: str | None = None) -> TripModel:
-    """The model of a checkpoint folder, fp32 and in evaluation mode; InputError where the folder is not a whole checkpoint.
+    """The model of a checkpoint folder, fp32 and in evaluation mode; InputError where the folder is not a whole
+    checkpoint.
 
-    With `only` (text_encoder, vae, unet or fusion) the other parts are on the meta device: they have shapes but take no memory.
+    With `only` (text_encoder, vae, unet or fusion) the other parts are on the meta device: they have shapes but take no
+    memory.
     """
     folder = Path(folder)
     config = load_config(folder)
@@ -118,12 +129,14 @@ def load_tokenizer_json(folder: str | os.PathLike[str]) -> str:
         return path.read_text(encoding="utf-8")
 
 
-def assemble(config: TripConfig, modelscope: str | os.PathLike[str], stable_diffusion: str | os.PathLike[str]) -> tuple[TripModel, str]:
+def assemble(
+    config: TripConfig, modelscope: str | os.PathLike[str], stable_diffusion: str | os.PathLike[str]
+) -> tuple[TripModel, str]:
     """A TRIP model from published parts, and the text of its tokenizer.json.
 
-    `modelscope` is a text-to-video folder whose `unet/` starts the residual UNet; `stable_diffusion` gives `vae/`, `text_encoder/`
-    and `tokenizer/`. The fusion starts untrained, which is the linear one. With the `channel` first frame the UNet's first
-    convolution gets input channels of zeros, so that it starts as the published network.
+    `modelscope` is a text-to-video folder whose `unet/` starts the residual UNet; `stable_diffusion` gives `vae/`,
+    `text_encoder/` and `tokenizer/`. The fusion starts untrained, which is the linear one. With the `channel` first
+    frame the UNet's first convolution gets input channels of zeros, so that it starts as the published network.
     """
     modelscope, stable_diffusion = Path(modelscope), Path(stable_diffusion)
     unet = _load_part(UNet3DConditionModel, modelscope / "unet", torch_dtype=torch.float32)
@@ -181,7 +194,9 @@ def _named(path: Path) -> Any:
         raise
     except Exception as error:
         line = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: cannot be read ({type(error).__name__}: {line}); restore it from its source") from error
+        raise InputError(
+            f"{path}: cannot be read ({type(error).__name__}: {line}); restore it from its source"
+        ) from error
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Judges a clip against the demo world: did the object do as it was told, and did everything else stay?
 
-Each motion and shape is a hypothesis that the world can render from the same scene. Where the clip differs from its background is
-compared with where each hypothesis does, by their cosine: that tells motions and shapes apart whatever the colour.
+Each motion and shape is a hypothesis that the world can render from the same scene. Where the clip differs from its
+background is compared with where each hypothesis does, by their cosine: that tells motions and shapes apart whatever
+the colour.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ REACH = 3  # pixels of a 64-pixel picture around the shape that its shadow and i
 class Verdict:
     """What was seen (`motion`, `shape`, `colour`), and how well the rest was kept.
 
-    `trail` is the share of the pixels that the shape has left, or has yet to reach, in the clip's second half that differ visibly from the truth.
+    `trail` is the share of the pixels that the shape has left, or has yet to reach, in the clip's second half that
+    differ visibly from the truth.
     """
 
     motion: str

@@ -15,7 +15,9 @@ def build_tokenizer(length: int) -> Tokenizer:
     """Lower-cased words between <start> and <end>, cut and padded with <end> to `length` tokens, as CLIP's are."""
     ids = {token: i for i, token in enumerate(_SPECIAL + vocabulary())}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"[^\p{L}\p{N}]+"), " ")])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace(Regex(r"[^\p{L}\p{N}]+"), " ")]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<start> $A <end>", special_tokens=[(token, ids[token]) for token in ("<start>", "<end>")]

@@ -35,8 +35,22 @@ TURN = np.deg2rad(12.0)  # clockwise, a frame
 
 _NOUNS = {"circle": ("circle", "ball"), "cross": ("cross", "plus")}
 _PHRASES = {
-    "left": ("moves to the left", "slides to the left", "goes to the left", "drifts to the left", "rolls to the left", "moves left"),
-    "right": ("moves to the right", "slides to the right", "goes to the right", "drifts to the right", "rolls to the right", "moves right"),
+    "left": (
+        "moves to the left",
+        "slides to the left",
+        "goes to the left",
+        "drifts to the left",
+        "rolls to the left",
+        "moves left",
+    ),
+    "right": (
+        "moves to the right",
+        "slides to the right",
+        "goes to the right",
+        "drifts to the right",
+        "rolls to the right",
+        "moves right",
+    ),
     "up": ("moves up", "slides up", "goes up", "drifts up", "rises", "moves upwards"),
     "down": ("moves down", "slides down", "goes down", "drifts down", "falls", "moves downwards"),
     "grows": ("grows", "gets bigger", "becomes larger"),
@@ -48,7 +62,8 @@ _PHRASES = {
 
 @dataclass(frozen=True)
 class Scene:
-    """A still picture: one shape on a background. Lengths are fractions of the picture's side; `seed` draws the background."""
+    """A still picture: one shape on a background. Lengths are fractions of the picture's side; `seed` draws the
+    background."""
 
     colour: str
     shape: str
@@ -61,7 +76,8 @@ class Scene:
 
 
 def combinations(held_out: bool) -> list[tuple[str, str, str]]:
-    """The (colour, shape, motion) triples that training sees, or those it never does (one in eight; every pair is still seen).
+    """The (colour, shape, motion) triples that training sees, or those it never does (one in eight; every pair is still
+    seen).
 
     A spinning circle looks like a resting one, so there is none.
     """
@@ -80,7 +96,8 @@ def sample(seed: int, held_out: bool = False) -> tuple[Scene, str, str]:
     scene = Scene(
         colour=colour,
         shape=shape,
-        # The start says nothing about the motion: every motion fits every start (at worst the shape half leaves the picture).
+        # The start says nothing about the motion: every motion fits every start (at worst the shape half leaves the
+        # picture).
         x=float(rng.uniform(0.35, 0.65)),
         y=float(rng.uniform(0.35, 0.65)),
         radius=float(rng.uniform(0.15, 0.20)),
@@ -129,7 +146,8 @@ def mask(scene: Scene, motion: str, num_frames: int = 16, size: int = 64) -> Arr
 
 
 def background(scene: Scene, size: int = 64) -> Array:
-    """The picture without its shape, float32 [size, size, 3] in 0 to 1. Muted, so that every shape's colour stands out."""
+    """The picture without its shape, float32 [size, size, 3] in 0 to 1. Muted, so that every shape's colour
+    stands out."""
     rng = np.random.default_rng(scene.seed)
     one, two = _muted(rng), _muted(rng)
     y, x = (np.mgrid[:size, :size].astype(np.float32) + 0.5) / size
@@ -144,7 +162,9 @@ def background(scene: Scene, size: int = 64) -> Array:
             two = one + 0.45 * (two - one)
             mix = 0.5 + 0.5 * np.sin(2 * np.pi * along * rng.uniform(2.0, 3.5) + rng.uniform(0, 6.28))
         case "hills":
-            ridge = rng.uniform(0.45, 0.75) + 0.07 * np.sin(2 * np.pi * x * rng.uniform(0.6, 1.6) + rng.uniform(0, 6.28))
+            ridge = rng.uniform(0.45, 0.75) + 0.07 * np.sin(
+                2 * np.pi * x * rng.uniform(0.6, 1.6) + rng.uniform(0, 6.28)
+            )
             mix = np.clip((y - ridge) * size * 0.7 + 0.5, 0, 1) * 0.75 + 0.25 * y
         case "blobs":
             mix = np.zeros_like(x)
@@ -210,7 +230,9 @@ def _polygon(u: Array, v: Array, points: list[tuple[float, float]]) -> Array:
 
 def _ring(count: int, radii: tuple[float, ...]) -> list[tuple[float, float]]:
     turns = [2 * np.pi * i / count - np.pi / 2 for i in range(count)]
-    return [(radii[i % len(radii)] * np.cos(turn), radii[i % len(radii)] * np.sin(turn)) for i, turn in enumerate(turns)]
+    return [
+        (radii[i % len(radii)] * np.cos(turn), radii[i % len(radii)] * np.sin(turn)) for i, turn in enumerate(turns)
+    ]
 
 
 def _triangle(u: Array, v: Array) -> Array:

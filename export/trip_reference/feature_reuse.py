@@ -1,4 +1,5 @@
-"""Reuse of deep features in the untouched network, by a hook on its last layer: what the shallow graphs are held to (DeepCache, Ma et al. 2023)."""
+"""Reuse of deep features in the untouched network, by a hook on its last layer: what the shallow graphs are held to
+(DeepCache, Ma et al. 2023)."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from trip_reference.unet import ResidualUNet
 
 
 class FeatureReuse:
-    """A ResidualUNet that can put the deep features of the last whole call in place of this call's. A context manager: its hook goes with it.
+    """A ResidualUNet that can put the deep features of the last whole call in place of this call's. A context manager:
+    its hook goes with it.
 
     `features` [n, F', C', h, w] are the last layer's input besides its skip, as the last whole call had them.
     """
@@ -20,7 +22,9 @@ class FeatureReuse:
     def __init__(self, residual_unet: ResidualUNet):
         self._network = residual_unet
         self._reuses = False
-        self._thread = threading.get_ident()  # others may run the same network at the same time: their calls are none of ours
+        self._thread = (
+            threading.get_ident()
+        )  # others may run the same network at the same time: their calls are none of ours
         self.features = torch.empty(0)
 
     def __enter__(self) -> FeatureReuse:
@@ -31,7 +35,8 @@ class FeatureReuse:
         self._hook.remove()
 
     def __call__(self, latents: Tensor, first_frame: Tensor, timestep: Tensor, text: Tensor, shallow: bool) -> Tensor:
-        """As ResidualUNet; where `shallow`, on the kept features. For half as many clips as before these are the conditional half's."""
+        """As ResidualUNet; where `shallow`, on the kept features. For half as many clips as before these are the
+        conditional half's."""
         self._reuses, self._clips = shallow, len(latents)
         return self._network(latents, first_frame, timestep, text)  # type: ignore[no-any-return]
 

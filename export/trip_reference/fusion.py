@@ -14,7 +14,8 @@ class NoiseFusion(nn.Module):
     """ε̃ from the residual noise Δε̃ and the image noise prior (TRIP, sec. 3.3).
 
     - `none`: Δε̃.
-    - `linear`: λ^i·σ_t·ε^{i→1} + (1 − λ^i·σ_t)·Δε̃^i with a learned λ per frame that starts as the linear decay from 1 to 0.
+    - `linear`: λ^i·σ_t·ε^{i→1} + (1 − λ^i·σ_t)·Δε̃^i with a learned λ per frame that starts as the linear decay from 1
+      to 0.
     - `tnf`: the linear fusion plus TNF's correction.
 
     With `normalize_prior` off, λ^i stands in place of λ^i·σ_t and the prior is the paper's raw one.
@@ -40,7 +41,8 @@ class NoiseFusion(nn.Module):
         sqrt_one_minus_alpha_bar: Tensor,
         timestep: Tensor,
     ) -> Tensor:
-        """latents, residual_noise: [B, C, F, H, W]; first_frame: [B, C, H, W]; the rest [B] or [1]. Returns ε̃, [B, C, F, H, W]."""
+        """latents, residual_noise: [B, C, F, H, W]; first_frame: [B, C, H, W]; the rest [B] or [1]. Returns ε̃, [B, C,
+        F, H, W]."""
         if self.gate is None:
             return residual_noise
         if self.normalize_prior:

@@ -1,4 +1,5 @@
-"""Gradient checkpointing for diffusers' 3D-UNet, which has none of its own: activations are computed again in the backward pass."""
+"""Gradient checkpointing for diffusers' 3D-UNet, which has none of its own: activations are computed again in the
+backward pass."""
 
 from __future__ import annotations
 
@@ -14,10 +15,11 @@ _SEGMENTS = (ResnetBlock2D, TemporalConvLayer, Transformer2DModel, TransformerTe
 
 
 def checkpoint_gradients(unet: nn.Module) -> int:
-    """Keep only the inputs of the network's residual blocks, convolutions over time and transformers, in place; returns how many there are.
+    """Keep only the inputs of the network's residual blocks, convolutions over time and transformers, in place; returns
+    how many there are.
 
-    Chen et al. 2016 (arXiv 1604.06174), at the grain of those blocks: one more forward pass, gradients the same. Dropout draws again what it
-    drew. Names and weights of the network stay as they are.
+    Chen et al. 2016 (arXiv 1604.06174), at the grain of those blocks: one more forward pass, gradients the same.
+    Dropout draws again what it drew. Names and weights of the network stay as they are.
     """
     segments = [module for module in unet.modules() if isinstance(module, _SEGMENTS)]
     for module in segments:

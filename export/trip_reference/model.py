@@ -18,7 +18,8 @@ from trip_rt.config import TripConfig
 
 
 class TripModel(nn.Module):
-    """TRIP (arXiv 2403.17005). Public tensors are fp32 `[B, C, F, H, W]`; pixels lie in [−1, 1]. `sampling.sample` says how its parts make a clip."""
+    """TRIP (arXiv 2403.17005). Public tensors are fp32 `[B, C, F, H, W]`; pixels lie in [−1, 1]. `sampling.sample` says
+    how its parts make a clip."""
 
     def __init__(self, config: TripConfig, unet: UNet3DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel):
         super().__init__()
@@ -82,7 +83,8 @@ def build_text_encoder(config: TripConfig, architecture: dict[str, Any]) -> CLIP
 
 
 def build_model(preset: Preset, text_overrides: dict[str, Any] | None = None) -> TripModel:
-    """A whole model with random weights; `text_overrides` holds what only a tokenizer knows (vocabulary size, special ids)."""
+    """A whole model with random weights; `text_overrides` holds what only a tokenizer knows (vocabulary size, special
+    ids)."""
     return TripModel(
         preset.trip,
         build_unet(preset.trip, preset.unet),

@@ -1,4 +1,5 @@
-"""The named models: `demo`, which is trained and shipped here, `demo-small` for ablations, `bench` for benchmarks, `trip-256`, the paper's size."""
+"""The named models: `demo`, which is trained and shipped here, `demo-small` for ablations, `bench` for benchmarks,
+`trip-256`, the paper's size."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ class Preset:
     text_encoder: dict[str, Any]
 
 
-# The demo keeps the full model's layout at about a seventh of its width. Its latents have 8 channels, not 4: pictures of 64×64 leave
-# 8×8 latents, and 4 numbers are too few for an 8×8 patch that holds a shape's edge.
+# The demo keeps the full model's layout at about a seventh of its width. Its latents have 8 channels, not 4: pictures
+# of 64×64 leave 8×8 latents, and 4 numbers are too few for an 8×8 patch that holds a shape's edge.
 DEMO = Preset(
     trip=TripConfig(
         fusion="tnf",
@@ -39,8 +40,9 @@ DEMO = Preset(
         num_inference_steps=50,
         tnf=TNFConfig(hidden_size=64, num_heads=4, num_layers=2),
         schedule=ScheduleConfig(
-            # Stable Diffusion ends at 0.012, where sqrt(ᾱ) = 0.068 of the clip still shows through: the model reads its motion there and not in
-            # the sentence, and goes astray from the pure noise that sampling starts with. 0.02 leaves 0.016.
+            # Stable Diffusion ends at 0.012, where sqrt(ᾱ) = 0.068 of the clip still shows through: the model reads its
+            # motion there and not in the sentence, and goes astray from the pure noise that sampling starts with. 0.02
+            # leaves 0.016.
             beta_schedule="scaled_linear",
             beta_start=0.00085,
             beta_end=0.02,
@@ -146,10 +148,12 @@ BENCH = Preset(
         norm_num_groups=32,
     ),
     vae=TRIP_256.vae | dict(block_out_channels=(32, 64, 128, 128), layers_per_block=1),
-    text_encoder=TRIP_256.text_encoder | dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=4, num_attention_heads=12),
+    text_encoder=TRIP_256.text_encoder
+    | dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=4, num_attention_heads=12),
 )
 
-# The demo at half its width and frames: what a comparison of recipes can afford to train many times. Its VAE is the demo's.
+# The demo at half its width and frames: what a comparison of recipes can afford to train many times. Its VAE is the
+# demo's.
 DEMO_SMALL = dataclasses.replace(
     DEMO,
     trip=dataclasses.replace(DEMO.trip, num_frames=8),

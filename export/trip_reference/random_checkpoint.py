@@ -1,4 +1,5 @@
-"""A checkpoint with random weights: the shapes and the cost of the full-size model, for export and benchmarks where no trained weights are."""
+"""A checkpoint with random weights: the shapes and the cost of the full-size model, for export and benchmarks where no
+trained weights are."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from trip_rt.command import CommandParser, main_of, note
 
 
 def random_model(preset: Preset, seed: int) -> tuple[TripModel, str]:
-    """A model of that architecture with the weights of its seed, and the text of its tokenizer.json: the demo's, as no other comes with a preset."""
+    """A model of that architecture with the weights of its seed, and the text of its tokenizer.json: the demo's, as no
+    other comes with a preset."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(preset.trip.text_length)
     # A preset that says its vocabulary keeps it, for its size; this tokenizer's ids lie within.
@@ -24,7 +26,8 @@ def random_model(preset: Preset, seed: int) -> tuple[TripModel, str]:
 
 
 def save_random(preset: Preset, folder: Path, seed: int = 0) -> None:
-    """Write a checkpoint of that architecture in fp16; parameters that start at zero get small random values too, so that no path is dead.
+    """Write a checkpoint of that architecture in fp16; parameters that start at zero get small random values too, so
+    that no path is dead.
 
     Its tokenizer is the demo's: it knows the words of the prompts that parity uses.
     """

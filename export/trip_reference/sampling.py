@@ -24,10 +24,12 @@ def sample(
     steps: Sequence[LoopStep],
     on_step: Callable[[LoopStep, Tensor, Tensor, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """Clean latents [B, C, F, h, w] by a solver's steps with classifier-free guidance on the fused noise, frame 1 held at the given latent.
+    """Clean latents [B, C, F, h, w] by a solver's steps with classifier-free guidance on the fused noise, frame 1 held
+    at the given latent.
 
     first_frame: [B, C, h, w], clean; noise: [B, C, F, h, w]; text: [2B, L, D], the unconditional half first.
-    `on_step(step, latents, residual_noise, noise, features)` sees the networks' inputs and outputs, 2B each or B where the step is unguided.
+    `on_step(step, latents, residual_noise, noise, features)` sees the networks' inputs and outputs, 2B each or B where
+    the step is unguided.
     """
     latents, batch = noise.clone(), len(noise)
     corrected = clean_1 = clean_2 = torch.zeros_like(noise)
@@ -46,6 +48,8 @@ def sample(
             guided = unconditional + one.guidance_scale * (conditional - unconditional)
             terms = torch.stack([latents, guided, corrected, clean_1, clean_2])
             clean_1, clean_2 = (latents - step.sqrt_one_minus_alpha_bar * guided) / step.sqrt_alpha_bar, clean_1
-            latents, corrected = (torch.tensordot(noise.new_tensor(row), terms, 1) for row in (step.latents, step.corrected))
+            latents, corrected = (
+                torch.tensordot(noise.new_tensor(row), terms, 1) for row in (step.latents, step.corrected)
+            )
     latents[:, :, 0] = first_frame
     return latents

@@ -1,4 +1,5 @@
-"""Temporal Noise Fusion: a small transformer over the frames of each pixel that merges the prior with the residual noise."""
+"""Temporal Noise Fusion: a small transformer over the frames of each pixel that merges the prior with the residual
+noise."""
 
 from __future__ import annotations
 
@@ -37,7 +38,10 @@ class FrameAttention(nn.Module):
         self.to_out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for t in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
         attended = F.scaled_dot_product_attention(q, k, v)  # [P, heads, F, C / heads]
         return self.to_out(attended.transpose(1, 2).flatten(2))
 

@@ -24,7 +24,12 @@ class TemporalConv(nn.Conv3d):
 def temporal_convs_as_2d(unet: UNet3DConditionModel) -> UNet3DConditionModel:
     """Turn the network's (3, 1, 1) Conv3d layers into `TemporalConv`, in place."""
     for module in unet.modules():
-        if type(module) is nn.Conv3d and module.kernel_size == (3, 1, 1) and module.padding == (1, 0, 0) and module.stride == (1, 1, 1):
+        if (
+            type(module) is nn.Conv3d
+            and module.kernel_size == (3, 1, 1)
+            and module.padding == (1, 0, 0)
+            and module.stride == (1, 1, 1)
+        ):
             module.__class__ = TemporalConv
     return unet
 
@@ -38,7 +43,8 @@ class ResidualUNet(nn.Module):
         self.first_frame = first_frame
 
     def forward(self, latents: Tensor, first_frame: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        """latents: [B, C, F, H, W]; first_frame: [B, C, H, W]; timestep: [B] or [1]; text: [B, L, D]. Returns [B, C, F, H, W].
+        """latents: [B, C, F, H, W]; first_frame: [B, C, H, W]; timestep: [B] or [1]; text: [B, L, D]. Returns [B, C, F,
+        H, W].
 
         `start` (TRIP) and `end` (TRIP^TE) add the clean frame along time and drop its output; `channel` (TRIP^C) stacks
         it on every frame's channels.
@@ -49,7 +55,8 @@ class ResidualUNet(nn.Module):
 
 
 def with_first_frame(latents: Tensor, first_frame: Tensor, how: FirstFrame) -> Tensor:
-    """The network's input [B, C, F + 1, H, W], or [B, 2·C, F, H, W] for `channel`, of the tensors that ResidualUNet takes."""
+    """The network's input [B, C, F + 1, H, W], or [B, 2·C, F, H, W] for `channel`, of the tensors that ResidualUNet
+    takes."""
     clean = first_frame[:, :, None]
     match how:
         case "start":

@@ -18,15 +18,21 @@ import torch
 from trip_kernels.packing import SINGLE, WEIGHTS, TileShape, parts_of
 from trip_kernels.tiles import Tile, tiles
 
-# Compute capabilities and the shared memory that one program may have there, in bytes (CUDA C++ Programming Guide, technical specifications).
+# Compute capabilities and the shared memory that one program may have there, in bytes (CUDA C++ Programming Guide,
+# technical specifications).
 SHARED_BYTES = {"8.0": 166912, "8.6": 101376, "8.9": 101376, "9.0": 232448, "10.0": 232448, "12.0": 101376}
 CAPABILITIES = tuple(SHARED_BYTES)
-_TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp16"}  # an fp32 operand is two fp16 numbers
+_TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp16",
+}  # an fp32 operand is two fp16 numbers
 
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """The fused step for one compute capability. `parameters` are its own in launch order, "scratch" being a pointer that stays null."""
+    """The fused step for one compute capability. `parameters` are its own in launch order, "scratch" being a pointer
+    that stays null."""
 
     capability: str
     entry: str
@@ -40,22 +46,27 @@ class CompiledStep:
     def describe(self) -> str:
         """One line for people."""
         return (
-            f"compute capability {self.capability}: {self.registers} registers, {self.spilled_bytes} bytes spilled, "
-            f"{self.shared_bytes / 1024:.0f} KiB shared, {self.tile.warps} warps for {self.tile.pixels} pixels, {len(self.cubin) / 1024:.0f} KiB"
+            f"compute capability {self.capability}: {self.registers} registers, {self.spilled_bytes} bytes spilled,"
+            f" {self.shared_bytes / 1024:.0f} KiB shared, {self.tile.warps} warps for {self.tile.pixels} pixels,"
+            f" {len(self.cubin) / 1024:.0f} KiB"
         )
 
 
 def compile_fused_step(
-    shape: TileShape, dtype: torch.dtype, capabilities: Sequence[str] = CAPABILITIES, note: Callable[[str], None] = lambda text: None
+    shape: TileShape,
+    dtype: torch.dtype,
+    capabilities: Sequence[str] = CAPABILITIES,
+    note: Callable[[str], None] = lambda text: None,
 ) -> list[CompiledStep]:
     """Compile `fused_step_kernel` for fp32 buffers and TNF's products in `dtype`; no GPU is needed.
 
-    ValueError for a capability that is not of CAPABILITIES; RuntimeError where every tile of `trip_kernels.tiles` would spill registers to memory or
-    needs more shared memory than the GPU has.
+    ValueError for a capability that is not of CAPABILITIES; RuntimeError where every tile of `trip_kernels.tiles` would
+    spill registers to memory or needs more shared memory than the GPU has.
     """
     if unknown := [capability for capability in capabilities if capability not in SHARED_BYTES]:
         raise ValueError(f"compute capability: found {', '.join(unknown)}, expected some of {', '.join(CAPABILITIES)}")
-    # In processes of their own: there are several to compile, and an interpreter of kernels in this one would be in the way.
+    # In processes of their own: there are several to compile, and an interpreter of kernels in this one would be in the
+    # way.
     with ProcessPoolExecutor(min(len(capabilities), os.cpu_count() or 1), get_context("spawn"), _prepare) as workers:
         compiled = []
         for step in workers.map(_compile, [shape] * len(capabilities), [dtype] * len(capabilities), capabilities):
@@ -78,10 +89,13 @@ def _compile(shape: TileShape, dtype: torch.dtype, capability: str) -> CompiledS
             step = _compile_tile(shape, dtype, capability, tile, Path(folder))
             if step.spilled_bytes == 0 and step.shared_bytes <= SHARED_BYTES[capability]:
                 return step
-            refused.append(f"{tile.pixels} pixels and {tile.warps} warps: {step.spilled_bytes} bytes spilled, {step.shared_bytes} bytes shared")
+            refused.append(
+                f"{tile.pixels} pixels and {tile.warps} warps: {step.spilled_bytes} bytes spilled, {step.shared_bytes}"
+                " bytes shared"
+            )
     raise RuntimeError(
-        f"fused step for compute capability {capability}: found no tile without spills and within {SHARED_BYTES[capability]} bytes of shared memory "
-        f"({'; '.join(refused)}); add one to trip_kernels/tiles.py"
+        f"fused step for compute capability {capability}: found no tile without spills and within"
+        f" {SHARED_BYTES[capability]} bytes of shared memory ({'; '.join(refused)}); add one to trip_kernels/tiles.py"
     )
 
 
@@ -108,10 +122,20 @@ def _compile_tile(shape: TileShape, dtype: torch.dtype, capability: str, tile: T
     expected = ["u32" if name in ("batch", "pixels") else "u64" for name in (*own, *scratch)]
     if widths != expected or kernel.metadata.global_scratch_size or kernel.metadata.profile_scratch_size:
         raise RuntimeError(
-            f"Triton {triton.__version__}: the kernel takes {widths}, expected {expected} and no scratch memory; pin an earlier Triton"
+            f"Triton {triton.__version__}: the kernel takes {widths}, expected {expected} and no scratch memory; pin an"
+            " earlier Triton"
         )
     registers, spilled = _resources(kernel.asm["cubin"], folder)
-    return CompiledStep(capability, kernel.metadata.name, (*own, *scratch), kernel.asm["cubin"], tile, kernel.metadata.shared, registers, spilled)
+    return CompiledStep(
+        capability,
+        kernel.metadata.name,
+        (*own, *scratch),
+        kernel.asm["cubin"],
+        tile,
+        kernel.metadata.shared,
+        registers,
+        spilled,
+    )
 
 
 def _type(name: str, dtype: torch.dtype) -> str:
@@ -129,6 +153,8 @@ def _resources(cubin: bytes, folder: Path) -> tuple[int, int]:
 
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
-    usage = subprocess.run([knobs.nvidia.cuobjdump.path, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    usage = subprocess.run(
+        [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", path], capture_output=True, text=True, check=True
+    ).stdout
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return found["REG"], found["STACK"] + found["LOCAL"]

@@ -26,7 +26,8 @@ def fuse_noise_kernel(
     CHANNELS_P: tl.constexpr, CONTEXT_P: tl.constexpr, WIDTH_P: tl.constexpr, HEAD_P: tl.constexpr, FRAMES: tl.constexpr, PARTS: tl.constexpr,
     PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """One program: PIXELS pixels of one clip. `p_coefficients` are sqrt(ᾱ_t) and sqrt(1−ᾱ_t), [B, 2] or, as the modulation, shared."""
+    """One program: PIXELS pixels of one clip. `p_coefficients` are sqrt(ᾱ_t) and sqrt(1−ᾱ_t), [B, 2] or, as the
+    modulation, shared."""
     blocks = tl.cdiv(pixels, PIXELS)
     clip = (tl.program_id(0) // blocks).to(tl.int64)
     row = tl.arange(0, PIXELS * FRAMES)
@@ -42,7 +43,11 @@ def fuse_noise_kernel(
     )  # fmt: skip
     channel = tl.arange(0, CHANNELS_P)
     offset = clip * CHANNELS * REAL_FRAMES * pixels + frame * pixels + pixel
-    tl.store(p_noise + offset[:, None] + channel[None, :] * REAL_FRAMES * pixels, noise, mask=inside[:, None] & (channel < CHANNELS)[None, :])
+    tl.store(
+        p_noise + offset[:, None] + channel[None, :] * REAL_FRAMES * pixels,
+        noise,
+        mask=inside[:, None] & (channel < CHANNELS)[None, :],
+    )
 
 
 def fuse_noise(
@@ -56,16 +61,25 @@ def fuse_noise(
     compute: torch.dtype | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """What the `trip_reference.fusion.NoiseFusion` `fusion`, which is this op's reference, makes of the same arguments, in one launch.
+    """What the `trip_reference.fusion.NoiseFusion` `fusion`, which is this op's reference, makes of the same arguments,
+    in one launch.
 
-    latents, residual_noise: [B, C, F, H, W]; first_frame: [B, C, H, W]; the rest [B] or [1]; fp32, fp16 or bf16 in any mixture. TNF's matrix products
-    take operands of `compute` (the weights' own dtype), all else is fp32. Returns ε̃, [B, C, F, H, W], of residual_noise's dtype. The gradient is the
-    reference's. ValueError for shapes that do not belong together.
+    latents, residual_noise: [B, C, F, H, W]; first_frame: [B, C, H, W]; the rest [B] or [1]; fp32, fp16 or bf16 in any
+    mixture. TNF's matrix products take operands of `compute` (the weights' own dtype), all else is fp32. Returns ε̃,
+    [B, C, F, H, W], of residual_noise's dtype. The gradient is the reference's. ValueError for shapes that do not
+    belong together.
     """
     inputs = latents, first_frame, residual_noise, sqrt_alpha_bar, sqrt_one_minus_alpha_bar, timestep
     b, c, _, h, w = latents.shape
-    if residual_noise.shape != latents.shape or first_frame.shape != (b, c, h, w) or any(t.shape not in ((1,), (b,)) for t in inputs[3:]):
-        raise ValueError(f"found shapes {[list(t.shape) for t in inputs]}, expected [B, C, F, H, W], [B, C, H, W], [B, C, F, H, W] and [B] or [1]")
+    if (
+        residual_noise.shape != latents.shape
+        or first_frame.shape != (b, c, h, w)
+        or any(t.shape not in ((1,), (b,)) for t in inputs[3:])
+    ):
+        raise ValueError(
+            f"found shapes {[list(t.shape) for t in inputs]}, expected [B, C, F, H, W], [B, C, H, W], [B, C, F, H, W]"
+            " and [B] or [1]"
+        )
     compute = compute or next(fusion.parameters(), residual_noise).dtype
     return _FuseNoise.apply(fusion, compute, tile, *inputs, *fusion.parameters())
 
@@ -123,4 +137,11 @@ def shape_of(fusion: nn.Module, channels: int, num_frames: int) -> TileShape:
     if fusion.tnf is None:
         return tile_shape(channels, num_frames, fusion.normalize_prior, width=0, heads=0, layers=0)
     tnf = fusion.tnf
-    return tile_shape(channels, num_frames, fusion.normalize_prior, tnf.in_proj.out_features, tnf.layers[0].self_attention.heads, len(tnf.layers))
+    return tile_shape(
+        channels,
+        num_frames,
+        fusion.normalize_prior,
+        tnf.in_proj.out_features,
+        tnf.layers[0].self_attention.heads,
+        len(tnf.layers),
+    )

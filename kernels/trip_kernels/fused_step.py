@@ -1,4 +1,5 @@
-"""Everything a denoising step does after the UNet, in one launch: prior, TNF, λ skip, guidance, the solver's update and the held first frame."""
+"""Everything a denoising step does after the UNet, in one launch: prior, TNF, λ skip, guidance, the solver's update and
+the held first frame."""
 
 from __future__ import annotations
 
@@ -17,10 +18,22 @@ from trip_kernels.tnf_tile import fused_noise, load_tile
 if TYPE_CHECKING:
     from torch import nn
 
-# Columns of the step table (trip_rt/speed.py); LATENTS and CORRECTED begin five coefficients each: of latents, noise, and the history's three.
-TIMESTEP, SIGNAL, SIGMA, GUIDANCE, LATENTS, CORRECTED, NEXT_TIMESTEP, NEXT_SIGNAL, NEXT_SIGMA = map(tl.constexpr, (0, 1, 2, 3, 4, 9, 14, 15, 16))
+# Columns of the step table (trip_rt/speed.py); LATENTS and CORRECTED begin five coefficients each: of latents, noise,
+# and the history's three.
+TIMESTEP, SIGNAL, SIGMA, GUIDANCE, LATENTS, CORRECTED, NEXT_TIMESTEP, NEXT_SIGNAL, NEXT_SIGMA = map(
+    tl.constexpr, (0, 1, 2, 3, 4, 9, 14, 15, 16)
+)
 COLUMNS = tl.constexpr(17)
-BUFFERS = ("latents", "first_frame", "first_noise", "residual_noise", "history", "timestep", "table", "step")  # as the kernel takes them
+BUFFERS = (
+    "latents",
+    "first_frame",
+    "first_noise",
+    "residual_noise",
+    "history",
+    "timestep",
+    "table",
+    "step",
+)  # as the kernel takes them
 
 
 @triton.jit
@@ -120,7 +133,9 @@ def fused_step(
     )
 
 
-def step_arguments(fusion: nn.Module, buffers: dict[str, Tensor], compute: torch.dtype) -> tuple[list[Any], dict[str, int], TileShape]:
+def step_arguments(
+    fusion: nn.Module, buffers: dict[str, Tensor], compute: torch.dtype
+) -> tuple[list[Any], dict[str, int], TileShape]:
     """The kernel's arguments in order, ending in batch and pixels, all its constants but PIXELS, and its sizes."""
     latents, table, step = buffers["latents"], buffers["table"], buffers["step"]
     _, channels, frames, h, w = latents.shape
@@ -145,9 +160,10 @@ def fused_step_ref(
 ) -> None:
     """One step after the UNet in plain torch, in place.
 
-    latents, residual_noise: [2B, C, F, H, W], the unconditional half first, both halves of latents equal; first_frame [2B, C, H, W], clean;
-    first_noise [B, C, H, W], frame 1's own; history [3, B, C, F, H, W], what the steps before left (trip_rt/solvers.py); timestep int64 [1];
-    table fp32 [rows, 17] and step int32 [1], the row in it (trip_rt/speed.py).
+    latents, residual_noise: [2B, C, F, H, W], the unconditional half first, both halves of latents equal; first_frame
+    [2B, C, H, W], clean; first_noise [B, C, H, W], frame 1's own; history [3, B, C, F, H, W], what the steps before
+    left (trip_rt/solvers.py); timestep int64 [1]; table fp32 [rows, 17] and step int32 [1], the row in it
+    (trip_rt/speed.py).
     """
     row = table[int(step)].to(latents.dtype)
     (t, signal, sigma, guidance), (next_timestep, next_signal, next_sigma) = row[:4], row[14:]

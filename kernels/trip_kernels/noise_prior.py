@@ -10,13 +10,16 @@ def normalised_noise_prior_ref(latents: Tensor, first_frame: Tensor, sqrt_alpha_
 
     This unit-variance form leaves out the division by sqrt(1−ᾱ_t), which reaches 100 at small t and overflows fp16.
 
-    latents: [B, C, F, H, W]; first_frame: [B, C, H, W], clean; sqrt_alpha_bar: [B] or [1]. Returns fp32 [B, C, F, H, W].
+    latents: [B, C, F, H, W]; first_frame: [B, C, H, W], clean; sqrt_alpha_bar: [B] or [1]. Returns fp32 [B, C, F, H,
+    W].
     """
     clean = sqrt_alpha_bar.float()[:, None, None, None, None] * first_frame.float()[:, :, None]
     return latents.float() - clean
 
 
-def noise_prior_ref(latents: Tensor, first_frame: Tensor, sqrt_alpha_bar: Tensor, sqrt_one_minus_alpha_bar: Tensor) -> Tensor:
+def noise_prior_ref(
+    latents: Tensor, first_frame: Tensor, sqrt_alpha_bar: Tensor, sqrt_one_minus_alpha_bar: Tensor
+) -> Tensor:
     """The paper's raw prior ε^{i→1} = (z_t^i − sqrt(ᾱ_t)·z_0^1) / sqrt(1−ᾱ_t), always in fp32.
 
     Shapes as in `normalised_noise_prior_ref`. For frame 1 it is that frame's exact noise.

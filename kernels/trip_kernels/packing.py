@@ -1,4 +1,5 @@
-"""A NoiseFusion's weights as the kernels want them: folded where that saves work, padded to tensor cores' tiles, layers and heads stacked."""
+"""A NoiseFusion's weights as the kernels want them: folded where that saves work, padded to tensor cores' tiles, layers
+and heads stacked."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ SINGLE = {"frame_embedding", "bias", "out_bias", "gate", "modulation"}  # added,
 
 @dataclass(frozen=True)
 class TileShape:
-    """Sizes that a kernel is compiled for; those ending in `_p` and `frames` are padded: to a power of two, and to 16 where a matrix product runs
-    along them. `layers` is 0 where the fusion is linear or none."""
+    """Sizes that a kernel is compiled for; those ending in `_p` and `frames` are padded: to a power of two, and to 16
+    where a matrix product runs along them. `layers` is 0 where the fusion is linear or none."""
 
     channels: int
     width: int
@@ -51,11 +52,13 @@ def tile_shape(channels: int, num_frames: int, normalize_prior: bool, width: int
 
 
 def pack(fusion: Mapping[str, Tensor], shape: TileShape, dtype: torch.dtype, timesteps: Tensor) -> dict[str, Tensor]:
-    """The kernels' weights by name, of a `trip_reference.fusion.NoiseFusion`'s state `fusion`, folded in fp64 and rounded to `dtype` once.
+    """The kernels' weights by name, of a `trip_reference.fusion.NoiseFusion`'s state `fusion`, folded in fp64 and
+    rounded to `dtype` once.
 
     Matrices are [..., parts, rows, columns] of `dtype`, or where that is fp32 of fp16.
 
-    `modulation` [len(timesteps), layers, 2, 2, width_p] are the adaptive LayerNorms' (1 + scale) and shift at `timesteps` int64 [n].
+    `modulation` [len(timesteps), layers, 2, 2, width_p] are the adaptive LayerNorms' (1 + scale) and shift at
+    `timesteps` int64 [n].
     """
     state = {name: tensor.detach().double() for name, tensor in fusion.items()}
     gate = state["gate"].sigmoid() if "gate" in state else torch.zeros(shape.real_frames, dtype=torch.float64)
@@ -64,11 +67,15 @@ def pack(fusion: Mapping[str, Tensor], shape: TileShape, dtype: torch.dtype, tim
     if shape.layers:
         packed |= _pack_tnf({name.removeprefix("tnf."): tensor for name, tensor in state.items()}, shape, timesteps)
     packed["gate"] = _pad(gate, shape.frames)
-    return {name: _as_operand(tensor, dtype) if name not in SINGLE else tensor.float().contiguous() for name, tensor in packed.items()}
+    return {
+        name: _as_operand(tensor, dtype) if name not in SINGLE else tensor.float().contiguous()
+        for name, tensor in packed.items()
+    }
 
 
 def parts_of(dtype: torch.dtype) -> int:
-    """How many half-precision numbers stand for one operand of a matrix product in `dtype`: fp32's are the sum of two fp16 numbers."""
+    """How many half-precision numbers stand for one operand of a matrix product in `dtype`: fp32's are the sum of two
+    fp16 numbers."""
     return 2 if dtype == torch.float32 else 1
 
 
@@ -95,37 +102,64 @@ def _pack_tnf(tnf: Mapping[str, Tensor], shape: TileShape, timesteps: Tensor) ->
 
     # softmax(x) is 2^(x · log₂ e), normalised: the scores' scale and the change of base go into the query.
     scale = math.log2(math.e) / math.sqrt(shape.width // shape.heads)
-    qkv = torch.stack([torch.stack([heads(x[f"self_attention.to_{part}.weight"]).mT for part in "qkv"], 1) for x in layers])
+    qkv = torch.stack(
+        [torch.stack([heads(x[f"self_attention.to_{part}.weight"]).mT for part in "qkv"], 1) for x in layers]
+    )
     qkv[:, :, 0] *= scale
     query, key, value = (stacked(f"cross_attention.to_{part}.weight") for part in "qkv")
     norm, project = tnf["norm_out.weight"], tnf["out_proj.weight"]
     return {
-        "in_proj": _pad(torch.cat([torch.zeros_like(tnf["in_proj.weight"].T), tnf["in_proj.weight"].T]), context, width),
+        "in_proj": _pad(
+            torch.cat([torch.zeros_like(tnf["in_proj.weight"].T), tnf["in_proj.weight"].T]), context, width
+        ),
         "frame_embedding": _pad(tnf["frame_embedding"] + tnf["in_proj.bias"], shape.frames, width),
         "self_qkv": _pad(qkv, width, head),
         "self_out": _pad(torch.stack(out("self_attention.to_out.weight")), head, width),
         # q·kᵀ = (W_q x)·(W_k c)ᵀ = (W_kᵀ W_q x)·cᵀ, and W_o (p·W_v c) = (W_o W_v)(p·c)
         "cross_query": _pad(torch.stack([q.mT @ k for q, k in zip(query, key, strict=True)]) * scale, width, context),
-        "cross_out": _pad(torch.stack([v.mT @ o for v, o in zip(value, out("cross_attention.to_out.weight"), strict=True)]), context, width),
-        "bias": _pad(torch.stack([torch.stack([x[f"{kind}_attention.to_out.bias"] for kind in ("self", "cross")]) for x in layers]), 2, width),
+        "cross_out": _pad(
+            torch.stack([v.mT @ o for v, o in zip(value, out("cross_attention.to_out.weight"), strict=True)]),
+            context,
+            width,
+        ),
+        "bias": _pad(
+            torch.stack(
+                [torch.stack([x[f"{kind}_attention.to_out.bias"] for kind in ("self", "cross")]) for x in layers]
+            ),
+            2,
+            width,
+        ),
         "out_proj": _pad((project * norm).T, width, shape.channels_p),
         "out_bias": _pad(project @ tnf["norm_out.bias"] + tnf["out_proj.bias"], shape.channels_p),
         "modulation": _modulation(tnf, layers, shape, timesteps),
     }
 
 
-def _modulation(tnf: Mapping[str, Tensor], layers: list[dict[str, Tensor]], shape: TileShape, timesteps: Tensor) -> Tensor:
+def _modulation(
+    tnf: Mapping[str, Tensor], layers: list[dict[str, Tensor]], shape: TileShape, timesteps: Tensor
+) -> Tensor:
     time = sinusoids(timesteps, shape.width).double()
     for index in (0, 2):
         time = F.silu(F.linear(time, tnf[f"time.{index}.weight"], tnf[f"time.{index}.bias"]))
-    norms = [[F.linear(time, layer[f"norm{i}.modulation.weight"], layer[f"norm{i}.modulation.bias"]) for i in (1, 2)] for layer in layers]
-    modulation = torch.stack([torch.stack(pair, 1) for pair in norms], 1).unflatten(-1, (2, shape.width))  # [n, layers, 2, 2, width]
-    return _pad(modulation + torch.tensor([1.0, 0.0], dtype=torch.float64, device=timesteps.device)[:, None], 2, shape.width_p)
+    norms = [
+        [F.linear(time, layer[f"norm{i}.modulation.weight"], layer[f"norm{i}.modulation.bias"]) for i in (1, 2)]
+        for layer in layers
+    ]
+    modulation = torch.stack([torch.stack(pair, 1) for pair in norms], 1).unflatten(
+        -1, (2, shape.width)
+    )  # [n, layers, 2, 2, width]
+    return _pad(
+        modulation + torch.tensor([1.0, 0.0], dtype=torch.float64, device=timesteps.device)[:, None], 2, shape.width_p
+    )
 
 
 def _pad(tensor: Tensor, *sizes: int) -> Tensor:
     """Zeros after the last dimensions, up to `sizes`."""
-    missing = [amount for have, want in zip(reversed(tensor.shape[-len(sizes) :]), reversed(sizes), strict=True) for amount in (0, want - have)]
+    missing = [
+        amount
+        for have, want in zip(reversed(tensor.shape[-len(sizes) :]), reversed(sizes), strict=True)
+        for amount in (0, want - have)
+    ]
     return F.pad(tensor, missing)
 
 

@@ -21,8 +21,8 @@ class Tile:
 def tiles(shape: TileShape, dtype: torch.dtype) -> list[Tile]:
     """Tiles to try in this order until one needs no more registers than there are: which that is depends on the GPU.
 
-    64 rows are what Hopper's and Blackwell's tensor cores want at least. An operand of fp32 takes two registers where one of half precision takes
-    one, so its tiles are smaller.
+    64 rows are what Hopper's and Blackwell's tensor cores want at least. An operand of fp32 takes two registers where
+    one of half precision takes one, so its tiles are smaller.
     """
 
     def tile(rows: int, warps: int, stages: int) -> Tile:

@@ -1,8 +1,9 @@
-"""A tile of pixels through prior, TNF and λ skip, all in registers: the Triton functions that every kernel of TRIP's is made of.
+"""A tile of pixels through prior, TNF and λ skip, all in registers: the Triton functions that every kernel of TRIP's is
+made of.
 
-A tile's rows are tokens: `rows` = pixels · FRAMES, the frames of a pixel side by side, padded to a power of two. Columns are channels of the
-context [σ_t·ε^{i→1}, Δε̃], of the hidden width, or of the latents, each padded as packing.py pads the weights. Sums are fp32; matrix products take
-operands of the weights' dtype.
+A tile's rows are tokens: `rows` = pixels · FRAMES, the frames of a pixel side by side, padded to a power of two.
+Columns are channels of the context [σ_t·ε^{i→1}, Δε̃], of the hidden width, or of the latents, each padded as
+packing.py pads the weights. Sums are fp32; matrix products take operands of the weights' dtype.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# The interpreter, being numpy, knows no bf16 product. Widening rounded operands changes nothing: tensor cores sum in fp32 too.
+# The interpreter, being numpy, knows no bf16 product. Widening rounded operands changes nothing: tensor cores sum in
+# fp32 too.
 _WIDEN = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -31,7 +33,8 @@ def parts(x):
 
 @triton.jit
 def dot(a, b, T: tl.constexpr):
-    """a·b of operands rounded to T with fp32 sums. fp32 operands go through tensor cores in two parts: a·b = a_hi·b_hi + a_hi·b_lo + a_lo·b_hi."""
+    """a·b of operands rounded to T with fp32 sums. fp32 operands go through tensor cores in two parts: a·b = a_hi·b_hi
+    + a_hi·b_lo + a_lo·b_hi."""
     if tl.float32 == T:
         a_high, a_low = parts(a)
         b_high, b_low = parts(b)
@@ -49,7 +52,8 @@ def matrix(p, index, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def times(x, p_weight, index, COLUMNS: tl.constexpr, PARTS: tl.constexpr, onto=None):
-    """x·W, added `onto` where given, of the `index`-th of the weights [n, PARTS, x's columns, COLUMNS]; as in `dot`, an fp32 weight is two parts."""
+    """x·W, added `onto` where given, of the `index`-th of the weights [n, PARTS, x's columns, COLUMNS]; as in `dot`, an
+    fp32 weight is two parts."""
     ROWS: tl.constexpr = x.shape[1]
     weight = matrix(p_weight, index * PARTS, ROWS, COLUMNS)
     if PARTS == 1:
@@ -71,7 +75,8 @@ def layer_norm(x, WIDTH: tl.constexpr):
 
 @triton.jit
 def attend(q, k, v, T: tl.constexpr, FRAMES: tl.constexpr, REAL_FRAMES: tl.constexpr):
-    """softmax₂(q·kᵀ)·v over the frames of each pixel; q [rows, d] is scaled by log₂(e) / sqrt(d) already, k and v are [rows, d]."""
+    """softmax₂(q·kᵀ)·v over the frames of each pixel; q [rows, d] is scaled by log₂(e) / sqrt(d) already, k and v are
+    [rows, d]."""
     PIXELS: tl.constexpr = q.shape[0] // FRAMES
     q = tl.reshape(q, [PIXELS, FRAMES, q.shape[1]])
     k = tl.reshape(k, [PIXELS, FRAMES, k.shape[1]])
@@ -85,12 +90,15 @@ def attend(q, k, v, T: tl.constexpr, FRAMES: tl.constexpr, REAL_FRAMES: tl.const
 
 @triton.jit
 def load_tile(p, columns, offset, frame_stride, inside):
-    """fp32 [rows, columns]: channel `columns` of each row's frame; `offset` [rows] is where its channel 0 lies. Zero outside."""
+    """fp32 [rows, columns]: channel `columns` of each row's frame; `offset` [rows] is where its channel 0 lies. Zero
+    outside."""
     return tl.load(p + offset[:, None] + columns[None, :] * frame_stride, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def prior_tile(p_latents, p_first_frame, columns, offset, first_offset, channel_stride, first_stride, inside, signal, prior_scale):
+def prior_tile(
+    p_latents, p_first_frame, columns, offset, first_offset, channel_stride, first_stride, inside, signal, prior_scale
+):
     """The image noise prior (z_t − sqrt(ᾱ_t)·z_0^1)·prior_scale in fp32 (TRIP, eq. 4)."""
     latents = load_tile(p_latents, columns, offset, channel_stride, inside)
     first_frame = load_tile(p_first_frame, columns, first_offset, first_stride, inside)
@@ -99,7 +107,8 @@ def prior_tile(p_latents, p_first_frame, columns, offset, first_offset, channel_
 
 @triton.jit
 def modulated(x, p_modulation, WIDTH: tl.constexpr):
-    """Adaptive LayerNorm: norm(x)·(1 + scale) + shift, of [2, padded width] at `p_modulation`; 1 is already in the scale."""
+    """Adaptive LayerNorm: norm(x)·(1 + scale) + shift, of [2, padded width] at `p_modulation`; 1 is already in the
+    scale."""
     columns = tl.arange(0, x.shape[1])
     scale, shift = tl.load(p_modulation + columns), tl.load(p_modulation + x.shape[1] + columns)
     return layer_norm(x, WIDTH) * scale[None, :] + shift[None, :]
@@ -126,10 +135,11 @@ def add_cross_attention(
     x, normed, context, p_query, p_out, layer,
     HEADS: tl.constexpr, FRAMES: tl.constexpr, REAL_FRAMES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """x + the attention of `normed`, tokens [rows, width], to the context [σ_t·ε^{i→1}, Δε̃] [rows, 2·channels] of the same pixel.
+    """x + the attention of `normed`, tokens [rows, width], to the context [σ_t·ε^{i→1}, Δε̃] [rows, 2·channels] of the
+    same pixel.
 
-    Keys and values are linear in a context of a few channels. So their projections are folded into the query's and the output's (packing.py), and the
-    context itself is key and value: q·(W_k c)ᵀ = (W_kᵀ q)·cᵀ.
+    Keys and values are linear in a context of a few channels. So their projections are folded into the query's and the
+    output's (packing.py), and the context itself is key and value: q·(W_k c)ᵀ = (W_kᵀ q)·cᵀ.
     """
     T: tl.constexpr = tl.float32 if PARTS == 2 else p_query.dtype.element_ty
     for head in tl.range(HEADS, disable_licm=True):
@@ -147,9 +157,11 @@ def fused_noise(
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, LAYERS: tl.constexpr, REAL_FRAMES: tl.constexpr, NORMALIZE_PRIOR: tl.constexpr,
     CHANNELS_P: tl.constexpr, CONTEXT_P: tl.constexpr, WIDTH_P: tl.constexpr, HEAD_P: tl.constexpr, FRAMES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """ε̃ fp32 [rows, CHANNELS_P] of the tokens at `clip`, `pixel` and `frame` [rows]; `p_modulation` is this timestep's [LAYERS, 2, 2, WIDTH_P].
+    """ε̃ fp32 [rows, CHANNELS_P] of the tokens at `clip`, `pixel` and `frame` [rows]; `p_modulation` is this timestep's
+    [LAYERS, 2, 2, WIDTH_P].
 
-    ε̃ = λ·prior + (1 − λ·σ_t)·Δε̃ + TNF([prior, Δε̃]) with the prior in its normalised form σ_t·ε^{i→1}, or in the paper's raw one and 1 for σ_t.
+    ε̃ = λ·prior + (1 − λ·σ_t)·Δε̃ + TNF([prior, Δε̃]) with the prior in its normalised form σ_t·ε^{i→1}, or in the
+    paper's raw one and 1 for σ_t.
     """
     if NORMALIZE_PRIOR:
         prior_scale, gate_sigma = 1.0, sigma
@@ -161,24 +173,41 @@ def fused_noise(
     channel = tl.arange(0, CHANNELS_P)
     gate = tl.load(p_gate + frame)[:, None]
     real = inside[:, None] & (channel < CHANNELS)[None, :]
-    prior = prior_tile(p_latents, p_first_frame, channel, offset, first_offset, channel_stride, pixels, real, signal, prior_scale)
+    prior = prior_tile(
+        p_latents, p_first_frame, channel, offset, first_offset, channel_stride, pixels, real, signal, prior_scale
+    )
     noise = gate * prior + (1 - gate * gate_sigma) * load_tile(p_residual_noise, channel, offset, channel_stride, real)
     if LAYERS > 0:
         # The context's columns: first the prior's channels, then those of the residual noise.
         column = tl.arange(0, CONTEXT_P)
         of_prior = inside[:, None] & (column < CHANNELS)[None, :]
         of_residual = inside[:, None] & ((column >= CHANNELS) & (column < 2 * CHANNELS))[None, :]
-        context = prior_tile(p_latents, p_first_frame, column, offset, first_offset, channel_stride, pixels, of_prior, signal, prior_scale)
+        context = prior_tile(
+            p_latents,
+            p_first_frame,
+            column,
+            offset,
+            first_offset,
+            channel_stride,
+            pixels,
+            of_prior,
+            signal,
+            prior_scale,
+        )
         context += load_tile(p_residual_noise, column - CHANNELS, offset, channel_stride, of_residual)
         hidden = tl.arange(0, WIDTH_P)
-        x = times(context, p_in_proj, 0, WIDTH_P, PARTS) + tl.load(p_frame_embedding + frame[:, None] * WIDTH_P + hidden[None, :])
+        x = times(context, p_in_proj, 0, WIDTH_P, PARTS) + tl.load(
+            p_frame_embedding + frame[:, None] * WIDTH_P + hidden[None, :]
+        )
         for layer in tl.range(LAYERS, disable_licm=True):
             p_shift = p_modulation + layer * 4 * WIDTH_P
             normed = modulated(x, p_shift, WIDTH)
             x = add_self_attention(x, normed, p_self_qkv, p_self_out, layer, HEADS, HEAD_P, FRAMES, REAL_FRAMES, PARTS)
             x += tl.load(p_bias + layer * 2 * WIDTH_P + hidden)[None, :]
             normed = modulated(x, p_shift + 2 * WIDTH_P, WIDTH)
-            x = add_cross_attention(x, normed, context, p_cross_query, p_cross_out, layer, HEADS, FRAMES, REAL_FRAMES, PARTS)
+            x = add_cross_attention(
+                x, normed, context, p_cross_query, p_cross_out, layer, HEADS, FRAMES, REAL_FRAMES, PARTS
+            )
             x += tl.load(p_bias + (layer * 2 + 1) * WIDTH_P + hidden)[None, :]
         noise += times(layer_norm(x, WIDTH), p_out_proj, 0, CHANNELS_P, PARTS) + tl.load(p_out_bias + channel)[None, :]
     return noise

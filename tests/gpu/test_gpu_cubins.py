@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="found no NVIDIA GPU that torch can use")
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])

@@ -17,7 +17,8 @@ _BACKENDS = {
     "inductor": ("trip_rt.backends.inductor", "InductorEngine"),
 }
 NAMES = tuple(_BACKENDS)
-# Their engines are native code that runs with the process's own rights: a hash says that a file is the one meant, not that it means well.
+# Their engines are native code that runs with the process's own rights: a hash says that a file is the one meant, not
+# that it means well.
 ONLY_BY_NAME = ("inductor",)
 __all__ = ["NAMES", "Engine", "EngineOptions", "choose", "engine_class"]
 
@@ -25,7 +26,8 @@ __all__ = ["NAMES", "Engine", "EngineOptions", "choose", "engine_class"]
 def choose(profile: Profile, backend: str = "auto", options: EngineOptions | None = None) -> tuple[str, str]:
     """The backend to use and why; InputError where the bundle or the machine lacks it.
 
-    `auto` takes one that runs on a GPU here before one that runs on the CPU, and passes over those whose engines are native code.
+    `auto` takes one that runs on a GPU here before one that runs on the CPU, and passes over those whose engines are
+    native code.
     """
     options = options or EngineOptions()
     in_bundle = [name for name in _BACKENDS if name in profile.backends]
@@ -34,7 +36,8 @@ def choose(profile: Profile, backend: str = "auto", options: EngineOptions | Non
             raise InputError(f"backend: found {backend!r}, expected auto, {', '.join(_BACKENDS)}")
         if backend not in in_bundle:
             raise InputError(
-                f"backend: the bundle has engines for {', '.join(in_bundle) or 'none'}, not for {backend}; export it with --backend {backend} --add"
+                f"backend: the bundle has engines for {', '.join(in_bundle) or 'none'}, not for {backend}; export it"
+                f" with --backend {backend} --add"
             )
         return backend, f"asked for, on {_probe(profile, backend, options)}"
     devices: dict[str, Kind] = {}
@@ -48,7 +51,10 @@ def choose(profile: Profile, backend: str = "auto", options: EngineOptions | Non
         except InputError as error:
             refused[name] = str(error)
     if not devices:
-        raise InputError(f"backend: no engine of the bundle can run here ({'; '.join(refused.values()) or 'it has none of a known backend'})")
+        raise InputError(
+            "backend: no engine of the bundle can run here"
+            f" ({'; '.join(refused.values()) or 'it has none of a known backend'})"
+        )
     best = min(devices, key=lambda name: devices[name] != "cuda")  # the first of the best kind of device
     others = [f"{name} could run too, on {devices[name]}" for name in devices if name != best]
     return best, "; ".join([f"auto, on {devices[best]}", *others, *refused.values()])

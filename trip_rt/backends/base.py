@@ -18,9 +18,11 @@ from trip_rt.manifest import EngineSpec, TensorSpec
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How engines are opened: on `device` (`auto` takes a GPU where there is one) and with so many CPU `threads` (None: the library's own choice).
+    """How engines are opened: on `device` (`auto` takes a GPU where there is one) and with so many CPU `threads` (None:
+    the library's own choice).
 
-    `cuda_graph`: on a GPU, whether a denoising step is recorded once as a CUDA graph and replayed, for those engines that let themselves be recorded.
+    `cuda_graph`: on a GPU, whether a denoising step is recorded once as a CUDA graph and replayed, for those engines
+    that let themselves be recorded.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -31,8 +33,8 @@ class EngineOptions:
 class Engine(ABC):
     """An opened engine. What it is bound to or run on is checked against the manifest before the library sees it.
 
-    `backend` is the name under which the manifest lists its engines; `capturable`, whether a CUDA graph can record its work. A class gives `bind` or,
-    where its library is one of numpy arrays on the host, `_run`.
+    `backend` is the name under which the manifest lists its engines; `capturable`, whether a CUDA graph can record its
+    work. A class gives `bind` or, where its library is one of numpy arrays on the host, `_run`.
     """
 
     backend: ClassVar[str]
@@ -52,7 +54,8 @@ class Engine(ABC):
     @classmethod
     @abstractmethod
     def open(cls, path: Path, spec: EngineSpec, options: EngineOptions, device: Device | None = None) -> Engine:
-        """Load the verified engine file, to work on `device` (by default one of its own); InputError where the library or this machine cannot."""
+        """Load the verified engine file, to work on `device` (by default one of its own); InputError where the library
+        or this machine cannot."""
 
     @property
     def device(self) -> Device:
@@ -62,9 +65,11 @@ class Engine(ABC):
         return self._device
 
     def bind(self, buffers: Mapping[str, Buffer]) -> Work:
-        """A call that queues the engine's work on its device, from and to `buffers` of the device's, by the names of its inputs and outputs.
+        """A call that queues the engine's work on its device, from and to `buffers` of the device's, by the names of
+        its inputs and outputs.
 
-        ValueError where a name, dtype or shape is not the manifest's. Bindings to other buffers may be made beside this one; each keeps its buffers.
+        ValueError where a name, dtype or shape is not the manifest's. Bindings to other buffers may be made beside this
+        one; each keeps its buffers.
         """
         self.check(buffers, (*self.spec.inputs, *self.spec.outputs))
         arrays = {name: buffer.array for name, buffer in buffers.items() if buffer.array is not None}
@@ -76,7 +81,8 @@ class Engine(ABC):
         return work
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Outputs by name from inputs by name; ValueError where a name, dtype or shape is not the manifest's. The arrays are the caller's own."""
+        """Outputs by name from inputs by name; ValueError where a name, dtype or shape is not the manifest's. The
+        arrays are the caller's own."""
         if self._is_closed:
             raise self._closed()
         self.check(inputs, self.spec.inputs)
@@ -85,7 +91,10 @@ class Engine(ABC):
     def _run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         device = self.device
         if self._own is None:
-            buffers = {tensor.name: device.zeros(tensor.dtype, tensor.shape) for tensor in (*self.spec.inputs, *self.spec.outputs)}
+            buffers = {
+                tensor.name: device.zeros(tensor.dtype, tensor.shape)
+                for tensor in (*self.spec.inputs, *self.spec.outputs)
+            }
             self._own = buffers, self.bind(buffers)
         buffers, work = self._own
         for name, array in inputs.items():
@@ -105,10 +114,15 @@ class Engine(ABC):
             if one is None or one.dtype != np.dtype(tensor.dtype) or one.shape != tensor.shape:
                 there = "nothing" if one is None else f"{one.dtype} {list(one.shape)}"
                 side = sides.get(tensor.name, "output")
-                raise ValueError(f"{self.spec.file}: {side} {tensor.name}: found {there}, expected {tensor.dtype} {list(tensor.shape)}")
+                raise ValueError(
+                    f"{self.spec.file}: {side} {tensor.name}: found {there}, expected {tensor.dtype}"
+                    f" {list(tensor.shape)}"
+                )
         if len(found) != len(expected):
             unknown = sorted(set(found) - {tensor.name for tensor in expected})
-            raise ValueError(f"{self.spec.file}: found unknown inputs {unknown}, expected {[tensor.name for tensor in expected]}")
+            raise ValueError(
+                f"{self.spec.file}: found unknown inputs {unknown}, expected {[tensor.name for tensor in expected]}"
+            )
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -116,7 +130,8 @@ class Engine(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Free the engine, and its device if that is its own; calling it again does nothing, running it afterwards raises RuntimeError."""
+        """Free the engine, and its device if that is its own; calling it again does nothing, running it afterwards
+        raises RuntimeError."""
         self._own, self._is_closed = None, True
         if self._owns_device and self._device:
             self._device.close()

@@ -1,4 +1,5 @@
-"""AOTInductor: native code compiled from the PyTorch model by `trip-export`, run by torch's library. The one backend that needs torch."""
+"""AOTInductor: native code compiled from the PyTorch model by `trip-export`, run by torch's library. The one backend
+that needs torch."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ from trip_rt.devices.base import Work
 from trip_rt.errors import EngineError, InputError
 from trip_rt.manifest import EngineSpec
 
-# All that a package may hold: the library, its kernels for a GPU, descriptions, and the marks of the format. torch's own loaders would also take
-# generated C++ (and compile it by the commands written beside it) and, from Python, pickles (and run what is in them).
+# All that a package may hold: the library, its kernels for a GPU, descriptions, and the marks of the format. torch's
+# own loaders would also take generated C++ (and compile it by the commands written beside it) and, from Python, pickles
+# (and run what is in them).
 _MEMBERS = re.compile(
     r"engine/(data/aotinductor/model/\w+(\.\w+)*\.(so|json|cubin)|archive_format|archive_version|byteorder|\.data/(version|serialization_id))",
     re.ASCII,
@@ -30,17 +32,21 @@ _MEMBERS = re.compile(
 class InductorEngine(Engine):
     """One package, loaded into this process.
 
-    What is safe: nothing is unpickled, no command is run, no file is written but under a new temporary folder, and that is gone once the library is
-    loaded. What is not: the library is native code and does what it likes with the rights of this process, which no check here can prevent. So
-    `auto` never takes this backend; ask for it by name, for bundles whose maker you trust.
+    What is safe: nothing is unpickled, no command is run, no file is written but under a new temporary folder, and that
+    is gone once the library is loaded. What is not: the library is native code and does what it likes with the rights
+    of this process, which no check here can prevent. So `auto` never takes this backend; ask for it by name, for
+    bundles whose maker you trust.
 
-    torch has one number of threads for all of a process: `options.threads` holds during a call, then the former number is put back.
+    torch has one number of threads for all of a process: `options.threads` holds during a call, then the former number
+    is put back.
     """
 
     backend = "inductor"
     capturable = True
 
-    def __init__(self, spec: EngineSpec, library: Any, loader: Any, device: Device, options: EngineOptions, owns_device: bool):
+    def __init__(
+        self, spec: EngineSpec, library: Any, loader: Any, device: Device, options: EngineOptions, owns_device: bool
+    ):
         super().__init__(spec, device, owns_device)
         self._torch, self._loader, self._threads = library, loader, options.threads
 
@@ -49,7 +55,10 @@ class InductorEngine(Engine):
         device: Kind = "cuda" if spec.target.get("device") == "cuda" else "cpu"
         if options.device not in ("auto", device):
             asked = options.device
-            raise InputError(f"inductor: found that {asked} was asked for, the engine was compiled for {device}; export it for {asked}")
+            raise InputError(
+                f"inductor: found that {asked} was asked for, the engine was compiled for {device}; export it for"
+                f" {asked}"
+            )
         torch = _library()
         again = "export the bundle again on a machine like this one"
         _same("torch", torch.__version__.split("+")[0], spec, f"pip install torch=={spec.target.get('torch')}")
@@ -57,10 +66,16 @@ class InductorEngine(Engine):
         if device == "cpu":
             supported = torch.cpu.get_capabilities()
             if missing := [name for name in spec.target.get("cpu", "").split() if not supported.get(name)]:
-                raise InputError(f"inductor: found a CPU without {', '.join(missing)}, the engine was compiled for one with it; {again}")
+                raise InputError(
+                    f"inductor: found a CPU without {', '.join(missing)}, the engine was compiled for one with it;"
+                    f" {again}"
+                )
             return device
         if not torch.cuda.is_available():
-            raise InputError("inductor: found no GPU that torch can use, the engine was compiled for one; install a driver and torch with CUDA")
+            raise InputError(
+                "inductor: found no GPU that torch can use, the engine was compiled for one; install a driver and torch"
+                " with CUDA"
+            )
         _same("cuda", str(torch.version.cuda).split(".")[0], spec, "install torch for that CUDA")
         _same("compute_capability", ".".join(map(str, torch.cuda.get_device_capability())), spec, again)
         return device
@@ -72,12 +87,16 @@ class InductorEngine(Engine):
         with tempfile.TemporaryDirectory(prefix="trip-") as folder:
             _unpack(path, Path(folder))
             try:
-                # Of a folder; torch's own unpacking of a .pt2 follows its members' names wherever they lead. Single-threaded for CUDA graphs.
+                # Of a folder; torch's own unpacking of a .pt2 follows its members' names wherever they lead.
+                # Single-threaded for CUDA graphs.
                 loader = torch._C._aoti.AOTIModelPackageLoader(folder, "model", True, 1, -1)
                 return cls(spec, torch, loader, device or open_device(kind), options, owns_device=device is None)
             except RuntimeError as error:
                 why = " ".join(str(error).split())[:200]
-                raise InputError(f"{path}: torch cannot load it ({why}); export the bundle again, or set TMPDIR to where code may run") from error
+                raise InputError(
+                    f"{path}: torch cannot load it ({why}); export the bundle again, or set TMPDIR to where code"
+                    " may run"
+                ) from error
 
     def bind(self, buffers: Mapping[str, Buffer]) -> Work:
         self.check(buffers, (*self.spec.inputs, *self.spec.outputs))
@@ -93,7 +112,10 @@ class InductorEngine(Engine):
                     for output, made in zip(outputs, self._loader.run(inputs), strict=True):
                         output.copy_(made)
             except RuntimeError as error:
-                raise EngineError(f"{self.spec.file}: failed while it ran ({' '.join(str(error).split())[:200]}); export the bundle again") from error
+                raise EngineError(
+                    f"{self.spec.file}: failed while it ran ({' '.join(str(error).split())[:200]}); export the bundle"
+                    " again"
+                ) from error
 
         return work
 
@@ -108,7 +130,9 @@ class InductorEngine(Engine):
                 body()
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{self.spec.file}: cannot be replayed as a CUDA graph ({reason}); open the bundle without CUDA graphs") from error
+            raise InputError(
+                f"{self.spec.file}: cannot be replayed as a CUDA graph ({reason}); open the bundle without CUDA graphs"
+            ) from error
 
         def replay() -> None:
             with torch.cuda.stream(self._stream()):
@@ -120,7 +144,12 @@ class InductorEngine(Engine):
         """torch's view of a buffer."""
         if buffer.array is not None:
             return self._torch.from_numpy(buffer.array)
-        description = {"shape": buffer.shape, "typestr": buffer.dtype.str, "data": (buffer.address, False), "version": 3}
+        description = {
+            "shape": buffer.shape,
+            "typestr": buffer.dtype.str,
+            "data": (buffer.address, False),
+            "version": 3,
+        }
         return self._torch.as_tensor(SimpleNamespace(__cuda_array_interface__=description), device="cuda")
 
     def _stream(self) -> Any:
@@ -144,7 +173,9 @@ class InductorEngine(Engine):
 
 def _same(name: str, found: str, spec: EngineSpec, remedy: str) -> None:
     if found != (expected := spec.target.get(name)):
-        raise InputError(f"inductor: found {name.replace('_', ' ')} {found}, the engine was compiled for {expected}; {remedy}")
+        raise InputError(
+            f"inductor: found {name.replace('_', ' ')} {found}, the engine was compiled for {expected}; {remedy}"
+        )
 
 
 def _unpack(path: Path, folder: Path) -> None:
@@ -153,17 +184,28 @@ def _unpack(path: Path, folder: Path) -> None:
         with zipfile.ZipFile(path) as package:
             names = package.namelist()
             if strange := next((name for name in names if not _MEMBERS.fullmatch(name)), None):
-                raise InputError(f"{path}: found {strange[:100]!r} inside, which no engine holds; do not use this bundle, export it again")
+                raise InputError(
+                    f"{path}: found {strange[:100]!r} inside, which no engine holds; do not use this bundle, export it"
+                    " again"
+                )
             if sum(name.endswith(".so") for name in names) != 1:
-                raise InputError(f"{path}: found {len(names)} members and not one library among them; export the bundle again")
+                raise InputError(
+                    f"{path}: found {len(names)} members and not one library among them; export the bundle again"
+                )
             package.extractall(folder)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: encrypted, or compressed in an unknown way
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        RuntimeError,
+    ) as error:  # RuntimeError: encrypted, or compressed in an unknown way
         raise InputError(f"{path}: damaged, it is not a package of AOTInductor; export the bundle again") from error
 
 
 @contextlib.contextmanager
 def full_fp32(torch: Any) -> Iterator[None]:
-    """fp32 means fp32 on a GPU: no TF32, which cuDNN would otherwise use. A setting of the process, put back afterwards."""
+    """fp32 means fp32 on a GPU: no TF32, which cuDNN would otherwise use. A setting of the process, put back
+    afterwards."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     try:

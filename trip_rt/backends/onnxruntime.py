@@ -34,41 +34,58 @@ class OnnxRuntimeEngine(Engine):
     def probe(cls, spec: EngineSpec, options: EngineOptions) -> Kind:
         onnxruntime = _library()
         # The package may know CUDA on a machine that has none; whether a session takes it shows when it opens.
-        if options.device != "cpu" and "CUDAExecutionProvider" in onnxruntime.get_available_providers() and _has_gpu(onnxruntime):
+        if (
+            options.device != "cpu"
+            and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+            and _has_gpu(onnxruntime)
+        ):
             return "cuda"
         if options.device == "cuda":
             found = ", ".join(onnxruntime.get_available_providers())
             raise InputError(
-                f"onnxruntime: found the providers {found} and no usable GPU, expected CUDA; install onnxruntime-gpu and a driver for it"
+                f"onnxruntime: found the providers {found} and no usable GPU, expected CUDA; install onnxruntime-gpu"
+                " and a driver for it"
             )
         if spec.precision == "bf16":
             raise InputError("onnxruntime: has no bf16 on a CPU; use openvino or a GPU, or export in another precision")
         return "cpu"
 
     @classmethod
-    def open(cls, path: Path, spec: EngineSpec, options: EngineOptions, device: Device | None = None) -> OnnxRuntimeEngine:
+    def open(
+        cls, path: Path, spec: EngineSpec, options: EngineOptions, device: Device | None = None
+    ) -> OnnxRuntimeEngine:
         onnxruntime = _library()
         kind = cls.probe(spec, options)
         owns_device, device = device is None, device or open_device(kind)
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 3  # errors only: warnings are about graphs that the user cannot change
         settings.intra_op_num_threads = options.threads or 0
-        # The arena never gives memory back: gigabytes for each large engine, where a call is long enough to ask the system anew.
+        # The arena never gives memory back: gigabytes for each large engine, where a call is long enough to ask the
+        # system anew.
         settings.enable_cpu_mem_arena = spec.gflop < _LONG_CALL
-        # Else its threads go on spinning after a call, on the cores that the next engine's call needs: 97 ms a step of the demo's in place of 72.
+        # Else its threads go on spinning after a call, on the cores that the next engine's call needs: 97 ms a step of
+        # the demo's in place of 72.
         settings.add_session_config_entry("session.force_spinning_stop", "1")
         providers: list[Any] = ["CPUExecutionProvider"]
         if device.kind == "cuda":
-            providers = [("CUDAExecutionProvider", {"user_compute_stream": str(getattr(device, "stream", 0))}), *providers]
+            providers = [
+                ("CUDAExecutionProvider", {"user_compute_stream": str(getattr(device, "stream", 0))}),
+                *providers,
+            ]
         try:
             session = onnxruntime.InferenceSession(path, settings, providers=providers)
             if device.kind == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
-                raise InputError(f"{path}: ONNX Runtime could not start CUDA; check the driver and its CUDA and cuDNN libraries, or use the CPU")
+                raise InputError(
+                    f"{path}: ONNX Runtime could not start CUDA; check the driver and its CUDA and cuDNN libraries, or"
+                    " use the CPU"
+                )
             return cls(spec, onnxruntime, session, device, owns_device)
         except InputError:
             raise
         except Exception as error:  # each failure has its own type, under no common one
-            raise InputError(f"{path}: ONNX Runtime cannot open it ({' '.join(str(error).split())[:200]}); export the bundle again") from error
+            raise InputError(
+                f"{path}: ONNX Runtime cannot open it ({' '.join(str(error).split())[:200]}); export the bundle again"
+            ) from error
 
     def bind(self, buffers: Mapping[str, Buffer]) -> Work:
         self.check(buffers, (*self.spec.inputs, *self.spec.outputs))

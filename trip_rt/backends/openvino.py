@@ -34,13 +34,16 @@ class OpenVINOEngine(Engine):
     def open(cls, path: Path, spec: EngineSpec, options: EngineOptions, device: Device | None = None) -> OpenVINOEngine:
         cls.probe(spec, options)
         try:
-            # OpenVINO's CPU plugin gives the thread that starts it a signal stack and frees that in whichever thread ends it; were it the main
-            # thread's, Ctrl-C could crash afterwards. So a thread starts it that nothing is ever signalled to.
+            # OpenVINO's CPU plugin gives the thread that starts it a signal stack and frees that in whichever thread
+            # ends it; were it the main thread's, Ctrl-C could crash afterwards. So a thread starts it that nothing is
+            # ever signalled to.
             with ThreadPoolExecutor(1) as thread:
                 compiled, arithmetic = thread.submit(_compile, path, spec.precision, options.threads).result()
             return cls(spec, _library(), compiled, arithmetic, device)
         except RuntimeError as error:
-            raise InputError(f"{path}: OpenVINO cannot open it ({' '.join(str(error).split())[:200]}); export the bundle again") from error
+            raise InputError(
+                f"{path}: OpenVINO cannot open it ({' '.join(str(error).split())[:200]}); export the bundle again"
+            ) from error
 
     def bind(self, buffers: Mapping[str, Buffer]) -> Work:
         self.check(buffers, (*self.spec.inputs, *self.spec.outputs))
@@ -61,7 +64,12 @@ class OpenVINOEngine(Engine):
         return self._compiled
 
     def describe(self) -> dict[str, Any]:
-        return {"backend": self.backend, "version": self._library.__version__.split("-")[0], "device": "cpu", "arithmetic": self._arithmetic}
+        return {
+            "backend": self.backend,
+            "version": self._library.__version__.split("-")[0],
+            "device": "cpu",
+            "arithmetic": self._arithmetic,
+        }
 
     def close(self) -> None:
         self._compiled = None
@@ -69,7 +77,8 @@ class OpenVINOEngine(Engine):
 
 
 def _compile(path: Path, precision: str, threads: int | None) -> tuple[Any, str]:
-    """The compiled model, and what it computes in: half precision where the CPU has instructions for it, else fp32 on half-precision weights."""
+    """The compiled model, and what it computes in: half precision where the CPU has instructions for it, else fp32 on
+    half-precision weights."""
     core = _library().Core()
     wanted = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}[precision]
     arithmetic = wanted if precision.upper() in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"

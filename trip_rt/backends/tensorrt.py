@@ -20,13 +20,21 @@ from trip_rt.manifest import EngineSpec
 
 PLATFORM = f"{platform.system()}-{platform.machine()}".lower()  # such as linux-x86_64
 OUT_OF_MEMORY = re.compile(r"out ?of ?memory|bad_alloc|MEM_ALLOC_FAILED", re.IGNORECASE)
-_DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "INT32": "int32", "INT8": "int8", "UINT8": "uint8", "BOOL": "bool"}
+_DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "INT64": "int64",
+    "INT32": "int32",
+    "INT8": "int8",
+    "UINT8": "uint8",
+    "BOOL": "bool",
+}
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan's target is held against: TensorRT's version and whether it is the lean runtime, the GPU with its compute capability ("9.0"),
-    and the platform."""
+    """What a plan's target is held against: TensorRT's version and whether it is the lean runtime, the GPU with its
+    compute capability ("9.0"), and the platform."""
 
     tensorrt: str
     lean: bool
@@ -51,13 +59,18 @@ class TensorRTEngine(Engine):
     @classmethod
     def probe(cls, spec: EngineSpec, options: EngineOptions) -> Kind:
         if options.device == "cpu":
-            raise InputError("tensorrt: found that the CPU was asked for, expected a GPU; use onnxruntime or openvino, or leave the device out")
+            raise InputError(
+                "tensorrt: found that the CPU was asked for, expected a GPU; use onnxruntime or openvino, or leave the"
+                " device out"
+            )
         check_target(spec.file, spec.target, this_machine(_library()))
         return "cuda"
 
     @classmethod
     def open(cls, path: Path, spec: EngineSpec, options: EngineOptions, device: Device | None = None) -> TensorRTEngine:
-        cls.probe(spec, options)  # before all else: a Runtime made without a usable driver crashes the process when it is freed
+        cls.probe(
+            spec, options
+        )  # before all else: a Runtime made without a usable driver crashes the process when it is freed
         trt = _library()
         opened = cls(spec, trt, this_machine(trt), device or open_device("cuda"), owns_device=device is None)
         try:
@@ -70,7 +83,8 @@ class TensorRTEngine(Engine):
     def _load(self, path: Path) -> None:
         self._logger.take()
         self._runtime = self._trt.Runtime(self._logger)
-        # Code inside a plan stays forbidden, as is the runtime's default: version-compatible plans are built without it.
+        # Code inside a plan stays forbidden, as is the runtime's default: version-compatible plans are built without
+        # it.
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
             raise self._failed("cannot open the plan")
@@ -90,11 +104,18 @@ class TensorRTEngine(Engine):
             shape = list(engine.get_tensor_shape(name))
             found[name] = f"{side} {name} {_DTYPES.get(dtype, dtype)} {shape}{'' if on_device else ' in host memory'}"
         sides = (("input", self.spec.inputs), ("output", self.spec.outputs))
-        expected = {tensor.name: f"{side} {tensor.name} {tensor.dtype} {list(tensor.shape)}" for side, tensors in sides for tensor in tensors}
+        expected = {
+            tensor.name: f"{side} {tensor.name} {tensor.dtype} {list(tensor.shape)}"
+            for side, tensors in sides
+            for tensor in tensors
+        }
         for name in sorted(found.keys() | expected.keys()):
             if found.get(name) != expected.get(name):
                 there, wanted = found.get(name, f"no {name}"), expected.get(name, f"no {name}")
-                raise InputError(f"{self.spec.file}: found {there}, expected {wanted}; the plan is not this manifest's, export the bundle again")
+                raise InputError(
+                    f"{self.spec.file}: found {there}, expected {wanted}; the plan is not this manifest's, export the"
+                    " bundle again"
+                )
 
     def bind(self, buffers: Mapping[str, Buffer]) -> Work:
         self.check(buffers, (*self.spec.inputs, *self.spec.outputs))
@@ -118,7 +139,13 @@ class TensorRTEngine(Engine):
 
     def describe(self) -> dict[str, Any]:
         there = {"gpu": self._machine.gpu, "compute_capability": self._machine.compute_capability}
-        return {"backend": self.backend, "version": self._machine.tensorrt, "library": self._trt.__name__, "device": "cuda", **there}
+        return {
+            "backend": self.backend,
+            "version": self._machine.tensorrt,
+            "library": self._trt.__name__,
+            "device": "cuda",
+            **there,
+        }
 
     def close(self) -> None:
         self._context = self._engine = self._runtime = None  # in this order: each lives in the next
@@ -128,37 +155,61 @@ class TensorRTEngine(Engine):
 def check_target(file: str, target: Mapping[str, str], machine: Machine) -> None:
     """InputError unless a plan of this `target` opens on this machine.
 
-    A plan is tied to the TensorRT version, the compute capability and the platform of its build. Built version-compatible, later versions of the
-    same major take it too; with hardware compatibility "ampere_plus", every GPU from compute capability 8.0 on.
+    A plan is tied to the TensorRT version, the compute capability and the platform of its build. Built
+    version-compatible, later versions of the same major take it too; with hardware compatibility "ampere_plus", every
+    GPU from compute capability 8.0 on.
     """
     if missing := [name for name in ("tensorrt", "compute_capability", "platform") if name not in target]:
-        raise InputError(f"{file}: found no {', '.join(missing)} in its target, expected what it was built with; export the bundle again")
+        raise InputError(
+            f"{file}: found no {', '.join(missing)} in its target, expected what it was built with; export the bundle"
+            " again"
+        )
     if machine.platform != target["platform"]:
-        raise InputError(f"{file}: found {machine.platform}, expected {target['platform']}; export the bundle again on this machine")
+        raise InputError(
+            f"{file}: found {machine.platform}, expected {target['platform']}; export the bundle again on this machine"
+        )
     built, library = version_numbers(target["tensorrt"]), version_numbers(machine.tensorrt)
     compatible = target.get("version_compatible") == "yes"
     if not (built[:1] == library[:1] and library >= built if compatible else library == built):
-        wanted = f"{target['tensorrt']} or a later {target['tensorrt'].partition('.')[0]}.x" if compatible else f"{target['tensorrt']} exactly"
-        raise InputError(f"{file}: found TensorRT {machine.tensorrt}, expected {wanted}; install that, or export the bundle again with this one")
+        wanted = (
+            f"{target['tensorrt']} or a later {target['tensorrt'].partition('.')[0]}.x"
+            if compatible
+            else f"{target['tensorrt']} exactly"
+        )
+        raise InputError(
+            f"{file}: found TensorRT {machine.tensorrt}, expected {wanted}; install that, or export the bundle again"
+            " with this one"
+        )
     if machine.lean and not compatible:
         remedy = f"pip install tensorrt=={target['tensorrt']}, or export the bundle as version-compatible"
-        raise InputError(f"{file}: found TensorRT's lean runtime, expected the full one, as the plan is not version-compatible; {remedy}")
+        raise InputError(
+            f"{file}: found TensorRT's lean runtime, expected the full one, as the plan is not version-compatible;"
+            f" {remedy}"
+        )
     there, wanted = machine.compute_capability, target["compute_capability"]
     if target.get("hardware_compatibility") == "ampere_plus":
         fits, wanted = version_numbers(there) >= (8, 0), "8.0 or above"
     else:  # "same_compute_capability" frees a plan from the GPU's model, not from this
         fits = version_numbers(there) == version_numbers(wanted)
     if not fits:
-        raise InputError(f"{file}: found compute capability {there} ({machine.gpu}), expected {wanted}; export the bundle again on this machine")
+        raise InputError(
+            f"{file}: found compute capability {there} ({machine.gpu}), expected {wanted}; export the bundle again on"
+            " this machine"
+        )
 
 
 def this_machine(trt: Any) -> Machine:
     """This machine with that TensorRT package; InputError without a GPU and driver that it can use."""
     machine = Machine(trt.__version__, trt.__name__ != "tensorrt", *gpu())
-    driver = call("cudaDriverGetVersion")  # 13000 for CUDA 13.0; cuda-bindings may be content with less than TensorRT is
+    driver = call(
+        "cudaDriverGetVersion"
+    )  # 13000 for CUDA 13.0; cuda-bindings may be content with less than TensorRT is
     if version_numbers(machine.tensorrt) >= (11,) and driver < 13000:
         found = f"{driver // 1000}.{driver % 1000 // 10}"
-        raise InputError(f"tensorrt: found a driver for CUDA {found}, expected 13.0 for TensorRT {machine.tensorrt}; install driver 580 or newer")
+        raise InputError(
+            f"tensorrt: found a driver for CUDA {found}, expected 13.0 for TensorRT {machine.tensorrt}; install driver"
+            " 580 or newer"
+        )
     return machine
 
 
@@ -170,13 +221,15 @@ def _library() -> Any:
         except (ImportError, OSError) as error:  # OSError: the package is there, its native library is not
             reasons.append(" ".join(str(error).split())[:100])
     raise InputError(
-        f"tensorrt: found no usable package ({'; '.join(reasons)}), expected tensorrt or its lean runtime; pip install trip-rt[tensorrt]"
+        f"tensorrt: found no usable package ({'; '.join(reasons)}), expected tensorrt or its lean runtime; pip install"
+        " trip-rt[tensorrt]"
     )
 
 
 @cache  # one for the process: TensorRT keeps the first it is given and ignores the rest
 def _logger(trt: Any) -> Any:
-    """A TensorRT logger that prints nothing; `take()` is what went wrong since the last call, in one line, and "" where nothing did."""
+    """A TensorRT logger that prints nothing; `take()` is what went wrong since the last call, in one line, and "" where
+    nothing did."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -16,7 +16,8 @@ Work = Callable[[], object]  # hands work over to a device; on the host, does it
 
 @dataclass(frozen=True)
 class Buffer:
-    """A tensor of static shape at a fixed address; on the host, `array` is a view of it. Slices of the first axis are views."""
+    """A tensor of static shape at a fixed address; on the host, `array` is a view of it. Slices of the first axis are
+    views."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -88,11 +89,13 @@ class Device(ABC):
 
     @abstractmethod
     def capture(self, body: Work) -> Work:
-        """`body` in the form that repeats fastest, after running it once or not at all: what it leaves in buffers must not matter."""
+        """`body` in the form that repeats fastest, after running it once or not at all: what it leaves in buffers must
+        not matter."""
 
     @abstractmethod
     def pace(self) -> None:
-        """Wait until all is done but what was asked since the last call, so that the caller is never far ahead and the device never waits."""
+        """Wait until all is done but what was asked since the last call, so that the caller is never far ahead and the
+        device never waits."""
 
     @abstractmethod
     def close(self) -> None:

@@ -1,4 +1,5 @@
-"""An NVIDIA GPU through cuda-bindings: one stream, buffers of fixed address, CUDA graphs, compiled kernels. Nothing else here speaks to CUDA."""
+"""An NVIDIA GPU through cuda-bindings: one stream, buffers of fixed address, CUDA graphs, compiled kernels. Nothing
+else here speaks to CUDA."""
 
 from __future__ import annotations
 
@@ -16,13 +17,16 @@ from trip_rt.errors import EngineError, InputError
 
 
 class CudaDevice(Device):
-    """The GPU in use. All work goes to `stream` (a handle, as an int), which the host waits for only in `read`, `take` and `pace`."""
+    """The GPU in use. All work goes to `stream` (a handle, as an int), which the host waits for only in `read`, `take`
+    and `pace`."""
 
     kind = "cuda"
 
     def __init__(self) -> None:
         self.name, self.compute_capability = gpu()
-        call("cudaSetDevice", call("cudaGetDevice"))  # makes the primary context current, for the driver's functions too
+        call(
+            "cudaSetDevice", call("cudaGetDevice")
+        )  # makes the primary context current, for the driver's functions too
         self._stream = call("cudaStreamCreateWithFlags", cuda().cudaStreamNonBlocking)
         self.stream = int(self._stream)
         self._device: list[int] = []
@@ -41,12 +45,26 @@ class CudaDevice(Device):
     def write(self, buffer: Buffer, array: NDArray[Any]) -> None:
         source = np.ascontiguousarray(array, buffer.dtype)
         assert source.shape == buffer.shape, (source.shape, buffer.shape)
-        call("cudaMemcpyAsync", buffer.address, source.ctypes.data, buffer.nbytes, cuda().cudaMemcpyKind.cudaMemcpyHostToDevice, self._stream)
+        call(
+            "cudaMemcpyAsync",
+            buffer.address,
+            source.ctypes.data,
+            buffer.nbytes,
+            cuda().cudaMemcpyKind.cudaMemcpyHostToDevice,
+            self._stream,
+        )
         self.synchronize()  # `source` may be gone, or changed, once this returns
 
     def read(self, buffer: Buffer) -> NDArray[Any]:
         array = np.empty(buffer.shape, buffer.dtype)
-        call("cudaMemcpyAsync", array.ctypes.data, buffer.address, buffer.nbytes, cuda().cudaMemcpyKind.cudaMemcpyDeviceToHost, self._stream)
+        call(
+            "cudaMemcpyAsync",
+            array.ctypes.data,
+            buffer.address,
+            buffer.nbytes,
+            cuda().cudaMemcpyKind.cudaMemcpyDeviceToHost,
+            self._stream,
+        )
         self.synchronize()
         return array
 
@@ -81,7 +99,9 @@ class CudaDevice(Device):
                 call("cudaGraphDestroy", recorded)
         except EngineError as error:
             reason = str(error).partition(";")[0]
-            raise InputError(f"cuda: the step cannot be replayed as a CUDA graph ({reason}); open the bundle without CUDA graphs") from error
+            raise InputError(
+                f"cuda: the step cannot be replayed as a CUDA graph ({reason}); open the bundle without CUDA graphs"
+            ) from error
         self._graphs.append(graph)
         return lambda: call("cudaGraphLaunch", graph, self._stream)
 
@@ -114,15 +134,42 @@ class CudaDevice(Device):
         self._modules.append(module)
         function = call("cuModuleGetFunction", module, entry.encode())
         if shared_bytes > 48 << 10:  # what a kernel may have without asking
-            call("cuFuncSetAttribute", function, driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes)
+            call(
+                "cuFuncSetAttribute",
+                function,
+                driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                shared_bytes,
+            )
         return function
 
-    def launch(self, function: Any, programs: int, warps: int, shared_bytes: int, arguments: Sequence[int], types: Sequence[Any]) -> None:
+    def launch(
+        self,
+        function: Any,
+        programs: int,
+        warps: int,
+        shared_bytes: int,
+        arguments: Sequence[int],
+        types: Sequence[Any],
+    ) -> None:
         """Queue a kernel of so many one-dimensional programs; `types` are ctypes of the arguments' exact widths."""
-        call("cuLaunchKernel", function, programs, 1, 1, 32 * warps, 1, 1, shared_bytes, self.stream, (tuple(arguments), tuple(types)), 0)
+        call(
+            "cuLaunchKernel",
+            function,
+            programs,
+            1,
+            1,
+            32 * warps,
+            1,
+            1,
+            shared_bytes,
+            self.stream,
+            (tuple(arguments), tuple(types)),
+            0,
+        )
 
     def close(self) -> None:
-        # Results are not looked at: after a lost CUDA context nothing can be freed, and the driver does it when the process ends.
+        # Results are not looked at: after a lost CUDA context nothing can be freed, and the driver does it when the
+        # process ends.
         if self._stream is None:
             return
         cuda().cudaStreamSynchronize(self._stream)
@@ -174,12 +221,16 @@ class _PinnedReadBack(ReadBack):
 
 
 def gpu() -> tuple[str, str]:
-    """Name and compute capability ("9.0") of the GPU in use; InputError where there is none, or no driver recent enough."""
+    """Name and compute capability ("9.0") of the GPU in use; InputError where there is none, or no driver recent
+    enough."""
     runtime = cuda()
     error, count = runtime.cudaGetDeviceCount()
     if error != runtime.cudaError_t.cudaSuccess or not count:
         found = _message(error) if error != runtime.cudaError_t.cudaSuccess else "no device"
-        raise InputError(f"cuda: found no usable GPU ({found}), expected an NVIDIA GPU; install or update its driver, or use another backend")
+        raise InputError(
+            f"cuda: found no usable GPU ({found}), expected an NVIDIA GPU; install or update its driver, or use another"
+            " backend"
+        )
     properties = call("cudaGetDeviceProperties", call("cudaGetDevice"))
     return properties.name.decode(errors="replace"), f"{properties.major}.{properties.minor}"
 
@@ -198,11 +249,14 @@ def _module(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise InputError("cuda: found no cuda-bindings, expected them for work on a GPU; pip install trip-rt[gpu]") from error
+        raise InputError(
+            "cuda: found no cuda-bindings, expected them for work on a GPU; pip install trip-rt[gpu]"
+        ) from error
 
 
 def call(name: str, *arguments: Any) -> Any:
-    """The value of a CUDA function, the runtime's (cuda…) or the driver's (cu…); InputError where memory ran out, EngineError for other failures."""
+    """The value of a CUDA function, the runtime's (cuda…) or the driver's (cu…); InputError where memory ran out,
+    EngineError for other failures."""
     of_driver = not name.startswith("cuda")
     library = driver() if of_driver else cuda()
     error, *values = getattr(library, name)(*arguments)
@@ -215,7 +269,9 @@ def call(name: str, *arguments: Any) -> Any:
         cuda().cudaGetLastError()  # forgotten, or the next library's call reports it as its own
         raise memory_error(name)
     if error != good:
-        raise EngineError(f"{name} failed ({_message(error)}); start the process again, as the GPU's context may be lost")
+        raise EngineError(
+            f"{name} failed ({_message(error)}); start the process again, as the GPU's context may be lost"
+        )
     return values[0] if values else None
 
 
@@ -229,5 +285,6 @@ def _message(error: Any) -> str:
 def memory_error(where: str) -> InputError:
     """What to say where the GPU's memory ran out."""
     return InputError(
-        f"cuda: found too little memory ({where}), expected room for the engine; close what else uses the GPU or take a smaller profile"
+        f"cuda: found too little memory ({where}), expected room for the engine; close what else uses the GPU or take a"
+        " smaller profile"
     )

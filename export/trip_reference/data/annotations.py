@@ -29,7 +29,8 @@ class Annotation:
 
 
 def read_annotations(folder: Path, name: str = ANNOTATIONS) -> list[Annotation]:
-    """The entries of `folder/name`. Videos are not looked at, but every path stays inside the folder, symbolic links included.
+    """The entries of `folder/name`. Videos are not looked at, but every path stays inside the folder, symbolic links
+    included.
 
     Raises InputError that names file and line.
     """
@@ -52,7 +53,8 @@ def read_annotations(folder: Path, name: str = ANNOTATIONS) -> list[Annotation]:
 
 
 def held_out(folder: Path) -> str:
-    """The name of the annotations that `folder` validates on: those for it, or for want of them the ones it trains on."""
+    """The name of the annotations that `folder` validates on: those for it, or for want of them the ones it
+    trains on."""
     return VALIDATION if (Path(folder) / VALIDATION).is_file() else ANNOTATIONS
 
 
@@ -61,7 +63,10 @@ def _read_text(file: Path, where: str) -> str:
         if not file.is_file():
             raise InputError(f"{where}: found no such file, {_EXPECTED}")
         if (size := file.stat().st_size) > MAX_BYTES:
-            raise InputError(f"{where}: found {size / 2**30:.1f} GiB, expected at most {MAX_BYTES / 2**30:.0f} GiB; split the data set")
+            raise InputError(
+                f"{where}: found {size / 2**30:.1f} GiB, expected at most {MAX_BYTES / 2**30:.0f} GiB; split the"
+                " data set"
+            )
         data = file.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise InputError(f"{where}: found a file that cannot be read ({error.strerror}), {_EXPECTED}") from error
@@ -69,11 +74,14 @@ def _read_text(file: Path, where: str) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{where}: line {line}: found bytes that are not UTF-8, expected UTF-8; save the file as such") from error
+        raise InputError(
+            f"{where}: line {line}: found bytes that are not UTF-8, expected UTF-8; save the file as such"
+        ) from error
 
 
 def _entries(text: str, where: str) -> Iterator[tuple[int, Any]]:
-    """(line, value) of each element, decoded one at a time: `json.loads` would forget the lines and hold everything twice."""
+    """(line, value) of each element, decoded one at a time: `json.loads` would forget the lines and hold everything
+    twice."""
     decode = json.JSONDecoder().raw_decode
     place, line, counted = _skip_space(text, 0), 1, 0
 
@@ -142,4 +150,7 @@ def _check_inside(root: str, path: str, homes: dict[str, str]) -> None:
         homes[parent] = os.path.realpath(parent)
     target = os.path.realpath(full) if os.path.islink(full) else homes[parent]
     if not (target == root or target.startswith(os.path.join(root, ""))):
-        raise ValueError(f"video_path: found {printable(path)!r}, a link that leaves the folder, expected one that stays in it; copy the video")
+        raise ValueError(
+            f"video_path: found {printable(path)!r}, a link that leaves the folder, expected one that stays in it; copy"
+            " the video"
+        )

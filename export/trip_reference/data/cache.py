@@ -1,4 +1,5 @@
-"""Clips encoded once: latents and, where the text encoder is frozen, text embeddings, in safetensors files beside an index.
+"""Clips encoded once: latents and, where the text encoder is frozen, text embeddings, in safetensors files beside an
+index.
 
     cache.json  latents-00000.safetensors  latents-00001.safetensors  …
 
@@ -55,9 +56,13 @@ class CachedClips:
             self.index = json.loads(path.read_text(encoding="utf-8"))
             version, self.clips = self.index["version"], int(self.index["clips"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: cannot be read as a cache's index ({error}); make the cache anew with trip-data cache") from error
+            raise InputError(
+                f"{path}: cannot be read as a cache's index ({error}); make the cache anew with trip-data cache"
+            ) from error
         if version != VERSION:
-            raise InputError(f"{path}: found version {version}, expected {VERSION}; make the cache anew with trip-data cache")
+            raise InputError(
+                f"{path}: found version {version}, expected {VERSION}; make the cache anew with trip-data cache"
+            )
 
     def __len__(self) -> int:
         return self.clips
@@ -88,13 +93,17 @@ class CachedClips:
         ):
             if found not in (None, expected):
                 raise InputError(
-                    f"{self.folder}: found {what} {found}, expected {expected}; make the cache anew with trip-data cache and this checkpoint"
+                    f"{self.folder}: found {what} {found}, expected {expected}; make the cache anew with trip-data"
+                    " cache and this checkpoint"
                 )
 
 
 @torch.no_grad()
-def write_cache(clips: ClipDataset, model: TripModel, tokenizer_json: str, folder: Path, seed: int = 0, texts: bool = False) -> int:
-    """Encode every clip that is not broken, one crop and start each, into `folder`, whole or not at all; returns how many were broken.
+def write_cache(
+    clips: ClipDataset, model: TripModel, tokenizer_json: str, folder: Path, seed: int = 0, texts: bool = False
+) -> int:
+    """Encode every clip that is not broken, one crop and start each, into `folder`, whole or not at all; returns how
+    many were broken.
 
     `texts` also encodes each clip's sentence, which then is one.
     """
@@ -128,7 +137,9 @@ def write_cache(clips: ClipDataset, model: TripModel, tokenizer_json: str, folde
                 note(f"warning: left out: {error}")
                 continue
             latents = model.encode_clip(torch.tensor(sample.frames, device=device))
-            sentences = list(dict.fromkeys([sample.text] + [clips.text(index, rng) for _ in range(0 if texts else TEXTS - 1)]))
+            sentences = list(
+                dict.fromkeys([sample.text] + [clips.text(index, rng) for _ in range(0 if texts else TEXTS - 1)])
+            )
             held.append((latents.half().cpu(), sentences))
             if len(held) == PER_FILE:
                 flush()
@@ -172,4 +183,6 @@ def _opened(path: Path) -> tuple[Any, list[list[str]]]:
         file = safe_open(path, "pt")
         return file, json.loads(file.metadata()["texts"])
     except Exception as error:
-        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]}); make the cache anew with trip-data cache") from error
+        raise InputError(
+            f"{path}: cannot be read ({' '.join(str(error).split())[:200]}); make the cache anew with trip-data cache"
+        ) from error

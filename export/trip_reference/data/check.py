@@ -30,7 +30,8 @@ NAMED = 20  # of a list of files; the rest is a number
 
 @dataclass(frozen=True)
 class Finding:
-    """What one clip turned out to be; of a broken one `reason` alone says something. `text` is set where the video came with it."""
+    """What one clip turned out to be; of a broken one `reason` alone says something. `text` is set where the video came
+    with it."""
 
     reason: str = ""
     bytes: int = 0
@@ -41,9 +42,11 @@ class Finding:
 
 
 def check_folder(folder: Path, clip: ClipFormat, workers: int | None = None) -> dict[str, Any]:
-    """A report on a folder of videos with annotations.json, or of shards: `train`, `val` (None without one) and `unused_videos`.
+    """A report on a folder of videos with annotations.json, or of shards: `train`, `val` (None without one) and
+    `unused_videos`.
 
-    One clip of every video is decoded, in `workers` processes (as many as cores; 0 for none but this). InputError for a folder that is neither.
+    One clip of every video is decoded, in `workers` processes (as many as cores; 0 for none but this). InputError for a
+    folder that is neither.
     """
     folder = Path(folder)
     if (folder / ANNOTATIONS).exists() or not any(folder.glob("*.tar")):
@@ -64,13 +67,21 @@ def broken_count(figures: dict[str, Any]) -> int:
 
 def _check_videos(folder: Path, clip: ClipFormat, workers: int | None) -> dict[str, Any]:
     files = {"train": ANNOTATIONS, "val": VALIDATION}
-    splits = {split: read_annotations(folder, file) for split, file in files.items() if split == "train" or (folder / file).exists()}
+    splits = {
+        split: read_annotations(folder, file)
+        for split, file in files.items()
+        if split == "train" or (folder / file).exists()
+    }
     used: set[str] = set()
     report: dict[str, Any] = {"kind": "folder", "val": None}
     for split, entries in splits.items():
         videos = list(dict.fromkeys(str(entry.video) for entry in entries))
         used.update(map(os.path.normpath, videos))
-        findings = [found for finds in _in_processes(partial(_find_in_video, clip=clip), videos, workers, f"check {split}") for found in finds]
+        findings = [
+            found
+            for finds in _in_processes(partial(_find_in_video, clip=clip), videos, workers, f"check {split}")
+            for found in finds
+        ]
         report[split] = _summary(findings, [entry.text for entry in entries])
     unused = [os.path.relpath(path, folder) for path in _videos_in(os.path.realpath(folder)) if path not in used]
     return report | {"unused_videos": _named(sorted(unused))}
@@ -107,7 +118,9 @@ def _find(source: Path | BinaryIO, name: str, clip: ClipFormat, text: str | None
         return Finding(str(error), text=text)
 
 
-def _in_processes(find: Callable[[str], list[Finding]], names: Sequence[str], workers: int | None, label: str) -> Iterable[list[Finding]]:
+def _in_processes(
+    find: Callable[[str], list[Finding]], names: Sequence[str], workers: int | None, label: str
+) -> Iterable[list[Finding]]:
     """`find` of every name, in order."""
     with tqdm(total=len(names), desc=label, unit="file", disable=None) as progress:
         if workers == 0:
@@ -122,7 +135,8 @@ def _in_processes(find: Callable[[str], list[Finding]], names: Sequence[str], wo
             return [future.result() for future in futures]
         except BrokenProcessPool as error:
             raise EngineError(
-                f"{label}: a decoding process was killed, by lack of memory or a fault of the decoder; try again with --workers 1"
+                f"{label}: a decoding process was killed, by lack of memory or a fault of the decoder; try again with"
+                " --workers 1"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)

@@ -15,7 +15,8 @@ from trip_reference.data.tokens import tokenizer_of
 
 
 class Collate:
-    """Clips to `frames` uint8 [b, F, H, W, 3] or cached `latents` [b, C, F, h, w], and to `ids` [b, L] or cached `text` [b, L, D]."""
+    """Clips to `frames` uint8 [b, F, H, W, 3] or cached `latents` [b, C, F, h, w], and to `ids` [b, L] or cached `text`
+    [b, L, D]."""
 
     def __init__(self, tokenizer_json: str):
         self.tokenizer_json = tokenizer_json  # its tokenizer is made where it is used: in the processes that read ahead

@@ -15,7 +15,9 @@ from trip_rt.errors import InputError, printable
 class _Parser(CommandParser):
     """argparse has no intermixed form of subcommands."""
 
-    def parse_intermixed_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> argparse.Namespace:
+    def parse_intermixed_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
         return self.parse_args(args, namespace)
 
 
@@ -23,7 +25,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="trip-data",
         description="Look after training data: a folder of videos with annotations.json, or WebDataset shards.",
-        epilog="example: trip-data demo clips --clips 200 --val-clips 20 && trip-data check clips && trip-data pack clips -o shards",
+        epilog=(
+            "example: trip-data demo clips --clips 200 --val-clips 20 && trip-data check clips && trip-data pack clips"
+            " -o shards"
+        ),
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=CommandParser)
     for add in (add_check_parser, add_demo_parser, add_pack_parser, add_cache_parser):
@@ -39,14 +44,21 @@ def add_check_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "check",
         help="decode one clip of every video and report what is there and what is broken",
-        description="Decode one clip of every video; report lengths, sizes, captions and what is broken. Exits with 1 if anything is.",
+        description=(
+            "Decode one clip of every video; report lengths, sizes, captions and what is broken. Exits with 1 if"
+            " anything is."
+        ),
         epilog="example: trip-data check data --frames 16 --size 256x256 --fps 4",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder with annotations.json, or with shards")
     parser.add_argument("--frames", type=int, default=16, help="frames of a clip (%(default)s)")
-    parser.add_argument("--size", type=size_of, default=(256, 256), metavar="WxH", help="picture size in pixels (256x256)")
+    parser.add_argument(
+        "--size", type=size_of, default=(256, 256), metavar="WxH", help="picture size in pixels (256x256)"
+    )
     _add_rate(parser)
-    parser.add_argument("--workers", type=_count, metavar="N", help="decoding processes, 0 for none but this (one for each core)")
+    parser.add_argument(
+        "--workers", type=_count, metavar="N", help="decoding processes, 0 for none but this (one for each core)"
+    )
     add_json_flag(parser)
     parser.set_defaults(run=run_check)
 
@@ -70,7 +82,10 @@ def add_demo_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "demo",
         help="write the demo world as a data set of real files",
-        description="Write clips of the demo world as .mp4 files with annotations, or as shards; validation has combinations that training lacks.",
+        description=(
+            "Write clips of the demo world as .mp4 files with annotations, or as shards; validation has combinations"
+            " that training lacks."
+        ),
         epilog="example: trip-data demo clips --clips 2000 --val-clips 100",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder to write, new or empty")
@@ -98,7 +113,9 @@ def run_demo(args: argparse.Namespace) -> int:
             write_shards(_files(videos, "annotations.json"), draft)
             if args.val_clips:
                 write_shards(_files(videos, "val_annotations.json"), draft / "val")
-    report(args, None, f"{printable(str(args.folder))}: {args.clips} clips to train on, {args.val_clips} for validation")
+    report(
+        args, None, f"{printable(str(args.folder))}: {args.clips} clips to train on, {args.val_clips} for validation"
+    )
     return 0
 
 
@@ -106,14 +123,22 @@ def add_pack_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "pack",
         help="turn a folder of videos into shards",
-        description="Copy the videos and sentences of a folder into WebDataset shards, which many machines read faster than single files.",
+        description=(
+            "Copy the videos and sentences of a folder into WebDataset shards, which many machines read faster than"
+            " single files."
+        ),
         epilog="example: trip-data pack data -o shards --per-shard 500",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder with annotations.json")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="SHARDS", help="folder to write, new or empty")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="SHARDS", help="folder to write, new or empty"
+    )
     parser.add_argument("--per-shard", type=int, default=1000, metavar="N", help="clips of a shard (%(default)s)")
     parser.add_argument(
-        "--annotations", default="annotations.json", metavar="FILE", help="or val_annotations.json, into a folder of its own (%(default)s)"
+        "--annotations",
+        default="annotations.json",
+        metavar="FILE",
+        help="or val_annotations.json, into a folder of its own (%(default)s)",
     )
     parser.set_defaults(run=run_pack, json=False)
 
@@ -130,18 +155,29 @@ def add_cache_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "cache",
         help="encode clips once, for training that reads latents",
-        description="Encode a clip of every video with a checkpoint's VAE, and with --text its sentence too, for trip-train --data CACHE.",
+        description=(
+            "Encode a clip of every video with a checkpoint's VAE, and with --text its sentence too, for trip-train"
+            " --data CACHE."
+        ),
         epilog="example: trip-data cache data checkpoints/start -o cache --text",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder with annotations.json")
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="whose encoders, frame number and size are used")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="CACHE", help="folder to write, new or empty")
-    parser.add_argument("--text", action="store_true", help="encode the sentences too; the text encoder then stays frozen in training")
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="whose encoders, frame number and size are used"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="CACHE", help="folder to write, new or empty"
+    )
+    parser.add_argument(
+        "--text", action="store_true", help="encode the sentences too; the text encoder then stays frozen in training"
+    )
     _add_rate(parser)
     parser.add_argument("--crop", choices=("centre", "random"), default="centre", help="(%(default)s)")
     parser.add_argument("--start", choices=("first", "random"), default="random", help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of random crops and starts (%(default)s)")
-    parser.add_argument("--annotations", default="annotations.json", metavar="FILE", help="or val_annotations.json (%(default)s)")
+    parser.add_argument(
+        "--annotations", default="annotations.json", metavar="FILE", help="or val_annotations.json (%(default)s)"
+    )
     parser.set_defaults(run=run_cache, json=False)
 
 
@@ -157,8 +193,12 @@ def run_cache(args: argparse.Namespace) -> int:
     trip = model.config
     clip = ClipFormat(trip.num_frames, trip.height, trip.width, args.fps, args.stride, args.crop, args.start)
     clips = VideoFolder(args.folder, clip, args.annotations)
-    broken = write_cache(clips, model, checkpoint.load_tokenizer_json(args.checkpoint), args.output, args.seed, args.text)
-    report(args, None, f"{printable(str(args.output))}: {len(clips) - broken} clips encoded, {broken} broken ones left out")
+    broken = write_cache(
+        clips, model, checkpoint.load_tokenizer_json(args.checkpoint), args.output, args.seed, args.text
+    )
+    report(
+        args, None, f"{printable(str(args.output))}: {len(clips) - broken} clips encoded, {broken} broken ones left out"
+    )
     return 0
 
 
@@ -171,7 +211,10 @@ def _files(folder: Path, annotations: str) -> Iterator[tuple[str, bytes, str]]:
     for number, entry in enumerate(tqdm(read_annotations(folder, annotations), desc="pack", unit="clip", disable=None)):
         if not entry.video.is_file():
             found = f"found no such file, which {annotations} names on line {entry.line}"
-            raise InputError(f"{printable(str(entry.video))}: {found}, expected a video; `trip-data check` finds all that are missing")
+            raise InputError(
+                f"{printable(str(entry.video))}: {found}, expected a video; `trip-data check` finds all that are"
+                " missing"
+            )
         yield f"{number:08d}", entry.video.read_bytes(), entry.text
 
 
@@ -191,16 +234,26 @@ def _table(split: str, figures: dict[str, Any]) -> str:
         "words": _spread(words),
     }
     broken = _list("broken", figures["broken"]) if figures["broken"]["count"] else ["broken: none"]
-    return "\n".join([split, *(f"  {name:<12} {value}" for name, value in rows.items()), *(f"  {line}" for line in broken)])
+    return "\n".join(
+        [split, *(f"  {name:<12} {value}" for name, value in rows.items()), *(f"  {line}" for line in broken)]
+    )
 
 
 def _spread(values: dict[str, Any]) -> str:
-    return "none" if values["min"] is None else f"{values['min']:g} to {values['max']:g}, median {values['median']:g}, p95 {values['p95']:g}"
+    return (
+        "none"
+        if values["min"] is None
+        else f"{values['min']:g} to {values['max']:g}, median {values['median']:g}, p95 {values['p95']:g}"
+    )
 
 
 def _list(title: str, named: dict[str, Any]) -> list[str]:
     rest = named["count"] - len(named["first"])
-    return [f"{title}: {named['count']}", *(f"  {name}" for name in named["first"]), *([f"  and {rest} more"] if rest else [])]
+    return [
+        f"{title}: {named['count']}",
+        *(f"  {name}" for name in named["first"]),
+        *([f"  and {rest} more"] if rest else []),
+    ]
 
 
 def _count(text: str) -> int:

@@ -12,21 +12,29 @@ from trip_reference.data.sample import BrokenClip, ClipFormat, Frames
 def cut_picture(picture: Any, pixel_aspect: float, clip: ClipFormat, place: tuple[float, float]) -> Frames:
     """PyAV's `picture` upright, as uint8 [H, W, 3]: the largest box of the wanted shape, in the wanted size.
 
-    `place` is where the box lies between left and right and between top and bottom, 0 to 1. `pixel_aspect` is a pixel's width over its height.
+    `place` is where the box lies between left and right and between top and bottom, 0 to 1. `pixel_aspect` is a pixel's
+    width over its height.
     """
     from PIL import Image
 
     check_pixels(picture.width, picture.height, clip)  # a stream may change its size midway
-    rgb = picture.reformat(format="rgb24", src_colorspace=picture.colorspace, src_color_range=picture.color_range, threads=1).to_ndarray()
+    rgb = picture.reformat(
+        format="rgb24", src_colorspace=picture.colorspace, src_color_range=picture.color_range, threads=1
+    ).to_ndarray()
     turns = round(picture.rotation / 90) % 4  # anticlockwise
     upright = np.ascontiguousarray(np.rot90(rgb, turns))
     height, width = upright.shape[:2]
-    wanted = clip.width / clip.height / (1 / pixel_aspect if turns % 2 else pixel_aspect)  # width over height, in stored pixels
+    wanted = (
+        clip.width / clip.height / (1 / pixel_aspect if turns % 2 else pixel_aspect)
+    )  # width over height, in stored pixels
     box_width, box_height = min(width, height * wanted), min(height, width / wanted)
     left, top = (width - box_width) * place[0], (height - box_height) * place[1]
     box = (left, top, min(left + box_width, width), min(top + box_height, height))
-    # A gap of 2 takes a third of the time that 3, as pictures for animation have it, takes for one of 1920 x 1080 pixels.
-    return np.asarray(Image.fromarray(upright).resize((clip.width, clip.height), Image.Resampling.LANCZOS, box=box, reducing_gap=2.0))
+    # A gap of 2 takes a third of the time that 3, as pictures for animation have it, takes for one of 1920 x 1080
+    # pixels.
+    return np.asarray(
+        Image.fromarray(upright).resize((clip.width, clip.height), Image.Resampling.LANCZOS, box=box, reducing_gap=2.0)
+    )
 
 
 def check_pixels(width: int, height: int, clip: ClipFormat) -> None:

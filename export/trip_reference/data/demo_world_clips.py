@@ -18,11 +18,14 @@ from trip_rt.video import save
 
 
 class DemoWorldClips:
-    """The clips of seeds `first_seed` … `first_seed + count − 1`, rendered when asked for, in words drawn anew each time; a ClipDataset."""
+    """The clips of seeds `first_seed` … `first_seed + count − 1`, rendered when asked for, in words drawn anew each
+    time; a ClipDataset."""
 
     def __init__(self, config: TripConfig, count: int, first_seed: int = 0, held_out: bool = False):
         if config.width != config.height:
-            raise InputError(f"size: found {config.width} x {config.height}, expected a square; the demo world has no other pictures")
+            raise InputError(
+                f"size: found {config.width} x {config.height}, expected a square; the demo world has no other pictures"
+            )
         self._config, self._count, self._first_seed, self._held_out = config, count, first_seed, held_out
 
     def __len__(self) -> int:
@@ -43,8 +46,11 @@ class DemoWorldClips:
         return seed, scene, motion
 
 
-def write_demo_folder(folder: Path, count: int, val_count: int, size: int = 64, num_frames: int = 16, fps: float = 4.0) -> None:
-    """A data set of `count` .mp4 files of size × size pixels, and `val_count` of combinations that those leave out (no file for none).
+def write_demo_folder(
+    folder: Path, count: int, val_count: int, size: int = 64, num_frames: int = 16, fps: float = 4.0
+) -> None:
+    """A data set of `count` .mp4 files of size × size pixels, and `val_count` of combinations that those leave out (no
+    file for none).
 
     Appears whole; raises InputError where `folder` holds anything.
     """
@@ -52,7 +58,10 @@ def write_demo_folder(folder: Path, count: int, val_count: int, size: int = 64, 
         found = f"{count} clips, {val_count} for validation, {num_frames} frames of {size} pixels"
         raise InputError(f"demo: found {found}, expected at least 1, 0, 1 and 1")
     splits = [(ANNOTATIONS, "video", count, False), (VALIDATION, "val", val_count, True)]
-    with new_folder(folder) as draft, tqdm(total=count + val_count, desc="write clips", unit="clip", disable=None) as progress:
+    with (
+        new_folder(folder) as draft,
+        tqdm(total=count + val_count, desc="write clips", unit="clip", disable=None) as progress,
+    ):
         (draft / "videos").mkdir()
         for file, stem, clips, held_out in splits:
             entries = []

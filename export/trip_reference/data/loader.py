@@ -1,4 +1,5 @@
-"""Clips in the order of a run: what a step trains on follows from (seed, step), on any number of processes and after any interruption."""
+"""Clips in the order of a run: what a step trains on follows from (seed, step), on any number of processes and after
+any interruption."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ MOST_BROKEN = 100  # in a row
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a step's `batch` clips are dealt out: `accumulation` parts, each over `world` processes, of which this is number `rank`."""
+    """How a step's `batch` clips are dealt out: `accumulation` parts, each over `world` processes, of which this is
+    number `rank`."""
 
     batch: int
     accumulation: int = 1
@@ -30,7 +32,8 @@ class BatchPlan:
     def __post_init__(self) -> None:
         if self.batch % (self.accumulation * self.world):
             raise InputError(
-                f"run.batch: found {self.batch} clips a step, expected a multiple of {self.accumulation} parts times {self.world} processes"
+                f"run.batch: found {self.batch} clips a step, expected a multiple of {self.accumulation} parts times"
+                f" {self.world} processes"
             )
 
     @property
@@ -45,7 +48,8 @@ class BatchPlan:
 
 
 class OrderedBatches(Dataset[Batch]):
-    """Part k of the run, counted from step 0: its clips come from a new permutation every epoch, their randomness from (seed, epoch, clip).
+    """Part k of the run, counted from step 0: its clips come from a new permutation every epoch, their randomness from
+    (seed, epoch, clip).
 
     A clip that is broken is replaced by the next that is not.
     """
@@ -77,10 +81,18 @@ class OrderedBatches(Dataset[Batch]):
 
 
 class StreamedBatches(IterableDataset[Batch]):
-    """Parts out of shards. Every worker of every process reads shards of its own; `start` has the place of each of this process's."""
+    """Parts out of shards. Every worker of every process reads shards of its own; `start` has the place of each of this
+    process's."""
 
     def __init__(
-        self, shards: ShardSource, plan: BatchPlan, seed: int, collate: Callable[[list[Sample]], Batch], workers: int, first: int, start: list[int]
+        self,
+        shards: ShardSource,
+        plan: BatchPlan,
+        seed: int,
+        collate: Callable[[list[Sample]], Batch],
+        workers: int,
+        first: int,
+        start: list[int],
     ):
         self.shards, self.plan, self.seed, self.collate = shards, plan, seed, collate
         self.workers, self.first, self.start = workers, first, start
@@ -89,14 +101,18 @@ class StreamedBatches(IterableDataset[Batch]):
         info = get_worker_info()
         # DataLoader takes turns from its worker 0 on, the run from where it stopped.
         worker = ((info.id if info else 0) + self.first) % self.workers
-        stream = self.shards.stream(self.plan.rank * self.workers + worker, self.plan.world * self.workers, self.seed, self.start[worker])
+        stream = self.shards.stream(
+            self.plan.rank * self.workers + worker, self.plan.world * self.workers, self.seed, self.start[worker]
+        )
         samples: list[Sample] = []
         broken: list[str] = []
         for position, found in stream:
             if isinstance(found, BrokenClip):
                 broken.append(str(found))
                 if len(broken) >= MOST_BROKEN and not samples:
-                    raise InputError(f"{broken[-1]}: {MOST_BROKEN} broken clips in a row; `trip-data check` reports on a data set")
+                    raise InputError(
+                        f"{broken[-1]}: {MOST_BROKEN} broken clips in a row; `trip-data check` reports on a data set"
+                    )
             else:
                 samples.append(found)
             if len(samples) == self.plan.clips:
@@ -105,7 +121,8 @@ class StreamedBatches(IterableDataset[Batch]):
 
 
 class Loader:
-    """This process's parts from `first` (counted from step 0) to `last`, in order. `state()` is the place after the parts taken so far."""
+    """This process's parts from `first` (counted from step 0) to `last`, in order. `state()` is the place after the
+    parts taken so far."""
 
     def __init__(
         self,
@@ -126,11 +143,18 @@ class Loader:
             options |= dict(worker_init_fn=leave_interrupts_to_the_parent, prefetch_factor=2)
         if isinstance(source, ShardSource):
             if len(self._places) != max(workers, 1):
-                raise InputError(f"data.workers: found {workers}, expected {len(self._places)} as when this run began: each has its own shards")
-            batches = StreamedBatches(source, plan, seed, collate, len(self._places), first % len(self._places), self._places)
+                raise InputError(
+                    f"data.workers: found {workers}, expected {len(self._places)} as when this run began: each has its"
+                    " own shards"
+                )
+            batches = StreamedBatches(
+                source, plan, seed, collate, len(self._places), first % len(self._places), self._places
+            )
             self._loader: DataLoader[Batch] = DataLoader(batches, **options)
         else:
-            self._loader = DataLoader(OrderedBatches(source, plan, seed, collate), sampler=range(first, last), **options)
+            self._loader = DataLoader(
+                OrderedBatches(source, plan, seed, collate), sampler=range(first, last), **options
+            )
 
     def __iter__(self) -> Iterator[Batch]:
         for _, batch in zip(range(self._left), self._loader, strict=False):
@@ -139,5 +163,6 @@ class Loader:
             yield batch
 
     def state(self) -> list[int]:
-        """The place of every worker in its stream of shards; of no meaning for other sources, whose place is the step."""
+        """The place of every worker in its stream of shards; of no meaning for other sources, whose place is
+        the step."""
         return list(self._places)

@@ -19,7 +19,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     target = Path(os.path.abspath(folder))
     if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
-        raise InputError(f"{printable(str(folder))}: found something there, expected a new or an empty folder; choose another name")
+        raise InputError(
+            f"{printable(str(folder))}: found something there, expected a new or an empty folder; choose another name"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".trip-data-") as temporary:
         draft = Path(temporary) / "draft"  # with everyone's usual permissions, which `temporary` has not

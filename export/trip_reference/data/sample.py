@@ -28,10 +28,11 @@ class BrokenClip(Exception):
 
 @dataclass(frozen=True)
 class ClipFormat:
-    """The clips that training wants, `num_frames` pictures with stride / fps seconds between them, and the most it takes of a file.
+    """The clips that training wants, `num_frames` pictures with stride / fps seconds between them, and the most it
+    takes of a file.
 
-    A clip starts at a random frame from which all of it fits, or at the first. Pictures are scaled until they cover height × width, then
-    cut. `max_bytes` is of a file, `max_pixels` of a picture in it, `max_seconds` of its length.
+    A clip starts at a random frame from which all of it fits, or at the first. Pictures are scaled until they cover
+    height × width, then cut. `max_bytes` is of a file, `max_pixels` of a picture in it, `max_seconds` of its length.
     """
 
     num_frames: int

@@ -1,4 +1,5 @@
-"""One shard: a tar of videos and sentences in WebDataset's manner, `key.mp4` beside `key.txt` or a `key.json` with "text"."""
+"""One shard: a tar of videos and sentences in WebDataset's manner, `key.mp4` beside `key.txt` or a `key.json` with
+"text"."""
 
 from __future__ import annotations
 
@@ -62,7 +63,8 @@ def decode_sample(raw: RawSample, clip: ClipFormat, rng: np.random.Generator) ->
 
 
 def read_shard(shard: str, clip: ClipFormat, contents: bool = True) -> Iterator[RawSample | BrokenClip]:
-    """The shard's samples in order; a BrokenClip that names the shard stands for all that damage hides, and for samples where there are none.
+    """The shard's samples in order; a BrokenClip that names the shard stands for all that damage hides, and for samples
+    where there are none.
 
     Without `contents` their fields are empty: a local shard's samples are counted at the cost of their headers.
     """
@@ -71,7 +73,10 @@ def read_shard(shard: str, clip: ClipFormat, contents: bool = True) -> Iterator[
     name = printable(os.path.basename(shard))
     key, sample, found = None, None, False
     try:
-        with closing(_open(shard)) as file, tarfile.open(fileobj=file, mode="r:" if file.seekable() else "r|", tarinfo=_StrictHeader) as archive:
+        with (
+            closing(_open(shard)) as file,
+            tarfile.open(fileobj=file, mode="r:" if file.seekable() else "r|", tarinfo=_StrictHeader) as archive,
+        ):
             while (member := archive.next()) is not None:
                 archive.members.clear()  # or a tar remembers all its headers
                 prefix, suffix = base_plus_ext(member.name)
@@ -84,7 +89,9 @@ def read_shard(shard: str, clip: ClipFormat, contents: bool = True) -> Iterator[
                     key, sample, found = prefix, RawSample(f"{name}: {printable(prefix)}"), True
                 most = clip.max_bytes if suffix in SUFFIXES else _MOST_TEXT
                 if member.size > most:
-                    sample.problem = f"found a {suffix} of {member.size / 2**20:.1f} MiB, expected at most {most / 2**20:.1f} MiB"
+                    sample.problem = (
+                        f"found a {suffix} of {member.size / 2**20:.1f} MiB, expected at most {most / 2**20:.1f} MiB"
+                    )
                 elif contents:
                     sample.fields[suffix] = archive.extractfile(member).read()
             if sample:
@@ -93,11 +100,14 @@ def read_shard(shard: str, clip: ClipFormat, contents: bool = True) -> Iterator[
                 yield BrokenClip(f"{name}: found no samples, expected members such as 000.mp4 and 000.txt")
     except (tarfile.TarError, OSError, ValueError, ArithmeticError) as error:
         reason = printable(getattr(error, "strerror", None) or str(error))[:120]
-        yield BrokenClip(f"{name}: found a damaged tar ({reason}), expected a whole one; the samples after the damage are left out")
+        yield BrokenClip(
+            f"{name}: found a damaged tar ({reason}), expected a whole one; the samples after the damage are left out"
+        )
 
 
 class _StrictHeader(tarfile.TarInfo):
-    """Takes a garbled header, or a file that ends without the mark for it, for damage; tarfile takes both for the end."""
+    """Takes a garbled header, or a file that ends without the mark for it, for damage; tarfile takes both for
+    the end."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> Any:

@@ -1,4 +1,5 @@
-"""Data sets too large for single files: an endless, shuffled, resumable stream out of tar shards, and how shards are written."""
+"""Data sets too large for single files: an endless, shuffled, resumable stream out of tar shards, and how shards are
+written."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ _MOST_HELD = 2**28  # bytes of a shuffle buffer, of which there is one for every
 
 
 class ShardSource:
-    """Clips out of shards: of a folder's *.tar, or a pattern such as data/shard-{000000..000099}.tar. Samples are shuffled among `shuffle`."""
+    """Clips out of shards: of a folder's *.tar, or a pattern such as data/shard-{000000..000099}.tar. Samples are
+    shuffled among `shuffle`."""
 
     def __init__(self, pattern_or_folder: str, clip: ClipFormat, shuffle: int = 1000):
         self.shards = list_shards(pattern_or_folder)
@@ -27,15 +29,18 @@ class ShardSource:
         self._lengths: dict[str, int] = {}
 
     def stream(self, part: int, parts: int, seed: int, start: int = 0) -> Iterator[tuple[int, Sample | BrokenClip]]:
-        """(position, sample) without end: in every epoch all shards are permuted and dealt to `parts` parts, of which this is number `part`.
+        """(position, sample) without end: in every epoch all shards are permuted and dealt to `parts` parts, of which
+        this is number `part`.
 
-        `position` counts the part's samples, broken ones too, over all epochs; the stream with `start=position` gives what comes after.
-        Whole epochs before `start` cost the headers of their shards, the rest of the way is read but not decoded.
-        Raises InputError where there are more parts than shards.
+        `position` counts the part's samples, broken ones too, over all epochs; the stream with `start=position` gives
+        what comes after. Whole epochs before `start` cost the headers of their shards, the rest of the way is read but
+        not decoded. Raises InputError where there are more parts than shards.
         """
         if parts > len(self.shards):
             expected = f"at least one for each of {parts} loading processes"
-            raise InputError(f"shards: found {len(self.shards)}, expected {expected}; use fewer workers, or write smaller shards")
+            raise InputError(
+                f"shards: found {len(self.shards)}, expected {expected}; use fewer workers, or write smaller shards"
+            )
         return self._stream(part, parts, seed, start)
 
     def _stream(self, part: int, parts: int, seed: int, start: int) -> Iterator[tuple[int, Sample | BrokenClip]]:
@@ -78,7 +83,8 @@ class ShardSource:
 
 
 def list_shards(pattern_or_folder: str) -> list[str]:
-    """Paths and addresses in order. Addresses (https://, gs://, hf://, pipe:) are webdataset's to open. Raises InputError where there are none."""
+    """Paths and addresses in order. Addresses (https://, gs://, hf://, pipe:) are webdataset's to open. Raises
+    InputError where there are none."""
     import braceexpand
 
     where = printable(str(pattern_or_folder))
@@ -88,19 +94,29 @@ def list_shards(pattern_or_folder: str) -> list[str]:
         try:
             names = list(braceexpand.braceexpand(str(pattern_or_folder)))
         except braceexpand.UnbalancedBracesError as error:
-            raise InputError(f"{where}: found a brace without its partner, expected a pattern such as data/shard-{{000000..000099}}.tar") from error
-        shards = [shard for name in names for shard in ([name] if is_remote(name) else sorted(glob.glob(name)) or [name])]
+            raise InputError(
+                f"{where}: found a brace without its partner, expected a pattern such as"
+                " data/shard-{000000..000099}.tar"
+            ) from error
+        shards = [
+            shard for name in names for shard in ([name] if is_remote(name) else sorted(glob.glob(name)) or [name])
+        ]
         if missing := next((shard for shard in shards if not is_remote(shard) and not os.path.isfile(shard)), None):
-            raise InputError(f"{where}: found no file {printable(missing)}, expected a folder of shards, or a pattern of shards that exist")
+            raise InputError(
+                f"{where}: found no file {printable(missing)}, expected a folder of shards, or a pattern of shards that"
+                " exist"
+            )
     if not shards:
         raise InputError(f"{where}: found no *.tar, expected shards; `trip-data pack` makes them")
     return shards
 
 
 def write_shards(samples: Iterable[tuple[str, bytes, str]], folder: Path, per_shard: int = 1000) -> int:
-    """Writes (key, video, sentence) to folder/shard-000000.tar and on; returns how many shards. The folder appears whole.
+    """Writes (key, video, sentence) to folder/shard-000000.tar and on; returns how many shards. The folder appears
+    whole.
 
-    Videos are stored as key.mp4 whatever they are: readers go by what is inside. Raises InputError where `folder` holds anything.
+    Videos are stored as key.mp4 whatever they are: readers go by what is inside. Raises InputError where `folder` holds
+    anything.
     """
     from webdataset import TarWriter
 

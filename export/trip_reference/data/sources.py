@@ -17,8 +17,11 @@ from trip_rt.errors import InputError
 DEMO = "demo"
 
 
-def open_source(source: str, config: TripConfig, clip: ClipFormat, clips: int, shuffle: int, validation: bool = False) -> ClipDataset | ShardSource:
-    """The clips that `source` names: `demo`, a cache, a folder with annotations, or shards (a folder or a pattern such as part-{000..099}.tar).
+def open_source(
+    source: str, config: TripConfig, clip: ClipFormat, clips: int, shuffle: int, validation: bool = False
+) -> ClipDataset | ShardSource:
+    """The clips that `source` names: `demo`, a cache, a folder with annotations, or shards (a folder or a pattern such
+    as part-{000..099}.tar).
 
     `validation` takes the held-out clips of the demo world, and a folder's val_annotations.json where there is one.
     """
@@ -32,7 +35,10 @@ def open_source(source: str, config: TripConfig, clip: ClipFormat, clips: int, s
         return VideoFolder(folder, clip, name)
     if source.endswith(".tar") or any(folder.glob("*.tar")):
         return ShardSource(source, clip, shuffle)
-    raise InputError(f"data: found neither {ANNOTATIONS}, shards nor {INDEX} in {source}, expected a data set; `trip-data demo` writes one to try")
+    raise InputError(
+        f"data: found neither {ANNOTATIONS}, shards nor {INDEX} in {source}, expected a data set; `trip-data demo`"
+        " writes one to try"
+    )
 
 
 def clip_format(data: DataConfig, trip: TripConfig, steady: bool = False) -> ClipFormat:

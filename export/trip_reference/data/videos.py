@@ -28,9 +28,11 @@ _MOST_FPS = 1000
 
 @dataclass(frozen=True)
 class Video:
-    """A video file and what its packets say: `ticks` are the presentation times of its frames, ascending, in units of `tick` seconds.
+    """A video file and what its packets say: `ticks` are the presentation times of its frames, ascending, in units of
+    `tick` seconds.
 
-    `keys` are those of its keyframes. `pixel_aspect` is the width of a pixel over its height. `cut_off`: the header promises more than there is.
+    `keys` are those of its keyframes. `pixel_aspect` is the width of a pixel over its height. `cut_off`: the header
+    promises more than there is.
     """
 
     file: BinaryIO
@@ -55,7 +57,8 @@ class Video:
 
 
 def decode_clip(source: Path | BinaryIO, name: str, clip: ClipFormat, rng: np.random.Generator) -> Frames:
-    """uint8 [F, H, W, 3] out of the video `source`, which `name` stands for in messages. A video too short repeats its last frame.
+    """uint8 [F, H, W, 3] out of the video `source`, which `name` stands for in messages. A video too short repeats its
+    last frame.
 
     Raises BrokenClip. Memory holds one decoded picture beside the result.
     """
@@ -83,7 +86,9 @@ def read_clip(video: Video, clip: ClipFormat, rng: np.random.Generator) -> Frame
     # How many frames there are for a whole clip to begin at; a shorter video begins at its first.
     starts = int(np.searchsorted(times, times[-1] - grid[-1] + _LATE, "right"))
     if starts == 0 and video.cut_off:
-        raise BrokenClip(f"found a cut-off file with {video.seconds:.2f} s left, expected a whole one or at least {grid[-1]:.2f} s")
+        raise BrokenClip(
+            f"found a cut-off file with {video.seconds:.2f} s left, expected a whole one or at least {grid[-1]:.2f} s"
+        )
     first = int(rng.integers(max(1, starts))) if clip.start == "random" else 0
     shown = np.searchsorted(times, times[first] + grid + _LATE, "right") - 1
     place = (rng.random(), rng.random()) if clip.crop == "random" else (0.5, 0.5)
@@ -125,7 +130,10 @@ def _examine(file: BinaryIO, clip: ClipFormat) -> Video:
                 if packet.is_keyframe:
                     keys.append(packet.pts)
             if len(ticks) > clip.max_seconds * _MOST_FPS:
-                raise BrokenClip(f"found more than {len(ticks) - 1} frames, expected at most {clip.max_seconds:g} s of at most {_MOST_FPS} a second")
+                raise BrokenClip(
+                    f"found more than {len(ticks) - 1} frames, expected at most {clip.max_seconds:g} s of at most"
+                    f" {_MOST_FPS} a second"
+                )
     if not ticks:
         raise BrokenClip(f"found no frame with a presentation time, {_EXPECTED}")
     cut_off = (end - min(ticks)) * tick + 0.1 < promised
@@ -183,12 +191,15 @@ def _pictures(video: Video, clip: ClipFormat, ticks: list[int]) -> Iterator[Any]
 
 def _fresh(picture: Any, tick: int, video: Video, clip: ClipFormat) -> Any:
     if picture is None or (tick - picture.pts) * video.tick > clip.stride / clip.fps:
-        raise BrokenClip(f"found no picture that can be decoded at {(tick - video.ticks[0]) * video.tick:.2f} s, {_EXPECTED}")
+        raise BrokenClip(
+            f"found no picture that can be decoded at {(tick - video.ticks[0]) * video.tick:.2f} s, {_EXPECTED}"
+        )
     return picture
 
 
 def _decoded(video: Video, clip: ClipFormat, tick: int) -> Iterator[Any]:
-    """Pictures in order of presentation from one at or before `tick` on: from its keyframe where seeking finds that, else from the first."""
+    """Pictures in order of presentation from one at or before `tick` on: from its keyframe where seeking finds that,
+    else from the first."""
     import av
 
     earlier = video.keys[video.keys <= tick]
@@ -211,4 +222,6 @@ def _decode_packets(container: Any, stream: Any) -> Iterator[Any]:
 
     for packet in chain(_packets(container, stream), [None]):  # None: the pictures that the decoder still holds back
         with suppress(av.error.InvalidDataError):
-            yield from (picture for picture in stream.decode(packet) if picture.pts is not None and not picture.is_corrupt)
+            yield from (
+                picture for picture in stream.decode(packet) if picture.pts is not None and not picture.is_corrupt
+            )

@@ -1,4 +1,5 @@
-"""What is evaluated: pictures with their sentences and true clips, and the clips that a checkpoint or a bundle makes of them."""
+"""What is evaluated: pictures with their sentences and true clips, and the clips that a checkpoint or a bundle makes of
+them."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Case:
-    """A true clip uint8 [F, H, W, 3], whose first frame is animated, its sentence, and what the demo world knows of it."""
+    """A true clip uint8 [F, H, W, 3], whose first frame is animated, its sentence, and what the demo world
+    knows of it."""
 
     clip: Clip
     prompt: str
@@ -60,13 +62,20 @@ class Settings:
 def demo_cases(config: TripConfig, count: int) -> list[Case]:
     """The first `count` held-out scenes of the demo world, which is square."""
     if config.height != config.width:
-        raise InputError(f"demo world: found a model of {config.width} × {config.height} pixels, expected a square one; name videos with --data")
+        raise InputError(
+            f"demo world: found a model of {config.width} × {config.height} pixels, expected a square one; name videos"
+            " with --data"
+        )
     drawn = [demo_world.sample(seed, held_out=True) for seed in range(count)]
-    return [Case(demo_world.render(scene, motion, config.num_frames, config.height), text, scene, motion) for scene, motion, text in drawn]
+    return [
+        Case(demo_world.render(scene, motion, config.num_frames, config.height), text, scene, motion)
+        for scene, motion, text in drawn
+    ]
 
 
 def folder_cases(folder: Path, annotations: str, config: TripConfig, fps: float, count: int) -> list[Case]:
-    """The first `count` clips of a data set, from their beginnings, cut at the centre; broken ones are named and left out."""
+    """The first `count` clips of a data set, from their beginnings, cut at the centre; broken ones are named and left
+    out."""
     clip_format = ClipFormat(config.num_frames, config.height, config.width, fps, crop="centre", start="first")
     clips = VideoFolder(folder, clip_format, annotations)
     cases: list[Case] = []
@@ -92,7 +101,8 @@ def config_of(source: Path) -> TripConfig:
 
 
 def make_clips(source: Path, cases: Sequence[Case], settings: Settings) -> list[Clip]:
-    """Each case's first frame animated by its sentence: by the PyTorch model of a checkpoint, or by a bundle's engines."""
+    """Each case's first frame animated by its sentence: by the PyTorch model of a checkpoint, or by a bundle's
+    engines."""
     seeds = [settings.seed + i for i in range(len(cases))]
     check_seeds(seeds)
     if (source / MANIFEST).is_file():
@@ -103,7 +113,14 @@ def make_clips(source: Path, cases: Sequence[Case], settings: Settings) -> list[
 
     def animate(start: int) -> list[Clip]:
         group = slice(start, start + BATCH)
-        return animate_batch(model, tokenizer, [case.clip[0] for case in cases[group]], [case.prompt for case in cases[group]], seeds[group], steps)
+        return animate_batch(
+            model,
+            tokenizer,
+            [case.clip[0] for case in cases[group]],
+            [case.prompt for case in cases[group]],
+            seeds[group],
+            steps,
+        )
 
     starts = range(0, len(cases), BATCH)
     # A thread a core, each running whole batches: tensors as small as the demo's do not keep several cores busy.
@@ -114,7 +131,12 @@ def make_clips(source: Path, cases: Sequence[Case], settings: Settings) -> list[
 
 @torch.no_grad()
 def animate_batch(
-    model: TripModel, tokenizer: PromptTokenizer, pictures: Sequence[Clip], prompts: Sequence[str], seeds: Sequence[int], steps: Sequence[LoopStep]
+    model: TripModel,
+    tokenizer: PromptTokenizer,
+    pictures: Sequence[Clip],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: Sequence[LoopStep],
 ) -> list[Clip]:
     """Clips of pictures uint8 [H, W, 3], by the oracle."""
     config = model.config

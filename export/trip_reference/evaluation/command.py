@@ -22,16 +22,19 @@ EPILOG = """examples:
   trip-evaluate checkpoints/demo --clips 200                       the demo world, by the PyTorch model
   trip-evaluate bundle --clips 200 --speed balanced -o figures.json     by a bundle's engines
   trip-evaluate bundle --generated clips -o figures.json           clips made earlier, in order of their names
-  trip-evaluate checkpoint --data webvid --clip-encoder clip-vit-large-patch14 --i3d i3d_torchscript.pt --fid-net inception.pt
+  trip-evaluate checkpoint --data webvid --clip-encoder clip-vit-large-patch14 --i3d i3d_torchscript.pt
 
-What has no network named for it is left out, and said so. TorchScript files are code that runs with your rights: open files you trust."""
+What has no network named for it is left out, and said so. TorchScript files are code that runs with
+your rights: open files you trust."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="trip-evaluate",
-        description="Animate pictures that training has not seen and measure the clips: F-Consistency, FVD, FID, frame 1, on the demo world whether "
-        "everything moved as it was told.",
+        description=(
+            "Animate pictures that training has not seen and measure the clips: F-Consistency, FVD, FID, frame 1, on"
+            " the demo world whether everything moved as it was told."
+        ),
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -39,17 +42,31 @@ def build_parser() -> argparse.ArgumentParser:
     data = parser.add_mutually_exclusive_group()
     data.add_argument("--demo", action="store_true", help="held-out scenes of the demo world (the default)")
     data.add_argument("--data", type=Path, metavar="DIR", help="a folder of videos with annotations")
-    parser.add_argument("--annotations", metavar="FILE", help="of --data (val_annotations.json where there is one, else annotations.json)")
-    parser.add_argument("--fps", type=float, default=4.0, help="frames a second that are taken from the videos of --data (%(default)s)")
+    parser.add_argument(
+        "--annotations",
+        metavar="FILE",
+        help="of --data (val_annotations.json where there is one, else annotations.json)",
+    )
+    parser.add_argument(
+        "--fps", type=float, default=4.0, help="frames a second that are taken from the videos of --data (%(default)s)"
+    )
     parser.add_argument("--clips", type=int, default=200, help="(%(default)s)")
-    made = "measure the clips in there, .mp4, .gif, .webp or folders of PNGs, the n-th by name as the n-th picture's, and make none"
+    made = (
+        "measure the clips in there, .mp4, .gif, .webp or folders of PNGs, the n-th by name as the n-th picture's, and"
+        " make none"
+    )
     parser.add_argument("--generated", type=Path, metavar="DIR", help=made)
     parser.add_argument("--steps", type=int, help="of the solver (the model's own number, or the speed's)")
     parser.add_argument("--guidance-scale", type=float, help="(the model's own)")
     parser.add_argument("--speed", choices=tuple(SPEEDS), default="exact", help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the first clip; the next has the next (%(default)s)")
     parser.add_argument("--clip-encoder", type=Path, metavar="DIR", help="a CLIP image encoder, for F-Consistency")
-    parser.add_argument("--pairs", choices=("consecutive", "first"), default="consecutive", help="which frames F-Consistency compares (%(default)s)")
+    parser.add_argument(
+        "--pairs",
+        choices=("consecutive", "first"),
+        default="consecutive",
+        help="which frames F-Consistency compares (%(default)s)",
+    )
     parser.add_argument("--i3d", type=Path, metavar="FILE.pt", help="a TorchScript network of clips, for FVD")
     parser.add_argument("--i3d-size", type=int, default=224, metavar="PIXELS", help="its picture size (%(default)s)")
     parser.add_argument("--fid-net", type=Path, metavar="FILE.pt", help="a TorchScript network of pictures, for FID")
@@ -66,8 +83,13 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < least:
             raise InputError(f"{name.replace('_', '-')}: found {getattr(args, name)}, expected at least {least}")
     for path, ending in ((args.output, ""), (args.markdown, ""), (args.sheet, ".png")):
-        if path and (path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK) or not path.name.lower().endswith(ending)):
-            raise InputError(f"{printable(str(path))}: expected a file name{ending and f' ending in {ending}'}, in a folder to write in")
+        if path and (
+            path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK) or not path.name.lower().endswith(ending)
+        ):
+            raise InputError(
+                f"{printable(str(path))}: expected a file name{ending and f' ending in {ending}'}, in a folder to"
+                " write in"
+            )
     from trip_reference.data.annotations import held_out
     from trip_reference.evaluation.clips import Settings, config_of, demo_cases, folder_cases, make_clips
     from trip_reference.evaluation.made_clips import read_clips
@@ -124,9 +146,16 @@ def _settings(args: argparse.Namespace, config: TripConfig, steps: int) -> dict[
 
 def _named_networks(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     """Which networks were used: their names and the SHA-256 of their weights."""
-    weights = {"clip_encoder": args.clip_encoder and args.clip_encoder / "model.safetensors", "i3d": args.i3d, "fid_net": args.fid_net}
+    weights = {
+        "clip_encoder": args.clip_encoder and args.clip_encoder / "model.safetensors",
+        "i3d": args.i3d,
+        "fid_net": args.fid_net,
+    }
     names = {name: path.parent.name if name == "clip_encoder" else path.name for name, path in weights.items() if path}
-    return {name: {"name": shown} | ({"sha256": file_sha256(weights[name])} if weights[name].is_file() else {}) for name, shown in names.items()}
+    return {
+        name: {"name": shown} | ({"sha256": file_sha256(weights[name])} if weights[name].is_file() else {})
+        for name, shown in names.items()
+    }
 
 
 def _networks(args: argparse.Namespace) -> dict[str, Any]:
@@ -134,11 +163,17 @@ def _networks(args: argparse.Namespace) -> dict[str, Any]:
     from trip_reference.evaluation.consistency import ClipEncoder
     from trip_reference.evaluation.networks import Network
 
-    named = {"clip_encoder": (ClipEncoder, args.clip_encoder), "i3d": (Network, args.i3d), "fid_net": (Network, args.fid_net)}
+    named = {
+        "clip_encoder": (ClipEncoder, args.clip_encoder),
+        "i3d": (Network, args.i3d),
+        "fid_net": (Network, args.fid_net),
+    }
     return {name: cls(path) for name, (cls, path) in named.items() if path}
 
 
-def _measured(args: argparse.Namespace, networks: dict[str, Any], clips: Sequence[np.ndarray], real: Sequence[np.ndarray]) -> dict[str, Any]:
+def _measured(
+    args: argparse.Namespace, networks: dict[str, Any], clips: Sequence[np.ndarray], real: Sequence[np.ndarray]
+) -> dict[str, Any]:
     from trip_reference.demo_judge import psnr
     from trip_reference.evaluation.consistency import consistency
     from trip_reference.evaluation.networks import fid, fvd
@@ -158,7 +193,11 @@ def _measured(args: argparse.Namespace, networks: dict[str, Any], clips: Sequenc
         del left_out["FID"]
         figures["FID"] = fid(network, clips, real, args.fid_size)
     firsts = [psnr((clip[0].astype(np.float32) - true[0]) / 255) for clip, true in zip(clips, real, strict=True)]
-    return figures | {"frame 1, dB": round(float(np.mean(firsts)), 2), "frame 1 at worst, dB": round(min(firsts), 2), "left_out": left_out}
+    return figures | {
+        "frame 1, dB": round(float(np.mean(firsts)), 2),
+        "frame 1 at worst, dB": round(min(firsts), 2),
+        "left_out": left_out,
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -28,14 +28,23 @@ class ClipEncoder:
     def __init__(self, folder: Path, device: str = "cpu"):
         disable_progress_bar()
         try:
-            self.model = CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True, use_safetensors=True).to(device).eval()
+            self.model = (
+                CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+                .to(device)
+                .eval()
+            )
             file = Path(folder) / "preprocessor_config.json"
             config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
             mean, std = config.get("image_mean", MEAN), config.get("image_std", STD)
-            self.mean, self.std = (torch.tensor(values, dtype=torch.float32, device=device)[:, None, None] for values in (mean, std))
+            self.mean, self.std = (
+                torch.tensor(values, dtype=torch.float32, device=device)[:, None, None] for values in (mean, std)
+            )
         except Exception as error:
             line = " ".join(str(error).split())[:200]
-            raise InputError(f"{folder}: cannot be read as a CLIP image encoder ({line}); expected a transformers folder with safetensors") from error
+            raise InputError(
+                f"{folder}: cannot be read as a CLIP image encoder ({line}); expected a transformers folder with"
+                " safetensors"
+            ) from error
         self.size = int(self.model.config.image_size)
 
     @torch.no_grad()
@@ -45,10 +54,13 @@ class ClipEncoder:
         return F.normalize(embeddings.float(), dim=-1)
 
     def pixels(self, frames: NDArray[np.uint8]) -> Tensor:
-        """uint8 [F, H, W, 3] → [F, 3, size, size]: the shorter side resized (bicubic, antialiased), the centre cut out, normalised."""
+        """uint8 [F, H, W, 3] → [F, 3, size, size]: the shorter side resized (bicubic, antialiased), the centre cut out,
+        normalised."""
         images = torch.tensor(frames, device=self.mean.device).movedim(-1, 1).float()
         height, width = images.shape[2:]
-        scaled = [side * self.size // min(height, width) for side in (height, width)]  # rounded down, as transformers does
+        scaled = [
+            side * self.size // min(height, width) for side in (height, width)
+        ]  # rounded down, as transformers does
         resized = F.interpolate(images, scaled, mode="bicubic", antialias=True).round().clamp(0, 255)
         top, left = ((side - self.size) // 2 for side in resized.shape[2:])
         return (resized[:, :, top : top + self.size, left : left + self.size] / 255 - self.mean) / self.std
@@ -57,7 +69,8 @@ class ClipEncoder:
 def consistency(embeddings: Tensor, frames: int | None = None, pairs: Pairs = "consecutive") -> float:
     """100 × the mean cosine similarity of a clip's unit vectors [F, D], over its first `frames` or all.
 
-    The paper gives F-Consistency4 and -all without saying which pairs it takes: those of neighbours, or each frame with the first.
+    The paper gives F-Consistency4 and -all without saying which pairs it takes: those of neighbours, or each frame with
+    the first.
     """
     chosen = embeddings[:frames]
     if len(chosen) < 2:

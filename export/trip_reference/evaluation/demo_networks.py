@@ -1,7 +1,9 @@
-"""`python -m trip_reference.evaluation.demo_networks`: feature networks of the demo world, in the formats of the real ones.
+"""`python -m trip_reference.evaluation.demo_networks`: feature networks of the demo world, in the formats of the real
+ones.
 
-CLIP, I3D and Inception know nothing of the demo world, and cannot be had without a download. These small ones are trained in minutes to tell its
-colours, shapes, sizes and motions apart. Figures made with them compare our own models with each other and with nothing else.
+CLIP, I3D and Inception know nothing of the demo world, and cannot be had without a download. These small ones are
+trained in minutes to tell its colours, shapes, sizes and motions apart. Figures made with them compare our own models
+with each other and with nothing else.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ class FrameFeatures(nn.Module):
 
     def __init__(self, width: int = 32):
         super().__init__()
-        self.layers = nn.Sequential(_conv2d(3, 24), _conv2d(24, 48), _conv2d(48, 64), _conv2d(64, 96), nn.Conv2d(96, width, 1))
+        self.layers = nn.Sequential(
+            _conv2d(3, 24), _conv2d(24, 48), _conv2d(48, 64), _conv2d(64, 96), nn.Conv2d(96, width, 1)
+        )
 
     def forward(self, pictures: Tensor) -> Tensor:
         return self.layers(pictures.float() / 127.5 - 1).mean((2, 3))
@@ -47,18 +51,27 @@ class ClipFeatures(nn.Module):
 
     def __init__(self, width: int = 32):
         super().__init__()
-        self.layers = nn.Sequential(_conv3d(3, 16), _conv3d(16, 32), _conv3d(32, 64), _conv3d(64, 96), nn.Conv3d(96, width, 1))
+        self.layers = nn.Sequential(
+            _conv3d(3, 16), _conv3d(16, 32), _conv3d(32, 64), _conv3d(64, 96), nn.Conv3d(96, width, 1)
+        )
 
     def forward(self, clips: Tensor) -> Tensor:
         return self.layers(clips).mean((2, 3, 4))
 
 
 def train_networks(folder: Path, steps: int, clips: int, seed: int) -> dict[str, Any]:
-    """Train all three, write clip-encoder/, clips.pt and frames.pt to `folder`, and return their accuracies on held-out clips in percent."""
+    """Train all three, write clip-encoder/, clips.pt and frames.pt to `folder`, and return their accuracies on held-out
+    clips in percent."""
     torch.manual_seed(seed)
     encoder = CLIPVisionModelWithProjection(
         CLIPVisionConfig(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, image_size=SIZE, patch_size=8, projection_dim=32
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=SIZE,
+            patch_size=8,
+            projection_dim=32,
         )
     )
     nets = {"clip-encoder": encoder, "frames": FrameFeatures(), "clips": ClipFeatures()}
@@ -107,8 +120,23 @@ def _clips(count: int, held_out: bool) -> tuple[Tensor, dict[str, Tensor], Tenso
         frames.append(demo_world.render(scene, motion, FRAMES, SIZE))
         cover = demo_world.mask(scene, motion, FRAMES, SIZE)
         area, axis = cover.sum((1, 2)), np.linspace(-1, 1, SIZE)
-        places.append(np.stack([cover.sum(1) @ axis / area, cover.sum(2) @ axis / area, area / SIZE**2 * 4, np.full(FRAMES, np.sin(scene.angle))], 1))
-        labels.append([LABELS[key].index(value) for key, value in (("colour", scene.colour), ("shape", scene.shape), ("motion", motion))])
+        places.append(
+            np.stack(
+                [
+                    cover.sum(1) @ axis / area,
+                    cover.sum(2) @ axis / area,
+                    area / SIZE**2 * 4,
+                    np.full(FRAMES, np.sin(scene.angle)),
+                ],
+                1,
+            )
+        )
+        labels.append(
+            [
+                LABELS[key].index(value)
+                for key, value in (("colour", scene.colour), ("shape", scene.shape), ("motion", motion))
+            ]
+        )
     pixels = torch.from_numpy(np.stack(frames)).movedim(-1, 2)
     numbers = torch.tensor(labels)
     return pixels, {key: numbers[:, i] for i, key in enumerate(LABELS)}, torch.from_numpy(np.stack(places)).float()
@@ -121,7 +149,9 @@ def _features(net: nn.Module, name: str, clips: Tensor, frames: np.ndarray) -> T
     return net(chosen) if name == "frames" else net(pixel_values=chosen.float() / 127.5 - 1).image_embeds
 
 
-def _loss(said: Tensor, name: str, data: tuple[Tensor, dict[str, Tensor], Tensor], rows: np.ndarray, frames: np.ndarray) -> Tensor:
+def _loss(
+    said: Tensor, name: str, data: tuple[Tensor, dict[str, Tensor], Tensor], rows: np.ndarray, frames: np.ndarray
+) -> Tensor:
     _, labels, places = data
     chosen = torch.from_numpy(rows)
     place = places[chosen, -1] - places[chosen, 0] if name == "clips" else places[chosen, torch.from_numpy(frames)]
@@ -137,16 +167,23 @@ def _split(said: Tensor, name: str) -> list[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def _accuracy(net: nn.Module, head: nn.Module, name: str, data: tuple[Tensor, dict[str, Tensor], Tensor]) -> dict[str, float]:
+def _accuracy(
+    net: nn.Module, head: nn.Module, name: str, data: tuple[Tensor, dict[str, Tensor], Tensor]
+) -> dict[str, float]:
     pixels, labels, _ = data
     said = torch.cat([head(_features(net, name, part, np.zeros(len(part), int))) for part in pixels.split(32)])
-    return {key: round(100 * float((part.argmax(1) == labels[key]).float().mean()), 1) for key, part in _split(said, name)}
+    return {
+        key: round(100 * float((part.argmax(1) == labels[key]).float().mean()), 1) for key, part in _split(said, name)
+    }
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="python -m trip_reference.evaluation.demo_networks",
-        description="Train feature networks of the demo world for trip-evaluate, as real ones know nothing of it. Their figures compare our models.",
+        description=(
+            "Train feature networks of the demo world for trip-evaluate, as real ones know nothing of it. Their figures"
+            " compare our models."
+        ),
         epilog="example: python -m trip_reference.evaluation.demo_networks -o out/demo-networks",
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder to write, new or empty")
@@ -162,7 +199,10 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < 1:
             raise InputError(f"{name}: found {getattr(args, name)}, expected at least 1")
     accuracies = train_networks(args.output, args.steps, args.clips, args.seed)
-    lines = [f"{name}: " + ", ".join(f"{key} {value} %" for key, value in found.items()) for name, found in accuracies.items()]
+    lines = [
+        f"{name}: " + ", ".join(f"{key} {value} %" for key, value in found.items())
+        for name, found in accuracies.items()
+    ]
     report(args, accuracies, "\n".join([f"{args.output}: on held-out clips", *lines]))
     return 0
 

@@ -24,11 +24,15 @@ class Moments:
         if batch.ndim != 2 or batch.shape[1] != len(self.mean):
             raise ValueError(f"features: found shape {list(batch.shape)}, expected [N, {len(self.mean)}]")
         if not np.isfinite(batch).all():
-            raise ValueError("features: found values that are not finite, expected numbers; is the network in a half precision?")
+            raise ValueError(
+                "features: found values that are not finite, expected numbers; is the network in a half precision?"
+            )
         if len(batch):
             centre = batch.mean(0)
             apart, total = centre - self.mean, self.count + len(batch)
-            self._scatter += (batch - centre).T @ (batch - centre) + np.outer(apart, apart) * (self.count * len(batch) / total)
+            self._scatter += (batch - centre).T @ (batch - centre) + np.outer(apart, apart) * (
+                self.count * len(batch) / total
+            )
             self.mean = self.mean + apart * (len(batch) / total)
             self.count = total
         return self
@@ -42,7 +46,8 @@ class Moments:
 def frechet_distance(mean_1: Array, covariance_1: Array, mean_2: Array, covariance_2: Array) -> float:
     """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½) (Dowson and Landau 1982).
 
-    (Σ₁Σ₂)^½ has the eigenvalues of (Σ₁^½ Σ₂ Σ₁^½)^½, which is symmetric: nothing complex appears where covariances are singular.
+    (Σ₁Σ₂)^½ has the eigenvalues of (Σ₁^½ Σ₂ Σ₁^½)^½, which is symmetric: nothing complex appears where covariances are
+    singular.
     """
     root = _square_root(covariance_1)
     overlap = np.sqrt(np.clip(np.linalg.eigvalsh(root @ covariance_2 @ root), 0, None)).sum()
@@ -57,10 +62,12 @@ def distance_of(features_1: NDArray[np.floating], features_2: NDArray[np.floatin
 
 
 def extrapolated(features_1: NDArray[np.floating], features_2: NDArray[np.floating], seed: int = 0) -> float | None:
-    """The distance for endless data: measured on subsets of several sizes and continued linearly in 1/N to 0 (Chong and Forsyth 2020).
+    """The distance for endless data: measured on subsets of several sizes and continued linearly in 1/N to 0 (Chong and
+    Forsyth 2020).
 
-    The plain estimate is biased upwards by about c/N; the result may be negative. None where the smallest subset would have fewer than 8 features
-    or no more than their width: covariances are singular there, the bias is no line, and its continuation was seen to give 124 in place of 4.
+    The plain estimate is biased upwards by about c/N; the result may be negative. None where the smallest subset would
+    have fewer than 8 features or no more than their width: covariances are singular there, the bias is no line, and its
+    continuation was seen to give 124 in place of 4.
     """
     count = min(len(features_1), len(features_2))
     if count // 2 < 8 or count // 2 <= features_1.shape[1]:

@@ -1,4 +1,5 @@
-"""Clips that were made earlier, by whatever model: a folder of .mp4, .gif or .webp files or of folders of PNG frames."""
+"""Clips that were made earlier, by whatever model: a folder of .mp4, .gif or .webp files or of folders of PNG
+frames."""
 
 from __future__ import annotations
 
@@ -24,16 +25,22 @@ def read_clips(folder: Path, config: TripConfig, count: int) -> list[NDArray[np.
         raise InputError(f"{_name(folder)}: found no such folder, expected one of clips")
     found = [path for path in sorted(folder.iterdir()) if path.is_dir() or path.suffix.lower() in ENDINGS]
     if not found:
-        raise InputError(f"{_name(folder)}: found no clips, expected files ending in {', '.join(ENDINGS)} or folders of PNG frames")
+        raise InputError(
+            f"{_name(folder)}: found no clips, expected files ending in {', '.join(ENDINGS)} or folders of PNG frames"
+        )
     clips, expected = [], (config.num_frames, config.height, config.width, 3)
     for path in found[:count]:
-        pictures = _pngs(path) if path.is_dir() else _video(path, config.num_frames + 1)  # one more shows that there are too many
+        pictures = (
+            _pngs(path) if path.is_dir() else _video(path, config.num_frames + 1)
+        )  # one more shows that there are too many
         shapes = {picture.shape for picture in pictures}
         if len(pictures) != config.num_frames or shapes != {expected[1:]}:
             sizes = ", ".join(f"{width} × {height}" for height, width, _ in sorted(shapes)) or "no size"
             wanted = f"{config.num_frames} of {config.width} × {config.height}"
             remedy = "folders of PNG frames keep every one, where animations merge equal ones"
-            raise InputError(f"{_name(path)}: found {len(pictures)} frames of {sizes}, expected {wanted}, as the model's; {remedy}")
+            raise InputError(
+                f"{_name(path)}: found {len(pictures)} frames of {sizes}, expected {wanted}, as the model's; {remedy}"
+            )
         clips.append(np.stack(pictures))
     return clips
 
@@ -47,7 +54,9 @@ def _pngs(folder: Path) -> list[NDArray[np.uint8]]:
             with Image.open(path, formats=("PNG",)) as header:
                 width, height = header.size
         except Exception as error:  # a hostile file can raise nearly anything from inside a decoder
-            raise InputError(f"{_name(path)}: found a file that cannot be read as PNG, expected a frame; save it again") from error
+            raise InputError(
+                f"{_name(path)}: found a file that cannot be read as PNG, expected a frame; save it again"
+            ) from error
         pictures.append(load_image(path, height, width))
     return pictures
 
@@ -65,7 +74,9 @@ def _video(path: Path, most: int) -> list[NDArray[np.uint8]]:
             return [np.array(frame.convert("RGB")) for frame in islice(ImageSequence.Iterator(animation), most)]
     except Exception as error:  # as above
         reason = printable(str(error) or type(error).__name__)[:120]
-        raise InputError(f"{_name(path)}: found a damaged or unsupported clip ({reason}), expected mp4, gif or webp; make it again") from error
+        raise InputError(
+            f"{_name(path)}: found a damaged or unsupported clip ({reason}), expected mp4, gif or webp; make it again"
+        ) from error
 
 
 def _name(path: Path) -> str:

@@ -32,7 +32,9 @@ class Network:
             self.module = torch.jit.load(str(path), map_location=device).eval()
         except Exception as error:
             line = " ".join(str(error).split())[:200]
-            raise InputError(f"{path}: cannot be opened as a TorchScript network ({line}); expected a file by torch.jit.save") from error
+            raise InputError(
+                f"{path}: cannot be opened as a TorchScript network ({line}); expected a file by torch.jit.save"
+            ) from error
         self.path, self.device = path, device
         arguments = {argument.name for argument in self.module.forward.schema.arguments}
         self.words = {name: value for name, value in I3D_WORDS.items() if name in arguments}
@@ -44,14 +46,19 @@ class Network:
             found: Any = self.module(inputs.to(self.device), **self.words)
         except RuntimeError as error:
             line = " ".join(str(error).split())[-200:]
-            raise InputError(f"{self.path}: does not take a batch of shape {list(inputs.shape)} ({line}); give its picture size") from error
+            raise InputError(
+                f"{self.path}: does not take a batch of shape {list(inputs.shape)} ({line}); give its picture size"
+            ) from error
         if not isinstance(found, Tensor) or found.ndim < 2 or len(found) != len(inputs):
-            raise InputError(f"{self.path}: found no features [B, D] for a batch of {len(inputs)}, expected a feature network")
+            raise InputError(
+                f"{self.path}: found no features [B, D] for a batch of {len(inputs)}, expected a feature network"
+            )
         return found.flatten(1).float().cpu()
 
 
 def fvd(network: Network, made: Sequence[Clip], real: Sequence[Clip], size: int) -> dict[str, Any]:
-    """Fréchet video distance (Unterthiner et al. 2018) between clips uint8 [F, H, W, 3], with all that its value depends on.
+    """Fréchet video distance (Unterthiner et al. 2018) between clips uint8 [F, H, W, 3], with all that its value
+    depends on.
 
     Clips go in as [B, 3, F, size, size] in [−1, 1].
     """
@@ -60,14 +67,21 @@ def fvd(network: Network, made: Sequence[Clip], real: Sequence[Clip], size: int)
 
 
 def fid(network: Network, made: Sequence[Clip], real: Sequence[Clip], size: int) -> dict[str, Any]:
-    """Fréchet distance between all frames, by torchmetrics. Frames go in as uint8 [B, 3, size, size], as Inception's do."""
+    """Fréchet distance between all frames, by torchmetrics. Frames go in as uint8 [B, 3, size, size], as Inception's
+    do."""
     width = network(_frames(made[0][:1], size)).shape[1]
     metric = FrechetInceptionDistance(feature=_Module(network, width), input_img_size=(3, size, size))
     for clips, is_real in ((made, False), (real, True)):
         for clip in tqdm(clips, desc="FID", unit="clip", disable=None):
             metric.update(_frames(clip, size), real=is_real)
     count = min(sum(map(len, clips)) for clips in (made, real))
-    return {"value": round(float(metric.compute()), 4), "frames": count, "feature_width": width, "size": size, "biased": count <= 10 * width}
+    return {
+        "value": round(float(metric.compute()), 4),
+        "frames": count,
+        "feature_width": width,
+        "size": size,
+        "biased": count <= 10 * width,
+    }
 
 
 class _Module(nn.Module):
@@ -90,12 +104,15 @@ def _described(features: list[NDArray[np.float32]]) -> dict[str, Any]:
         "extrapolated": None if limit is None else round(limit, 4),
         "clips": count,
         "feature_width": width,
-        "biased": count <= 10 * width,  # below D + 1 the covariance is singular, and c/N is still large for some way above
+        "biased": count
+        <= 10 * width,  # below D + 1 the covariance is singular, and c/N is still large for some way above
     }
 
 
 def _features(of: Callable[[Sequence[Clip]], Tensor], clips: Sequence[Clip], what: str) -> NDArray[np.float32]:
-    return torch.cat([of(batch) for batch in tqdm(list(_batches(clips)), desc=what, unit="batch", disable=None)]).numpy()
+    return torch.cat(
+        [of(batch) for batch in tqdm(list(_batches(clips)), desc=what, unit="batch", disable=None)]
+    ).numpy()
 
 
 def _batches(clips: Sequence[Clip]) -> Iterator[Sequence[Clip]]:

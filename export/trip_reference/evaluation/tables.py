@@ -13,19 +13,31 @@ PAPER = {"F-Consistency4": 95.36, "F-Consistency-all": 96.41, "FVD": 38.9}
 def tables(figures: dict[str, Any]) -> str:
     """The figures as Markdown, beside the paper's."""
     lines = ["| | measured | the paper, WebVid-10M |", "| --- | --- | --- |"]
-    rows = {name: figures.get(name) for name in ("F-Consistency4", "F-Consistency-all", "FVD", "FID", "frame 1, dB", "frame 1 at worst, dB")}
+    rows = {
+        name: figures.get(name)
+        for name in ("F-Consistency4", "F-Consistency-all", "FVD", "FID", "frame 1, dB", "frame 1 at worst, dB")
+    }
     for name, found in rows.items():
         value = found["value"] if isinstance(found, dict) else found
         lines.append(f"| {name} | {'not measured' if value is None else f'{value:.2f}'} | {PAPER.get(name, '')} |")
     how = f"{figures['steps']} steps, guidance {figures['guidance_scale']:g}" if "steps" in figures else "made earlier"
-    about = f"{figures['clips']} clips of {figures['frames']} frames, {figures['width']}×{figures['height']}, {figures['data']}; {how}."
+    about = (
+        f"{figures['clips']} clips of {figures['frames']} frames, {figures['width']}×{figures['height']},"
+        f" {figures['data']}; {how}."
+    )
     notes = [about, "Figures of other data, networks or clip counts cannot be compared with the paper's."]
     for name in ("FVD", "FID"):
         if found := figures.get(name):
-            limit = f", {found['extrapolated']:.2f} when continued to endless data" if found.get("extrapolated") is not None else ""
+            limit = (
+                f", {found['extrapolated']:.2f} when continued to endless data"
+                if found.get("extrapolated") is not None
+                else ""
+            )
             bias = "; so few for that width that it is biased upwards" if found["biased"] else ""
             count = f"{found['clips']} clips" if "clips" in found else f"{found['frames']} frames"
-            notes.append(f"{name}: {found['feature_width']} features of {count} at {found['size']}×{found['size']}{bias}{limit}.")
+            notes.append(
+                f"{name}: {found['feature_width']} features of {count} at {found['size']}×{found['size']}{bias}{limit}."
+            )
     for name, option in figures["left_out"].items():
         notes.append(f"{name} needs {option}.")
     text = "\n".join(lines) + "\n\n" + "\n".join(notes)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 
 class Average:
-    """ā ← ā + (1 − d)·(θ − ā) for every parameter θ, d rising from 0.1 to `decay` so that the first weights are soon forgotten.
+    """ā ← ā + (1 − d)·(θ − ā) for every parameter θ, d rising from 0.1 to `decay` so that the first weights are soon
+    forgotten.
 
     It holds tensors like the parameters' own: shards where those are sharded.
     """

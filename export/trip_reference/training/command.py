@@ -16,7 +16,8 @@ EPILOG = """examples:
   trip-train --demo -o mine --checkpoint checkpoints/demo --steps 4000 --lr 4e-4 --set vae.steps=0      train it on
   trip-train --recipe trip-256 --data webvid --checkpoint start -o run     videos of your own
   trip-train recipe.toml -o run --set lora.rank=16 --set run.batch=32
-  torchrun --nproc-per-node 8 -m trip_reference.training.command recipe.toml -o run      or accelerate launch, with DDP or FSDP by its config
+  torchrun --nproc-per-node 8 -m trip_reference.training.command recipe.toml -o run
+                                              (or accelerate launch, with DDP or FSDP by its config)
 
 --print-config shows every setting of a recipe; recipes/demo.toml in the package explains them."""
 
@@ -24,21 +25,38 @@ EPILOG = """examples:
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="trip-train",
-        description="Train a TRIP model. A run that was stopped, or killed, goes on from its last state when the same command is given again.",
+        description=(
+            "Train a TRIP model. A run that was stopped, or killed, goes on from its last state when the same command"
+            " is given again."
+        ),
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG.toml", help="settings that differ from the recipe's")
+    parser.add_argument(
+        "config", nargs="?", type=Path, metavar="CONFIG.toml", help="settings that differ from the recipe's"
+    )
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--recipe", choices=RECIPES, default="demo", help="settings to begin with (%(default)s)")
-    kind.add_argument("--demo", action="store_const", dest="recipe", const="demo", help="the demo model on its own world")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="checkpoint folder to write; its training/ keeps the state of the run")
-    parser.add_argument("--data", metavar="DIR", help="a folder with annotations.json, shards, or a cache (data.source)")
+    kind.add_argument(
+        "--demo", action="store_const", dest="recipe", const="demo", help="the demo model on its own world"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        help="checkpoint folder to write; its training/ keeps the state of the run",
+    )
+    parser.add_argument(
+        "--data", metavar="DIR", help="a folder with annotations.json, shards, or a cache (data.source)"
+    )
     parser.add_argument("--checkpoint", metavar="DIR", help="weights to start from (model.checkpoint)")
     parser.add_argument("--seed", type=int, help="(run.seed)")
     parser.add_argument("--steps", type=int, help="of the last stage")
     parser.add_argument("--lr", type=float, help="the last stage's rates, at their highest")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.NAME=VALUE", help="one setting; may be repeated")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.NAME=VALUE", help="one setting; may be repeated"
+    )
     parser.add_argument("--print-config", action="store_true", help="print the settings as TOML and do nothing")
     add_json_flag(parser)
     return parser

@@ -142,7 +142,9 @@ def load_config(recipe: str, file: Path | None = None, settings: Sequence[str] =
         if unknown := given.keys() - data.keys():
             raise InputError(f"{file}: found section {', '.join(sorted(unknown))}, expected {', '.join(data)}")
         for section, values in given.items():
-            data[section] = data[section] | values if isinstance(values, dict) and isinstance(data[section], dict) else values
+            data[section] = (
+                data[section] | values if isinstance(values, dict) and isinstance(data[section], dict) else values
+            )
     for word in settings:
         _set(data, word)
     config = from_json(TrainConfig, data, str(file or f"recipe {recipe}"))
@@ -163,10 +165,15 @@ def _set(data: dict[str, Any], word: str) -> None:
     *path, name = where.split(".")
     target: Any = data
     for part in path:
-        numbered = isinstance(target, list) and part.removeprefix("-").isdecimal() and -len(target) <= int(part) < len(target)
+        numbered = (
+            isinstance(target, list) and part.removeprefix("-").isdecimal() and -len(target) <= int(part) < len(target)
+        )
         target = target[int(part)] if numbered else target.get(part) if isinstance(target, dict) else None
     if not equals or not isinstance(target, dict) or name not in target:
-        raise InputError(f"{word!r}: found no such setting, expected section.name=value with a name that the recipe has, as run.batch=16")
+        raise InputError(
+            f"{word!r}: found no such setting, expected section.name=value with a name that the recipe has, as"
+            " run.batch=16"
+        )
     try:
         target[name] = tomllib.loads(f"value = {text}")["value"]
     except ValueError:
@@ -195,10 +202,16 @@ def _check(config: TrainConfig) -> None:
         "stages": (len(config.stages), 1),
     }
     for i, stage in enumerate(config.stages):
-        least |= {f"stages.{i}.steps": (stage.steps, 1), f"stages.{i}.warmup": (stage.warmup, 0), f"stages.{i}.trains": (len(stage.trains), 1)}
+        least |= {
+            f"stages.{i}.steps": (stage.steps, 1),
+            f"stages.{i}.warmup": (stage.warmup, 0),
+            f"stages.{i}.trains": (len(stage.trains), 1),
+        }
         for name in ("unet_lr", "tnf_lr"):
             if not 0 < getattr(stage, name) < 1:
-                raise InputError(f"stages.{i}.{name}: found {getattr(stage, name):g}, expected more than 0 and less than 1")
+                raise InputError(
+                    f"stages.{i}.{name}: found {getattr(stage, name):g}, expected more than 0 and less than 1"
+                )
     for name, (found, minimum) in least.items():
         if found < minimum:
             raise InputError(f"{name}: found {found}, expected at least {minimum}")
@@ -214,7 +227,9 @@ def _check(config: TrainConfig) -> None:
     if optimizer.clip <= 0 or config.data.fps <= 0 or config.loss.max_weight <= 0 or config.loss.min_snr_gamma <= 0:
         raise InputError("optimizer.clip, data.fps, loss.max_weight and loss.min_snr_gamma: expected more than 0")
     if run.tracker == "wandb" and find_spec("wandb") is None:
-        raise InputError("run.tracker: found wandb, which is not installed; `pip install wandb`, or set tensorboard or none")
+        raise InputError(
+            "run.tracker: found wandb, which is not installed; `pip install wandb`, or set tensorboard or none"
+        )
     names = [stage.name for stage in config.stages]
     if len(set(names)) != len(names):
         raise InputError(f"stages: found the names {', '.join(names)}, expected each once")
@@ -223,4 +238,6 @@ def _check(config: TrainConfig) -> None:
     if bool(config.model.modelscope) != bool(config.model.stable_diffusion):
         raise InputError("model.modelscope and model.stable_diffusion: found one of them, expected both or neither")
     if config.run.batch % config.run.accumulation:
-        raise InputError(f"run.batch: found {run.batch}, expected a multiple of run.accumulation, which is {run.accumulation}")
+        raise InputError(
+            f"run.batch: found {run.batch}, expected a multiple of run.accumulation, which is {run.accumulation}"
+        )

@@ -25,10 +25,13 @@ class Denoiser(nn.Module):
         self.loss, self.fused_kernel = loss, fused_kernel
         self.register_buffer("alpha_bars", torch.from_numpy(alpha_bars(model.config.schedule)), persistent=False)
 
-    def forward(self, latents: Tensor, noise: Tensor, timestep: Tensor, ids: Tensor | None = None, text: Tensor | None = None) -> Tensor:
+    def forward(
+        self, latents: Tensor, noise: Tensor, timestep: Tensor, ids: Tensor | None = None, text: Tensor | None = None
+    ) -> Tensor:
         """The mean over the batch of w(t)·|ε̃ − ε|² (TRIP, eq. 7).
 
-        latents, noise: [B, C, F, h, w], clean and of unit variance; timestep: int64 [B]; ids: int64 [B, L], or text: [B, L, D] as encoded.
+        latents, noise: [B, C, F, h, w], clean and of unit variance; timestep: int64 [B]; ids: int64 [B, L], or text:
+        [B, L, D] as encoded.
         """
         alpha_bar = self.alpha_bars[timestep]  # fp64
         signal, sigma = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
@@ -50,8 +53,9 @@ class Denoiser(nn.Module):
 def loss_weight(alpha_bar: Tensor, config: LossConfig) -> Tensor:
     """w(t) of an ε-prediction, for ᾱ_t [B].
 
-    `min-snr`: min(SNR, γ)/SNR with SNR = ᾱ/(1 − ᾱ) (Hang et al. 2023, arXiv 2303.09556). `clean`: 1/ᾱ up to a bound; TRIP's prior makes ε so
-    easy at large t that the plain loss hardly teaches motion to a network that starts from nothing.
+    `min-snr`: min(SNR, γ)/SNR with SNR = ᾱ/(1 − ᾱ) (Hang et al. 2023, arXiv 2303.09556). `clean`: 1/ᾱ up to a bound;
+    TRIP's prior makes ε so easy at large t that the plain loss hardly teaches motion to a network that starts from
+    nothing.
     """
     match config.weighting:
         case "min-snr":

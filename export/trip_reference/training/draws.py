@@ -1,4 +1,5 @@
-"""The randomness of a training step: every clip's timestep, noise and dropped text follow from (seed, step, place in the batch) alone.
+"""The randomness of a training step: every clip's timestep, noise and dropped text follow from (seed, step, place in
+the batch) alone.
 
 So a resumed run draws what an undisturbed one would, and many processes draw together what one would alone.
 """
@@ -25,11 +26,19 @@ class Draws:
 
 
 def draw(
-    seed: int, step: int, positions: Sequence[int], batch: int, shape: Sequence[int], num_train_timesteps: int, config: LossConfig, drop: bool = True
+    seed: int,
+    step: int,
+    positions: Sequence[int],
+    batch: int,
+    shape: Sequence[int],
+    num_train_timesteps: int,
+    config: LossConfig,
+    drop: bool = True,
 ) -> Draws:
     """What the clips at `positions` of a step's `batch` get; `shape` is one clip's latents [C, F, h, w].
 
-    Timesteps come one from each of `batch` equal parts of their distribution, as the loss varies more with t than with the clip.
+    Timesteps come one from each of `batch` equal parts of their distribution, as the loss varies more with t than with
+    the clip.
     """
     whole = np.random.default_rng([seed, step])
     quantile = (whole.permutation(batch) + whole.random(batch)) / batch

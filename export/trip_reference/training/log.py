@@ -1,4 +1,5 @@
-"""What a run says while it goes: a line of JSON every few steps, the same to a tracker, the bar, and warnings of broken clips."""
+"""What a run says while it goes: a line of JSON every few steps, the same to a tracker, the bar, and warnings of broken
+clips."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ class Log:
         self._since = time.monotonic()
         self._waited = 0.0
 
-    def step(self, done: int, loss: float, norm: float, groups: Sequence[dict[str, Any]], waited: float, last: bool, bar: Any) -> None:
+    def step(
+        self, done: int, loss: float, norm: float, groups: Sequence[dict[str, Any]], waited: float, last: bool, bar: Any
+    ) -> None:
         """Take in a step; every `every`th, and after the last, say how it goes."""
         self._losses.append(loss)
         if done % self.every and not last:
@@ -45,7 +48,11 @@ class Log:
             "peak_memory_mb": round(peak_memory()),
         }
         self.write(record)
-        bar.set_postfix_str("loss {loss:.4g}, {clips_per_second:.3g} clips/s, data {waited_for_data:.0%}, {peak_memory_mb} MB".format(**record))
+        bar.set_postfix_str(
+            "loss {loss:.4g}, {clips_per_second:.3g} clips/s, data {waited_for_data:.0%}, {peak_memory_mb} MB".format(
+                **record
+            )
+        )
         self._losses, self._since, self._waited = [], time.monotonic(), waited
 
     def rewind(self, step: int) -> None:

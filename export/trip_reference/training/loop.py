@@ -69,14 +69,16 @@ def train(
     hooks: Callable[[nn.Module, Average], Sequence[Hook]] = lambda module, average: (),
     data_state: Callable[[], list[int]] = list,
 ) -> dict[str, Tensor]:
-    """Train the parameters of `module` that need gradients, and return the average of all it keeps by name, whole and on the host.
+    """Train the parameters of `module` that need gradients, and return the average of all it keeps by name, whole and
+    on the host.
 
-    The module's forward pass, on what `inputs_of(step, part, batch)` gives, is the loss of one part of a step; a step's loss is the mean over its
-    parts and processes. `rates(name)` is a parameter's highest learning rate; `parts_from(place)` yields the batches from that place on. The
-    run's state, with the parameters that `keeps` names, is kept in the file `state`; one that is there is taken up, and the run ends in the same
-    bits as if it had never stopped.
-    `data_state()` is where this process's parts are, for the next `place`; `hooks(module, average)` are acts on the way.
-    Raises Stopped once a SIGTERM or SIGINT has been answered by saving, and InputError after too many steps in a row without a finite loss.
+    The module's forward pass, on what `inputs_of(step, part, batch)` gives, is the loss of one part of a step; a step's
+    loss is the mean over its parts and processes. `rates(name)` is a parameter's highest learning rate;
+    `parts_from(place)` yields the batches from that place on. The run's state, with the parameters that `keeps` names,
+    is kept in the file `state`; one that is there is taken up, and the run ends in the same bits as if it had never
+    stopped. `data_state()` is where this process's parts are, for the next `place`; `hooks(module, average)` are acts
+    on the way. Raises Stopped once a SIGTERM or SIGINT has been answered by saving, and InputError after too many steps
+    in a row without a finite loss.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
@@ -96,7 +98,9 @@ def train(
     if state.exists():
         place = read_place(state, run_id)
         # At its first step a stretch's optimiser is new; one that is over has nothing more to do.
-        load_state(state, kept, average, optimizer.optimizer if stretch.first < place.step <= stretch.last else None, names)
+        load_state(
+            state, kept, average, optimizer.optimizer if stretch.first < place.step <= stretch.last else None, names
+        )
         if accelerator.scaler is not None and place.loss_scale:
             accelerator.scaler.load_state_dict(place.loss_scale)
     log.rewind(place.step)
@@ -115,7 +119,9 @@ def train(
     parts = _Timed(parts_from(place))
     with _signals() as caught, tqdm(**_bar(stretch, place, accelerator.is_main_process)) as bar:
         for step in range(place.step, stretch.last):
-            factor = lr_factor(step - stretch.first, stretch.last - stretch.first, stretch.warmup, optimizer_config.final_lr)
+            factor = lr_factor(
+                step - stretch.first, stretch.last - stretch.first, stretch.warmup, optimizer_config.final_lr
+            )
             for group in optimizer.param_groups:
                 group["lr"] = group["highest"] * factor
             loss = torch.zeros((), device=accelerator.device)
@@ -130,7 +136,9 @@ def train(
                 loss += share.detach()
             norm = float(whole(accelerator.clip_grad_norm_(everyone, optimizer_config.clip)))
             # One message for both: whoever got a signal, everyone stops after the same step.
-            told = accelerator.reduce(torch.stack([loss, torch.tensor(float(bool(caught)), device=loss.device)]), "mean").tolist()
+            told = accelerator.reduce(
+                torch.stack([loss, torch.tensor(float(bool(caught)), device=loss.device)]), "mean"
+            ).tolist()
             finite = math.isfinite(told[0]) and (math.isfinite(norm) or accelerator.scaler is not None)
             if finite:  # an fp16 scaler looks at the gradients itself, and lowers its scale where they overflow
                 optimizer.step()
@@ -142,8 +150,8 @@ def train(
             log.step(done, told[0], norm, optimizer.param_groups, parts.waited, last, bar)
             if bad >= run.max_bad_steps:
                 raise InputError(
-                    f"{stretch.name}, step {done}: the loss is {told[0]}, its gradient's norm {norm}, for {bad} steps in a row; "
-                    f"go on from {state} with a lower learning rate"
+                    f"{stretch.name}, step {done}: the loss is {told[0]}, its gradient's norm {norm}, for {bad} steps"
+                    f" in a row; go on from {state} with a lower learning rate"
                 )
             stop = told[1] > 0
             if done % run.save_every == 0 or last or stop:

@@ -24,13 +24,16 @@ def add_adapters(unet: nn.Module, config: LoraConfig) -> None:
     Their parameters have `lora_` in their names; the layers' own are at `….base_layer.…`.
     """
     try:
-        inject_adapter_in_model(PeftLoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets)), unet)
+        inject_adapter_in_model(
+            PeftLoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets)), unet
+        )
     except ValueError as error:
         raise InputError(f"lora.targets: {error}") from error
 
 
 def merged(unet: nn.Module) -> nn.Module:
-    """A copy of `unet` with its adapters added into the weights, of the plain network's layers and names; `unet` itself where it has none."""
+    """A copy of `unet` with its adapters added into the weights, of the plain network's layers and names; `unet` itself
+    where it has none."""
     if not any(isinstance(module, BaseTunerLayer) for module in unet.modules()):
         return unet
     plain = copy.deepcopy(unet)
@@ -48,5 +51,10 @@ def save_adapters(unet: nn.Module, config: LoraConfig, folder: Path) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(unet).items()}
     with whole_file(folder / "adapter_model.safetensors") as part:
         save_file(tensors, part)
-    described = {"peft_type": "LORA", "r": config.rank, "lora_alpha": config.alpha, "target_modules": list(config.targets)}
+    described = {
+        "peft_type": "LORA",
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "target_modules": list(config.targets),
+    }
     (folder / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")

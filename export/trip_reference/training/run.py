@@ -34,7 +34,15 @@ SCALE_CLIPS = 64  # that the latents' scale is measured on
 
 # What may differ between a run's sittings: nothing of it touches a weight.
 _FREE = {
-    "run": ("save_every", "log_every", "validate_every", "validation_clips", "checkpoint_every", "max_bad_steps", "tracker"),
+    "run": (
+        "save_every",
+        "log_every",
+        "validate_every",
+        "validation_clips",
+        "checkpoint_every",
+        "max_bad_steps",
+        "tracker",
+    ),
     "data": ("validation", "workers"),
 }
 
@@ -42,7 +50,8 @@ _FREE = {
 def train_run(config: TrainConfig, folder: Path) -> dict[str, Any]:
     """Train as `config` says, leave a checkpoint in `folder` and return what a report should say.
 
-    `folder/training` has the run's settings, state, log and sheets; a run that is found there is taken up where it stopped.
+    `folder/training` has the run's settings, state, log and sheets; a run that is found there is taken up where it
+    stopped.
     """
     return _Run(config, folder).train()
 
@@ -112,7 +121,10 @@ class _Run:
         """Train the demo's VAE and set the scale of its latents; returns its PSNR on held-out frames in dB."""
         config = self.config
         if config.data.source != DEMO:
-            raise InputError(f"vae.steps: found {config.vae.steps} on {config.data.source}, expected 0: only the demo world trains a VAE")
+            raise InputError(
+                f"vae.steps: found {config.vae.steps} on {config.data.source}, expected 0: only the demo world trains"
+                " a VAE"
+            )
         clips, held_out = render_clips(self.trip, config.data.clips), render_clips(self.trip, 32, held_out=True)
         train_vae(self.vae, clips, config, self.accelerator, self._vae_state, self.run_id)
         self.vae.to(memory_format=torch.contiguous_format)
@@ -142,7 +154,8 @@ class _Run:
         return source
 
     def _write_checkpoint(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Write a checkpoint with the averaged `weights`, adapters merged in and, if there are any, beside it by themselves."""
+        """Write a checkpoint with the averaged `weights`, adapters merged in and, if there are any, beside it by
+        themselves."""
         if self.accelerator.is_main_process:
             model = self._start()
             parameters = dict(trainable(model, self.config).named_parameters())
@@ -152,7 +165,12 @@ class _Run:
             if self.config.lora.rank:
                 save_adapters(model.residual_unet.unet, self.config.lora, folder / "lora")
                 model.residual_unet.unet = merged(model.residual_unet.unet)
-            checkpoint.save_pretrained(model, self.tokenizer_json, folder, torch.float16 if self.config.run.weights == "fp16" else torch.float32)
+            checkpoint.save_pretrained(
+                model,
+                self.tokenizer_json,
+                folder,
+                torch.float16 if self.config.run.weights == "fp16" else torch.float32,
+            )
         self.accelerator.wait_for_everyone()
 
 

@@ -35,7 +35,8 @@ WriteCheckpoint = Callable[[Path, dict[str, Tensor]], None]
 
 
 class StageRun:
-    """Trains `stage`, whose first step is the run's step `first`, on `source`; `state` is the run's file, which knows the run by `run_id`."""
+    """Trains `stage`, whose first step is the run's step `first`, on `source`; `state` is the run's file, which knows
+    the run by `run_id`."""
 
     def __init__(
         self,
@@ -54,7 +55,9 @@ class StageRun:
         self.tokenizer_json, self.accelerator, self.state, self.run_id = tokenizer_json, accelerator, state, run_id
         self.write_checkpoint = write_checkpoint
         self.stretch = Stretch(stage.name, first, first + stage.steps, stage.warmup)
-        self.plan = BatchPlan(config.run.batch, config.run.accumulation, accelerator.process_index, accelerator.num_processes)
+        self.plan = BatchPlan(
+            config.run.batch, config.run.accumulation, accelerator.process_index, accelerator.num_processes
+        )
         self.log = Log(accelerator, state.with_name("denoiser.jsonl"), config.run.batch, config.run.log_every)
         self.loader: Loader | None = None
 
@@ -67,7 +70,10 @@ class StageRun:
         train_only(denoiser, self.stage.trains, adapters=config.lora.rank > 0)
         cached_text = isinstance(self.source, CachedClips) and self.source.index["text_encoder"] is not None
         if cached_text and any(p.requires_grad for p in denoiser.text_encoder.parameters()):
-            raise InputError("stages: found a text encoder that is trained, on a cache of its embeddings; make the cache without --text")
+            raise InputError(
+                "stages: found a text encoder that is trained, on a cache of its embeddings; make the cache without"
+                " --text"
+            )
         model.vae.to(device).eval().requires_grad_(False)
         denoiser.to(device)
         everything = [pattern for stage in config.stages for pattern in stage.trains]
@@ -91,7 +97,10 @@ class StageRun:
     def _parts_from(self, place: Place) -> Iterator[dict[str, Any]]:
         streamed = isinstance(self.source, ShardSource)
         if streamed and place.data and len(place.data) != self.plan.world:
-            raise InputError(f"found {self.plan.world} processes, expected {len(place.data)} as when this run began: each has its own shards")
+            raise InputError(
+                f"found {self.plan.world} processes, expected {len(place.data)} as when this run began: each has its"
+                " own shards"
+            )
         self.loader = Loader(
             self.source,
             self.plan,
@@ -106,7 +115,8 @@ class StageRun:
         return iter(self.loader)
 
     def _inputs_of(self, cached_text: bool) -> Callable[[int, int, dict[str, Any]], dict[str, Tensor]]:
-        """What the Denoiser takes, of a batch: its latents, noise and timesteps, and its sentences but those that are dropped."""
+        """What the Denoiser takes, of a batch: its latents, noise and timesteps, and its sentences but those that are
+        dropped."""
         run, device, shape = self.config.run, self.accelerator.device, self.model.config.latent_shape
         num_train_timesteps = self.model.config.schedule.num_train_timesteps
         kind = "text" if cached_text else "ids"
@@ -114,7 +124,9 @@ class StageRun:
         empty = empty.to(device)
 
         def inputs_of(step: int, part: int, batch: dict[str, Any]) -> dict[str, Tensor]:
-            draws = draw(run.seed, step, self.plan.positions(part), run.batch, shape, num_train_timesteps, self.config.loss)
+            draws = draw(
+                run.seed, step, self.plan.positions(part), run.batch, shape, num_train_timesteps, self.config.loss
+            )
             dropped = draws.drop_text.to(device).reshape(-1, *[1] * empty.ndim)
             return {
                 "latents": self._latents(batch),
@@ -140,22 +152,35 @@ class StageRun:
             checkpoints = self.state.parent.parent / "checkpoints"
 
             def write(step: int) -> None:
-                self.write_checkpoint(checkpoints / f"step-{step:06d}", {name: whole(tensor) for name, tensor in average.tensors.items()})
+                self.write_checkpoint(
+                    checkpoints / f"step-{step:06d}", {name: whole(tensor) for name, tensor in average.tensors.items()}
+                )
 
             hooks.append(Hook(run.checkpoint_every, write))
         if run.validate_every and run.validation_clips and self.config.data.validation:
             validation = self._validation()
-            samples = self.accelerator.distributed_type != DistributedType.FSDP  # whose shards only the whole denoiser gathers
+            samples = (
+                self.accelerator.distributed_type != DistributedType.FSDP
+            )  # whose shards only the whole denoiser gathers
             hooks.append(Hook(run.validate_every, lambda step: validation.look(denoiser, average, step, samples)))
         return hooks
 
     def _validation(self) -> Validation:
         data, count = self.config.data, self.config.run.validation_clips
-        source = open_source(data.validation, self.model.config, clip_format(data, self.model.config, steady=True), count, 1, validation=True)
+        source = open_source(
+            data.validation,
+            self.model.config,
+            clip_format(data, self.model.config, steady=True),
+            count,
+            1,
+            validation=True,
+        )
         if isinstance(source, ShardSource):
             raise InputError("data.validation: found shards, expected demo, a cache or a folder with annotations")
         samples = [source.clip(i, np.random.default_rng(i)) for i in range(min(count, len(source)))]
         captions = [sample.text for sample in samples]
         ids = tokenizer_of(self.tokenizer_json)([*captions, ""]).to(self.accelerator.device)
         latents = self._latents(Collate(self.tokenizer_json)(samples))
-        return Validation(self.model, latents, ids, captions, self.config.loss, self.state.with_name("samples"), self.log)
+        return Validation(
+            self.model, latents, ids, captions, self.config.loss, self.state.with_name("samples"), self.log
+        )

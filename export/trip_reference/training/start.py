@@ -22,13 +22,20 @@ from trip_rt.errors import InputError
 
 
 def start_model(config: ModelConfig, seed: int) -> tuple[TripModel, str]:
-    """A TripModel and the text of its tokenizer.json: a checkpoint's, published parts', or a preset's at random weights drawn from `seed`."""
+    """A TripModel and the text of its tokenizer.json: a checkpoint's, published parts', or a preset's at random weights
+    drawn from `seed`."""
     if config.checkpoint:
-        model, tokenizer_json = checkpoint.from_pretrained(config.checkpoint), checkpoint.load_tokenizer_json(config.checkpoint)
+        model, tokenizer_json = (
+            checkpoint.from_pretrained(config.checkpoint),
+            checkpoint.load_tokenizer_json(config.checkpoint),
+        )
         for name in ("fusion", "first_frame"):
             found, expected = getattr(model.config, name), getattr(config, name)
             if found != expected:
-                raise InputError(f"{config.checkpoint}: {name}: found {found}, expected {expected}; --set model.{name}={found} takes it as it is")
+                raise InputError(
+                    f"{config.checkpoint}: {name}: found {found}, expected {expected}; --set model.{name}={found} takes"
+                    " it as it is"
+                )
     else:
         preset = PRESETS[config.preset]
         trip = dataclasses.replace(preset.trip, fusion=config.fusion, first_frame=config.first_frame)
@@ -39,7 +46,9 @@ def start_model(config: ModelConfig, seed: int) -> tuple[TripModel, str]:
             model, tokenizer_json = random_model(dataclasses.replace(preset, trip=trip), seed)
     if config.vae:
         model.vae = checkpoint.load_vae(Path(config.vae))
-        model.config = dataclasses.replace(model.config, scaling_factor=checkpoint.load_config(config.vae).scaling_factor)
+        model.config = dataclasses.replace(
+            model.config, scaling_factor=checkpoint.load_config(config.vae).scaling_factor
+        )
     return model, tokenizer_json
 
 
@@ -70,6 +79,8 @@ def train_only(module: nn.Module, patterns: Sequence[str], adapters: bool = Fals
         # A part without any parameter, as `none`'s fusion, may be named all the same.
         absent = pattern.split(".")[0] in dict(module.named_children()).keys() - parts
         if not absent and not any(fnmatchcase(name, pattern) for name in names):
-            raise InputError(f"trains: found no parameter like {pattern!r}, expected names as {names[0]!r} or patterns as 'fusion.*'")
+            raise InputError(
+                f"trains: found no parameter like {pattern!r}, expected names as {names[0]!r} or patterns as 'fusion.*'"
+            )
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(learns(name, patterns, adapters))

@@ -1,4 +1,5 @@
-"""The state of a run in one safetensors file, the same whatever number of processes and however they share the weights."""
+"""The state of a run in one safetensors file, the same whatever number of processes and however they share the
+weights."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from trip_rt.errors import InputError
 
 @dataclass(frozen=True)
 class Place:
-    """How far a run has come: steps done over all stages, seconds they took, places in streamed data (a list a process), scale of fp16 losses."""
+    """How far a run has come: steps done over all stages, seconds they took, places in streamed data (a list a
+    process), scale of fp16 losses."""
 
     step: int
     seconds: float = 0.0
@@ -62,12 +64,18 @@ def read_place(path: Path, run: str) -> Place:
     with _opened(path) as file:
         metadata = file.metadata()
     if metadata.get("run") != run:
-        raise InputError(f"{path}: holds a run with other settings; resume with the settings it began with or choose another folder")
+        raise InputError(
+            f"{path}: holds a run with other settings; resume with the settings it began with or choose another folder"
+        )
     return Place(**json.loads(metadata["place"]))
 
 
 def load_state(
-    path: Path, tensors: Mapping[str, Tensor], average: Average, optimizer: torch.optim.Optimizer | None, names: Mapping[Tensor, str]
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    average: Average,
+    optimizer: torch.optim.Optimizer | None,
+    names: Mapping[Tensor, str],
 ) -> None:
     """Put the file's numbers into weights, average and optimiser."""
     with _opened(path) as file, torch.no_grad():
@@ -87,7 +95,9 @@ def load_state(
                 prefix = f"optimizer.{name}."
                 moments = {key.removeprefix(prefix): file.get_tensor(key) for key in stored if key.startswith(prefix)}
                 if moments:  # "step" is a scalar on the host, moments lie as their parameter does
-                    optimizer.state[parameter] = {key: _like(value, parameter) if value.ndim else value for key, value in moments.items()}
+                    optimizer.state[parameter] = {
+                        key: _like(value, parameter) if value.ndim else value for key, value in moments.items()
+                    }
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -106,4 +116,6 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, "pt")
     except Exception as error:
-        raise InputError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]}); delete it to begin anew") from error
+        raise InputError(
+            f"{path}: cannot be read ({' '.join(str(error).split())[:200]}); delete it to begin anew"
+        ) from error

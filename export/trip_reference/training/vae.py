@@ -68,13 +68,16 @@ class VaeLoss(nn.Module):
         return (restored - pixels).square().mean() + self.kl_weight * posterior.kl().mean()
 
 
-def train_vae(vae: AutoencoderKL, clips: DemoClips, config: TrainConfig, accelerator: Accelerator, state: Path, run_id: str) -> None:
+def train_vae(
+    vae: AutoencoderKL, clips: DemoClips, config: TrainConfig, accelerator: Accelerator, state: Path, run_id: str
+) -> None:
     """Train `vae` to give frames back and leave the averaged weights in it.
 
-    Most steps see half-size crops around the shape: on whole frames a shape is a twentieth of the pixels, and the network
-    spends its first thousands of steps on backgrounds alone.
+    Most steps see half-size crops around the shape: on whole frames a shape is a twentieth of the pixels, and the
+    network spends its first thousands of steps on backgrounds alone.
     """
-    # Steady codes from the first step: with its usual start (σ = 1) the posterior drowns what the encoder has yet to learn to say.
+    # Steady codes from the first step: with its usual start (σ = 1) the posterior drowns what the encoder has yet to
+    # learn to say.
     channels = vae.config["latent_channels"]
     with torch.no_grad():
         vae.quant_conv.weight[channels:] = 0
@@ -84,7 +87,10 @@ def train_vae(vae: AutoencoderKL, clips: DemoClips, config: TrainConfig, acceler
     plan = BatchPlan(config.vae.batch, 1, accelerator.process_index, accelerator.num_processes)
 
     def parts_from(place: Place) -> Iterator[dict[str, Any]]:
-        return (frames_of_step(clips, config.vae, plan, config.run.seed, step, channels, factor) for step in range(place.step, config.vae.steps))
+        return (
+            frames_of_step(clips, config.vae, plan, config.run.seed, step, channels, factor)
+            for step in range(place.step, config.vae.steps)
+        )
 
     def inputs_of(step: int, part: int, batch: dict[str, Any]) -> dict[str, Tensor]:
         pixels = batch["pixels"].to(accelerator.device, memory_format=torch.channels_last)
@@ -106,8 +112,11 @@ def train_vae(vae: AutoencoderKL, clips: DemoClips, config: TrainConfig, acceler
     vae.cpu().load_state_dict({name.removeprefix("vae."): tensor for name, tensor in average.items()})
 
 
-def frames_of_step(clips: DemoClips, config: VaeConfig, plan: BatchPlan, seed: int, step: int, channels: int, factor: int) -> dict[str, Any]:
-    """This process's frames of a step and the noise of their latents, from (seed, step) and their places in the batch alone."""
+def frames_of_step(
+    clips: DemoClips, config: VaeConfig, plan: BatchPlan, seed: int, step: int, channels: int, factor: int
+) -> dict[str, Any]:
+    """This process's frames of a step and the noise of their latents, from (seed, step) and their places in the batch
+    alone."""
     cropped = step < CROP_SHARE * config.steps
     size = clips.frames.shape[2]
     side = size // 2 if cropped else size
@@ -133,5 +142,6 @@ def reconstruction_psnr(vae: AutoencoderKL, frames: np.ndarray) -> float:
 
 @torch.no_grad()
 def latent_scale(vae: AutoencoderKL, frames: np.ndarray) -> float:
-    """The factor that brings the latents of uint8 frames [N, H, W, 3] to unit variance, rounded so that it prints exactly."""
+    """The factor that brings the latents of uint8 frames [N, H, W, 3] to unit variance, rounded so that it prints
+    exactly."""
     return float(np.round(1 / float(vae.encode(to_pixels(frames)).latent_dist.mean.std()), 4))

@@ -26,9 +26,19 @@ SEED = 20240617  # the same draws at every look and in every run
 
 
 class Validation:
-    """`latents` [N, C, F, h, w] of clips, their token ids [N, L] (the empty sentence's last, [N + 1, L]) and captions."""
+    """`latents` [N, C, F, h, w] of clips, their token ids [N, L] (the empty sentence's last, [N + 1, L]) and
+    captions."""
 
-    def __init__(self, model: TripModel, latents: Tensor, ids: Tensor, captions: Sequence[str], loss: LossConfig, sheets: Path, log: Log):
+    def __init__(
+        self,
+        model: TripModel,
+        latents: Tensor,
+        ids: Tensor,
+        captions: Sequence[str],
+        loss: LossConfig,
+        sheets: Path,
+        log: Log,
+    ):
         self.model, self.latents, self.ids, self.captions = model, latents, ids, captions
         self.loss, self.sheets, self.log = loss, sheets, log
 
@@ -42,10 +52,22 @@ class Validation:
         with average.in_place():
             losses, count = [], len(self.latents)
             for round_ in range(ROUNDS):
-                draws = draw(SEED, round_, range(count), count, self.model.config.latent_shape, len(denoiser.alpha_bars), self.loss, drop=False)
+                draws = draw(
+                    SEED,
+                    round_,
+                    range(count),
+                    count,
+                    self.model.config.latent_shape,
+                    len(denoiser.alpha_bars),
+                    self.loss,
+                    drop=False,
+                )
                 for i in range(count):
                     row = slice(i, i + 1)
-                    inputs = (tensor[row].to(self.latents.device) for tensor in (self.latents, draws.noise, draws.timestep, self.ids))
+                    inputs = (
+                        tensor[row].to(self.latents.device)
+                        for tensor in (self.latents, draws.noise, draws.timestep, self.ids)
+                    )
                     losses.append(float(denoiser(*inputs)))
             self.log.write({"step": step, "validation_loss": round(float(np.mean(losses)), 6)})
             if samples:
@@ -58,7 +80,13 @@ class Validation:
         latents = self.latents[:shown]
         text = model.encode_text(torch.cat([self.ids[-1:].expand(shown, -1), self.ids[:shown]]))
         noise = torch.from_numpy(initial_noise(list(range(shown)), model.config.latent_shape)).to(latents.device)
-        made = sample(model, latents[:, :, 0], noise, text, loop_steps(model.config, SPEEDS["balanced"], model.config.guidance_scale))
+        made = sample(
+            model,
+            latents[:, :, 0],
+            noise,
+            text,
+            loop_steps(model.config, SPEEDS["balanced"], model.config.guidance_scale),
+        )
         pairs = [(self._decoded(one), self._decoded(other)) for one, other in zip(made, latents, strict=True)]
         labels = [label for caption in self.captions[:shown] for label in (caption, "(the true clip)")]
         return [clip for pair in pairs for clip in pair], labels

@@ -1,0 +1,237 @@
+"""The benchmarks run at a tiny size and say what they should; nothing here looks at a time."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+from peers import wrong  # noqa: E402
+from plots import bars, scaling  # noqa: E402
+from scaling import Point, _slopes  # noqa: E402
+from timing import interleaved, percentiles, ratio  # noqa: E402
+
+from trip_export.export import export_bundle  # noqa: E402
+from trip_export.plan import ExportOptions  # noqa: E402
+from trip_rt.bundle import open_bundle  # noqa: E402
+from trip_rt.manifest import COMPONENTS, SPEEDUPS, serialise  # noqa: E402
+
+
+def bench(script, *arguments):
+    return subprocess.run([sys.executable, str(BENCH / script), *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_rivals_take_turns_and_the_first_rounds_only_warm_up():
+    calls = []
+    seconds = interleaved({name: lambda name=name: calls.append(name) for name in "abc"}, rounds=2, warm_ups=1)
+    assert "".join(calls) == "abc" + "bca" + "cab" and {name: len(found) for name, found in seconds.items()} == {
+        "a": 2,
+        "b": 2,
+        "c": 2,
+    }
+
+
+def test_percentiles_and_ratios():
+    assert percentiles([i / 1000 for i in range(1, 102)]) == {"p50": 51.0, "p95": 96.0, "p99": 100.0}
+    assert ratio([2.0, 4.0, 12.0], [1.0, 2.0, 3.0])["median"] == 2.0
+
+
+def test_slopes_are_of_pixels_not_of_sides():
+    points = [Point(8, size, 1) for size in (64, 128, 256)]
+    assert _slopes("sizes", points, {point: {"step_ms": 3.0 * point.size**2, "loop_mb": 7.0} for point in points}) == {
+        "step_ms": 1.0,
+        "loop_mb": 0.0,
+    }
+
+
+def test_latency_at_a_tiny_size(tiny_bundle, tiny_checkpoint, tmp_path):
+    ran = bench(
+        "latency.py", tiny_bundle, "--checkpoint", tiny_checkpoint, "--compare", "eager,onnxruntime",
+        "--speeds", "exact,fast", "--rounds", 1, "--clips", 1, "--output", tmp_path / "figures.json", "--plot", tmp_path / "bars.png",
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    figures = json.loads(ran.stdout.splitlines()[-1])
+    assert (
+        figures == json.loads((tmp_path / "figures.json").read_text()) and (tmp_path / "bars.png").stat().st_size > 1000
+    )
+    assert set(figures["components"]) == {*COMPONENTS, *SPEEDUPS} and figures["parity"]["passed"]
+    assert set(figures["guided_step"]["milliseconds"]) == {"trip-rt", "eager", "onnxruntime"}
+    assert set(figures["guided_step"]["times_as_long_as_trip_rt"]) == {"eager", "onnxruntime"}
+    assert figures["guided_step"]["left_out"] == {}
+    assert list(figures["cold_start"]["fast"]["seconds"]) == ["import", "open", "first step", "first frame", "clip"]
+    assert figures["clips"]["exact"]["psnr"] == 200 and figures["pytorch_peak_memory_mb"] > 100
+    assert "a guided step" in ran.stdout and "a fresh process" in ran.stdout
+    assert figures["machine"]["threads"] >= 1 and "FP32" in figures["machine"]["openvino_arithmetic"]
+
+
+def test_red_parity_has_no_figures(tiny_bundle, tmp_path):
+    """An engine of another component's weights: a fault that only parity sees."""
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    manifest = open_bundle(bundle).manifest
+    (profile,) = manifest.profiles
+    engines = dict(profile.engines)
+    (weights,) = (name for name in engines["vae_decoder"]["onnxruntime"].files if name.endswith(".weights"))
+    data = np.frombuffer((bundle / weights).read_bytes(), np.float32) * 1.01
+    (bundle / weights).write_bytes(data.astype(np.float32).tobytes())
+    from trip_rt.bundle import file_sha256
+    from trip_rt.manifest import FileSpec
+
+    manifest.files[weights] = FileSpec(file_sha256(bundle / weights), (bundle / weights).stat().st_size)
+    (bundle / "manifest.json").write_bytes(serialise(manifest))
+    ran = bench("latency.py", bundle, "--rounds", 1, "--clips", 0)
+    assert ran.returncode == 1 and "parity: FAILED" in ran.stdout and "GFLOP" not in ran.stdout
+    assert (
+        ran.stderr.splitlines()[-1]
+        == "bench/latency.py: parity is red, so there are no figures; export the bundle again"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--compare", "eager"], "found --compare without --checkpoint"),
+        (["--compare", "abacus"], "found 'abacus', expected some of eager,compile"),
+        (["--speeds", "ludicrous"], "found 'ludicrous', expected some of exact,balanced,fast"),
+        (["--rounds", "0"], "found 0 and 3"),
+        (["--profile", "1x1-1f-b1"], "profile: found '1x1-1f-b1'"),
+    ],
+)
+def test_latency_refuses_in_one_line(tiny_bundle, arguments, says):
+    ran = bench("latency.py", tiny_bundle, *arguments)
+    assert ran.returncode == 2 and says in ran.stderr.splitlines()[-1] and ran.stdout == ""
+
+
+def test_with_json_there_is_one_line(tiny_bundle):
+    ran = bench("latency.py", tiny_bundle, "--rounds", 1, "--clips", 0, "--json")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("\n") == 1 and json.loads(ran.stdout)["profile"] == "48x32-5f-b1"
+
+
+def test_a_wrong_rival_is_told():
+    expected = np.ones((2, 3), np.float32)
+    assert wrong(expected * 1.0009, expected) == ""
+    assert "found an error of 1.0e-02 to trip-rt's latents, expected at most 0.001" in wrong(expected * 1.01, expected)
+    assert wrong(expected * np.nan, expected)
+
+
+@pytest.mark.slow
+def test_scaling_with_two_points(tmp_path):
+    ran = bench(
+        "scaling.py", "demo", "--frames", "2,16", "--sizes", "64", "--batches", "1", "--rounds", 1,
+        "--output", tmp_path / "figures.json", "--plot", tmp_path / "lines.png",
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    figures = json.loads(ran.stdout.splitlines()[-1])
+    assert figures == json.loads((tmp_path / "figures.json").read_text()) and figures["left_out"] == []
+    assert [point["frames"] for point in figures["frames"]["points"]] == [2, 16]
+    assert (
+        set(figures["frames"]["slopes"]) == {"step_ms", "loop_mb", "decode_ms", "decode_growth_mb"}
+        and figures["sizes"]["slopes"] == {}
+    )
+    assert (tmp_path / "lines.png").stat().st_size > 1000
+
+
+def test_a_point_that_fails_or_lasts_is_left_out():
+    code = """
+import os, signal, sys, time
+sys.path.insert(0, "bench")
+from scaling import LeftOut, _in_turn
+
+good = lambda: {"step_ms": 1.0}
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+for bad in lambda: time.sleep(9), die, lambda: 1 / 0, lambda: {"decode_ms": 2.0}:
+    try:
+        print(_in_turn({"loop": good, "decoding": bad}, 1))
+    except LeftOut as error:
+        print(error)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=BENCH.parent)
+    cut_off, *rest = ran.stdout.splitlines()
+    assert cut_off.startswith("decoding: cut off after its"), ran.stderr
+    assert rest == [
+        "decoding: its process died of SIGKILL",
+        "decoding: ZeroDivisionError: division by zero",
+        "{'step_ms': 1.0, 'decode_ms': 2.0}",
+    ]
+
+
+def test_scaling_that_leaves_all_out_says_so(tmp_path):
+    ran = bench(
+        "scaling.py",
+        "demo",
+        "--frames",
+        "2",
+        "--sizes",
+        "64",
+        "--batches",
+        "1",
+        "--max-seconds",
+        "0.01",
+        "--plot",
+        tmp_path / "lines.png",
+    )
+    assert ran.returncode == 1, ran.stderr
+    figures = json.loads(ran.stdout.splitlines()[-1])
+    assert [point["frames"] for point in figures["left_out"]] == [2, 16] and figures["frames"] == {
+        "points": [],
+        "slopes": {},
+    }
+    assert "left out: 64x64, 2 frames, batch 1: export: cut off" in ran.stdout
+
+
+def test_scaling_refuses_sizes_the_model_cannot_have():
+    ran = bench("scaling.py", "demo", "--sizes", "64,72")
+    assert (
+        ran.returncode == 2
+        and ran.stderr == "bench/scaling.py: sizes: found 72, expected multiples of 16\n"
+        and ran.stdout == ""
+    )
+
+
+def test_speeds_at_a_tiny_size(tiny_checkpoint, tiny_bundle, tmp_path):
+    export_bundle(tiny_checkpoint, tmp_path / "square", ExportOptions(size=(32, 32), parity_steps=0))
+    ran = bench("speeds.py", tmp_path / "square", "--clips", 1, "--ways", "fast; features reused once")
+    assert ran.returncode == 0, ran.stderr
+    assert bench("speeds.py", tiny_bundle).stderr.startswith(
+        "bench/speeds.py: found pictures of 48x32, expected square ones"
+    )
+    assert [line.split("|")[1].strip() for line in ran.stdout.splitlines()[2:]] == [
+        "exact",
+        "fast",
+        "features reused once",
+    ]
+
+
+def test_plots(tmp_path):
+    bars(tmp_path / "bars.png", "title", {"one": 1.0, "another": 2.0})
+    scaling(tmp_path / "lines.png", [("title", "x", [1, 2, 4], {"y": [1, 2, 4]})])
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("bars.png", "lines.png"))
+
+
+def test_training_says_what_a_step_and_its_data_cost(tmp_path):
+    ran = bench(
+        "training.py",
+        "demo-small",
+        "--batch",
+        1,
+        "--rounds",
+        1,
+        "--clips",
+        4,
+        "--workers",
+        0,
+        "--output",
+        tmp_path / "figures.json",
+    )
+    assert ran.returncode == 0, ran.stderr
+    figures = json.loads(ran.stdout)
+    assert figures == json.loads((tmp_path / "figures.json").read_text())
+    assert 0 < figures["memory_share"] < 0.8
+    assert figures["largest_gradient_difference"] <= 1e-6
+    assert figures["loader_clips_per_second"] > 0

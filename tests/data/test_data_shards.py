@@ -1,0 +1,279 @@
+"""Shards: everything once an epoch, resumed anywhere, and what damage costs."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import pickle
+import tarfile
+from itertools import islice
+
+import numpy as np
+import pytest
+from small_videos import numbers, write_video
+
+from trip_reference.data.sample import BrokenClip, ClipFormat, Sample
+from trip_reference.data.shard_files import read_shard
+from trip_reference.data.shards import ShardSource, list_shards, write_shards
+from trip_rt.errors import InputError
+
+CLIP = ClipFormat(2, 16, 16, fps=8, crop="centre", start="first")
+PER_SHARD, SHARDS = 5, 4
+TOTAL = PER_SHARD * SHARDS - 2
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Video k shows frames k, k + 1 … k + 5."""
+    folder = tmp_path_factory.mktemp("videos")
+    return [write_video(folder / f"{k}.mp4", range(k, k + 6)).read_bytes() for k in range(TOTAL)]
+
+
+@pytest.fixture(scope="module")
+def folder(videos, tmp_path_factory):
+    target = tmp_path_factory.mktemp("shards") / "train"
+    assert (
+        write_shards(((f"{k:04d}", video, f"clip {k}") for k, video in enumerate(videos)), target, PER_SHARD) == SHARDS
+    )
+    return target
+
+
+@pytest.fixture
+def copied(folder, tmp_path):
+    for shard in folder.iterdir():
+        (tmp_path / shard.name).write_bytes(shard.read_bytes())
+    return tmp_path
+
+
+def said(found):
+    """Which clip, and the frame it starts at."""
+    return str(found) if isinstance(found, BrokenClip) else (int(found.text.split()[1]), numbers(found.frames)[0])
+
+
+def take(source, count, part=0, parts=1, seed=0, start=0):
+    return [(position, said(found)) for position, found in islice(source.stream(part, parts, seed, start), count)]
+
+
+def test_round_trip(folder):
+    assert sorted(path.name for path in folder.iterdir()) == [f"shard-{k:06d}.tar" for k in range(SHARDS)]
+    found = [sample for _, sample in islice(ShardSource(str(folder), CLIP, shuffle=100).stream(0, 1, 0), TOTAL)]
+    assert all(isinstance(sample, Sample) for sample in found)
+    assert sorted(map(said, found)) == [(k, k) for k in range(TOTAL)]
+    assert all(numbers(sample.frames) == [said(sample)[1], said(sample)[1] + 1] for sample in found)
+    assert all(sample.name.startswith("shard-00000") for sample in found)
+
+
+def test_shards_of_other_making(tmp_path, videos):
+    """Sentences in json, other endings, folders, members of no interest."""
+    members = {
+        "a/one.json": b'{"text": " clip 1 ", "size": 3}',
+        "a/one.MP4": videos[1],
+        "a/one.pyd": pickle.dumps(1),
+        "notes": b"?",
+        "a/two.txt": b"clip 2",
+        "a/two.mov": videos[2],
+    }
+    write_tar(tmp_path / "x.tar", members)
+    assert [text for _, text in sorted(take(ShardSource(str(tmp_path), CLIP), 2))] in (
+        [(1, 1), (2, 2)],
+        [(2, 2), (1, 1)],
+    )
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            tar.addfile(header, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("shuffle", [0, 3, 100])
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+def test_every_sample_once_an_epoch_over_all_parts(folder, shuffle, parts):
+    source = ShardSource(str(folder), CLIP, shuffle)
+    epochs = []
+    for epoch in range(2):
+        order = np.random.default_rng([5, epoch]).permutation(SHARDS)
+        lengths = [
+            sum(PER_SHARD if shard < SHARDS - 1 else PER_SHARD - 2 for shard in order[part::parts])
+            for part in range(parts)
+        ]
+        epochs.append(lengths)
+    for epoch in range(2):
+        seen = []
+        for part in range(parts):
+            start = epochs[0][part] if epoch else 0
+            found = take(source, epochs[epoch][part], part, parts, 5, start)
+            assert [position for position, _ in found] == list(range(start + 1, start + 1 + len(found)))
+            seen += [which for _, which in found]
+        assert sorted(seen) == [(k, k) for k in range(TOTAL)]
+
+
+def test_order_differs_between_epochs_seeds_and_parts(folder):
+    source = ShardSource(str(folder), CLIP, shuffle=4)
+    two = [which for _, which in take(source, 2 * TOTAL)]
+    assert two[:TOTAL] != two[TOTAL:] and sorted(two[:TOTAL]) == sorted(two[TOTAL:])
+    assert two[:TOTAL] != [which for _, which in take(source, TOTAL, seed=1)]
+    assert two == [which for _, which in take(ShardSource(str(folder), CLIP, shuffle=4), 2 * TOTAL)]
+
+
+@pytest.mark.parametrize("shuffle, parts", [(0, 1), (4, 1), (7, 2), (100, 3)])
+def test_resuming_anywhere_changes_nothing(copied, shuffle, parts):
+    """Also across broken samples and a broken shard; random starts and crops included."""
+    damaged = copied / "shard-000001.tar"
+    damaged.write_bytes(damaged.read_bytes()[:-9000])
+    clip = ClipFormat(2, 8, 12, fps=8)
+
+    def exact(start, count):
+        stream = ShardSource(str(copied), clip, shuffle).stream(parts - 1, parts, 3, start)
+        return [
+            (at, str(found) if isinstance(found, BrokenClip) else (found.text, found.frames.tobytes()))
+            for at, found in islice(stream, count)
+        ]
+
+    count = 2 * TOTAL // parts + 7
+    whole = exact(0, count)
+    assert any(isinstance(found, str) for _, found in whole)
+    for start in range(0, count, 1 if parts > 1 else 5):
+        assert exact(start, count - start) == whole[start:]
+
+
+def test_skipping_epochs_reads_headers_alone(folder, monkeypatch):
+    from trip_reference.data import shards
+
+    source, reads = ShardSource(str(folder), CLIP), []
+    monkeypatch.setattr(
+        shards,
+        "read_shard",
+        lambda shard, clip, contents=True: reads.append(contents) or read_shard(shard, clip, contents),
+    )
+    take(source, 1, start=5 * TOTAL)
+    assert reads.count(False) == SHARDS and reads.count(True) == SHARDS
+
+
+def test_random_starts_follow_from_the_place(folder):
+    source = ShardSource(str(folder), ClipFormat(2, 16, 16, fps=8), shuffle=0)
+    starts = {first - k for _, (k, first) in take(source, 3 * TOTAL)}
+    assert starts == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize(
+    "damage", ["cut in a member", "cut after a member", "garbled header", "empty", "words", "gzip", "nothing in it"]
+)
+def test_damaged_tars_cost_their_remainder(copied, damage):
+    shard = copied / "shard-000002.tar"
+    data = shard.read_bytes()
+    with tarfile.open(shard) as tar:
+        third = tar.getmembers()[4]  # the third sample's video
+    match damage:
+        case "cut in a member":
+            shard.write_bytes(data[: third.offset_data + 100])
+        case "cut after a member":
+            shard.write_bytes(data[: third.offset])
+        case "garbled header":
+            shard.write_bytes(data[: third.offset] + b"x" * 512 + data[third.offset + 512 :])
+        case "empty":
+            shard.write_bytes(b"")
+        case "words":
+            shard.write_bytes(b"not a tar " * 200)
+        case "gzip":
+            shard.write_bytes(gzip.compress(data))
+        case "nothing in it":
+            write_tar(shard, {})
+    # A sample is whole when the next one begins, so damage between two of them costs both.
+    left = {"cut in a member": 2, "cut after a member": 1, "garbled header": 1}.get(damage, 0)
+    count = TOTAL - PER_SHARD + left + 1
+    found = [which for _, which in take(ShardSource(str(copied), CLIP, shuffle=0), count)]
+    broken = [which for which in found if isinstance(which, str)]
+    assert (
+        len(broken) == 1
+        and broken[0].startswith("shard-000002.tar: found")
+        and "expected" in broken[0]
+        and broken[0].isprintable()
+    )
+    lost = set(range(10 + left, 15))
+    assert sorted(which for which in found if not isinstance(which, str)) == [
+        (k, k) for k in range(TOTAL) if k not in lost
+    ]
+    lengths = [sum(1 for _ in read_shard(str(shard), CLIP, contents)) for contents in (True, False)]
+    assert lengths == [left + 1, left + 1]
+
+
+@pytest.mark.parametrize(
+    "members, words",
+    [
+        ({"a.txt": b"clip 1"}, "found no video"),
+        ({"a.mp4": b"?"}, "found no sentence"),
+        ({"a.mp4": b"?", "a.txt": b"\xff"}, "found no sentence"),
+        ({"a.mp4": b"?", "a.txt": b" "}, "empty sentence"),
+        ({"a.mp4": b"?", "a.json": b"{"}, "found no sentence"),
+        ({"a.mp4": b"?", "a.json": b"[]"}, "found no sentence"),
+        ({"a.mp4": b"?", "a.json": b'{"text": 3}'}, "empty sentence"),
+        ({"a.mp4": b"?", "a.json": b"[" * 100_000}, "found no sentence"),
+        ({"a.mp4": b"?", "a.txt": b"clip 1"}, "damaged or unsupported"),
+        ({"a.mp4": b"", "a.txt": b"clip 1"}, "empty file"),
+        ({"a.mp4": bytes(3 * 2**20), "a.txt": b"clip 1"}, "3.0 MiB, expected at most 2.0 MiB"),
+        ({"a.mp4": b"?", "a.txt": bytes(3 * 2**20)}, "3.0 MiB, expected at most 1.0 MiB"),
+    ],
+)
+def test_broken_samples_cost_themselves(tmp_path, videos, members, words):
+    write_tar(tmp_path / "x.tar", members | {"b.mp4": videos[3], "b.txt": b"clip 3"})
+    clip = ClipFormat(2, 16, 16, fps=8, start="first", max_bytes=2**21)
+    found = dict(take(ShardSource(str(tmp_path), clip, shuffle=0), 2))
+    assert words in found[1] and found[1].startswith("x.tar: a: found") and found[2] == (3, 3)
+
+
+def test_patterns(folder):
+    whole = [str(folder / f"shard-{k:06d}.tar") for k in range(SHARDS)]
+    assert (
+        list_shards(str(folder))
+        == list_shards(f"{folder}/shard-{{000000..000003}}.tar")
+        == list_shards(f"{folder}/*.tar")
+        == whole
+    )
+    assert list_shards(f"{folder}/shard-00000{{1,3}}.tar") == [whole[1], whole[3]]
+    for pattern, words in [
+        (f"{folder}/none.tar", "found no file"),
+        (f"{folder}/{{1..2.tar", "brace"),
+        (str(folder.parent), r"found no \*\.tar"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            list_shards(pattern)
+
+
+def test_shards_out_of_a_pipe(folder):
+    piped = f"pipe:cat {folder}/shard-{{000000..000003}}.tar"
+    assert take(ShardSource(piped, CLIP), TOTAL + 3) == take(ShardSource(str(folder), CLIP), TOTAL + 3)
+    assert take(ShardSource(piped, CLIP), 3, start=TOTAL + 5) == take(
+        ShardSource(str(folder), CLIP), 3, start=TOTAL + 5
+    )
+    (failed,) = (found for _, found in take(ShardSource("pipe:false", CLIP), 1))
+    assert "damaged tar" in failed
+
+
+def test_too_many_parts(folder):
+    with pytest.raises(InputError, match="found 4, expected at least one for each of 5"):
+        ShardSource(str(folder), CLIP).stream(0, 5, 0)
+
+
+def test_writing_is_whole_or_not_at_all(tmp_path, videos):
+    def interrupted():
+        yield from [("a", videos[0], "clip 0"), ("b", videos[1], "clip 1")]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(interrupted(), tmp_path / "x", 1)
+    with pytest.raises(InputError, match="no samples"):
+        write_shards([], tmp_path / "x")
+    with pytest.raises(InputError, match="per-shard"):
+        write_shards([("a", videos[0], "clip 0")], tmp_path / "x", 0)
+    with pytest.raises(ValueError, match="without a dot"):
+        write_shards([("a.b", videos[0], "clip 0")], tmp_path / "x")
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "x").mkdir()
+    assert write_shards([("a", videos[0], "clip 0")], tmp_path / "x") == 1
+    before = (tmp_path / "x/shard-000000.tar").read_bytes()
+    with pytest.raises(InputError, match="new or an empty folder"):
+        write_shards([("a", videos[1], "clip 1")], tmp_path / "x")
+    assert (tmp_path / "x/shard-000000.tar").read_bytes() == before and len(list(tmp_path.iterdir())) == 1

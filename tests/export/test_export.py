@@ -1,0 +1,321 @@
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_model
+
+from trip_engines.onnx_engine import finish_onnx_engine
+from trip_export import export as export_module
+from trip_export.components import component, signatures
+from trip_export.export import export_bundle
+from trip_export.onnx_export import DYNAMIC_SHAPE_OPERATORS, export_onnx
+from trip_export.plan import ExportOptions
+from trip_rt import Animator, InputError
+from trip_rt.backends import EngineOptions, engine_class
+from trip_rt.bundle import open_bundle
+from trip_rt.manifest import COMPONENTS, SPEEDUPS, EngineSpec
+
+EVERYTHING_REUSED = [f"{name} (onnx)" for name in (*COMPONENTS, *SPEEDUPS)]
+
+
+@pytest.fixture
+def bundle(tiny_bundle, tmp_path):
+    """A copy of the tiny bundle to change."""
+    return shutil.copytree(tiny_bundle, tmp_path / "bundle")
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_graphs_have_the_documented_names_and_static_shapes(tiny_bundle):
+    manifest = open_bundle(tiny_bundle).manifest
+    described = {
+        name: [
+            {t.name: (t.dtype, t.shape) for t in side}
+            for side in (engines["onnxruntime"].inputs, engines["onnxruntime"].outputs)
+        ]
+        for name, engines in manifest.profile().engines.items()
+    }
+    f32, i64 = "float32", "int64"
+    latents, first, one = (f32, (2, 8, 5, 4, 6)), (f32, (2, 8, 4, 6)), (f32, (1,))
+    both = {"latents": latents, "first_frame": first, "timestep": (i64, (1,)), "context": (f32, (2, 16, 80))}
+    features = (f32, (2, 6, 8, 4, 6))
+    half = {name: (dtype, shape if len(shape) == 1 else (1, *shape[1:])) for name, (dtype, shape) in both.items()}
+    tnf = {
+        "latents": latents,
+        "first_frame": first,
+        "residual_noise": latents,
+        "sqrt_alpha_bar": one,
+        "sqrt_one_minus_alpha_bar": one,
+    }
+    tnf |= {"timestep": (i64, (1,))}
+    latent, feature = ((f32, (1, *shape[1:])) for _, shape in (latents, features))
+    assert described == {
+        "text_encoder": [{"input_ids": (i64, (1, 16))}, {"text": (f32, (1, 16, 16))}],
+        "vae_encoder": [{"image": (f32, (1, 3, 32, 48))}, {"latent": (f32, (1, 8, 4, 6))}],
+        "text_projection": [{"text": (f32, (2, 16, 16))}, {"context": (f32, (2, 16, 80))}],
+        "unet": [both, {"residual_noise": latents, "features": features}],
+        "unet_shallow": [both | {"features": features}, {"residual_noise": latents}],
+        "unet_unguided": [half, {"residual_noise": latent, "features": feature}],
+        "unet_unguided_shallow": [half | {"features": feature}, {"residual_noise": latent}],
+        "tnf": [tnf, {"noise": latents}],
+        "tnf_unguided": [
+            {name: (t, s if s == (1,) else (1, *s[1:])) for name, (t, s) in tnf.items()},
+            {"noise": latent},
+        ],
+        "vae_decoder": [{"latents": (f32, (5, 8, 4, 6))}, {"image": (f32, (5, 3, 32, 48))}],
+    }
+
+
+def test_graphs_hold_no_dynamic_shape_arithmetic(tiny_bundle):
+    for path in tiny_bundle.glob("*.onnx"):
+        operators = {node.op_type for node in onnx.load(path, load_external_data=False).graph.node}
+        assert not operators & DYNAMIC_SHAPE_OPERATORS, path.name
+
+
+def test_simplification_is_counted(tiny_export):
+    for name, (before, after) in tiny_export.operators.items():
+        assert after.total() < before.total() / (1.5 if name == "text_projection" else 2), name
+        assert {"Shape", "Expand"} & set(before) or name.startswith("text_")
+    assert tiny_export.unsupported == {
+        name: [] for name in (*COMPONENTS, *SPEEDUPS)
+    }  # TensorRT's parser knows all of them
+
+
+def test_graphs_say_nothing_of_where_they_were_made(tiny_bundle):
+    for path in tiny_bundle.glob("*.onnx"):
+        graph = onnx.load(path, load_external_data=False)
+        assert not any(node.metadata_props or node.doc_string for node in graph.graph.node)
+        assert str(os.getcwd()).encode() not in path.read_bytes()
+    names = [
+        node.name for node in onnx.load(next(tiny_bundle.glob("unet-*.onnx")), load_external_data=False).graph.node
+    ]
+    assert any(name.startswith("unet.mid_block.resnets.0.conv1/Conv_") for name in names)
+
+
+def test_parity_is_measured_and_recorded(tiny_export):
+    (parity,) = open_bundle(tiny_export.bundle).manifest.profile().parity.values()
+    assert parity == tiny_export.parity["onnxruntime"].to_json()
+    assert parity["passed"]
+    assert set(parity["components"]) == {*COMPONENTS, *SPEEDUPS}
+    assert parity["latents_psnr"] >= 60
+
+
+def test_a_second_export_reuses_everything(tiny_checkpoint, bundle):
+    before = {name: (bundle / name).read_bytes() for name in files(bundle)}
+    notes = []
+    result = export_bundle(tiny_checkpoint, bundle, note=notes.append)
+    assert result.reused == EVERYTHING_REUSED
+    assert notes[-1] == "parity of onnxruntime: unchanged, reused"
+    assert {name: (bundle / name).read_bytes() for name in files(bundle)} == before
+
+
+def test_a_changed_component_is_the_only_one_rebuilt(tiny_checkpoint, bundle, tmp_path):
+    source = shutil.copytree(tiny_checkpoint, tmp_path / "changed")
+    (weights,) = (source / "fusion").glob("*.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in load_file(weights).items()}, weights)
+    before = set(files(bundle))
+    result = export_bundle(source, bundle)
+    assert list(result.seconds) == ["tnf (onnx)", "tnf_unguided (onnx)"]
+    assert result.parity["onnxruntime"].passed
+    assert {name.split("-")[0] for name in before ^ set(files(bundle))} == {
+        "tnf",
+        "tnf_unguided",
+        "reference",
+    }  # the old ones are gone
+    open_bundle(bundle)
+
+
+@pytest.mark.parametrize("ending", ["onnx", "weights"])
+def test_a_damaged_engine_is_rebuilt(tiny_checkpoint, bundle, ending):
+    (path,) = bundle.glob(f"tnf-*.{ending}")
+    original = path.read_bytes()
+    path.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    with pytest.raises(InputError, match="tnf"):
+        open_bundle(bundle)
+    result = export_bundle(tiny_checkpoint, bundle)
+    assert list(result.seconds) == ["tnf (onnx)"]
+    assert path.read_bytes() == original  # an export gives the same bytes again
+
+
+def test_an_export_cut_short_is_no_bundle_and_is_taken_up_again(tiny_checkpoint, bundle, tmp_path, monkeypatch):
+    whole = {name: (bundle / name).read_bytes() for name in files(bundle)}
+    real = export_module.finish_onnx_engine
+
+    def interrupted(graph, destination, like=None):
+        if destination.name.startswith("tnf"):
+            raise KeyboardInterrupt
+        return real(graph, destination, like)
+
+    monkeypatch.setattr(export_module, "finish_onnx_engine", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_bundle(tiny_checkpoint, tmp_path / "cut")
+    assert not list((tmp_path / "cut").glob(".exporting-*"))
+    with pytest.raises(InputError, match="found no manifest"):
+        Animator(tmp_path / "cut")
+    monkeypatch.undo()
+    result = export_bundle(tiny_checkpoint, tmp_path / "cut")
+    assert list(result.seconds) == [f"{name} (onnx)" for name in ("tnf", "vae_decoder", *SPEEDUPS)]
+    assert {name: (tmp_path / "cut" / name).read_bytes() for name in files(tmp_path / "cut")} == whole
+
+
+EXPORTS = """
+import os, signal, sys, time
+from pathlib import Path
+from trip_export.export import export_bundle
+import torch._dynamo, torch.onnx, diffusers.models.unets.unet_3d_condition, onnxscript.optimizer
+for line in sys.stdin:  # an order a line: seconds to live (0: as long as it takes) and a folder
+    seconds, _, folder = line.strip().partition(" ")
+    if (child := os.fork()) == 0:
+        export_bundle(Path(sys.argv[1]), Path(folder))
+        os._exit(0)
+    if float(seconds):
+        time.sleep(float(seconds))
+        os.kill(child, signal.SIGKILL)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_exports_killed_at_random_moments(tiny_checkpoint, tiny_bundle, tmp_path):
+    """What kill −9 leaves never opens, and the rerun ends in the bytes of an undisturbed export. TRIP_KILLS sets how
+    many moments."""
+    whole = {name: (tiny_bundle / name).read_bytes() for name in files(tiny_bundle)}
+    kills = int(os.environ.get("TRIP_KILLS", "3"))
+    moments = np.random.default_rng(0).uniform(0.3, float(os.environ.get("TRIP_KILL_WITHIN", "20")), kills)
+    with subprocess.Popen(
+        [sys.executable, "-c", EXPORTS, str(tiny_checkpoint)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as exporter:
+
+        def export(folder, seconds=0.0):
+            exporter.stdin.write(f"{seconds} {folder}\n")
+            exporter.stdin.flush()
+            return int(exporter.stdout.readline())
+
+        folder, cut_short = tmp_path / "0", 0
+        for attempt, moment in enumerate(moments):
+            killed = export(folder, moment) == -signal.SIGKILL
+            cut_short += killed
+            for place in [folder, *(path for path in folder.iterdir() if path.is_dir())] if folder.exists() else []:
+                if killed and not (place == folder and (folder / "manifest.json").exists()):
+                    with pytest.raises(InputError, match="found no manifest"):
+                        open_bundle(place)
+            if attempt % 3 == 2 or not killed:  # let some be killed again on the way
+                assert export(folder) == 0
+                assert files(folder) == sorted(whole)
+                assert [name for name, data in whole.items() if (folder / name).read_bytes() != data] == []
+                folder = tmp_path / str(attempt + 1)
+        assert cut_short
+        exporter.stdin.close()
+
+
+def test_two_exports_into_one_folder_do_not_mix(tiny_checkpoint, bundle):
+    handle = os.open(bundle, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(InputError, match="another export is writing"):
+        export_bundle(tiny_checkpoint, bundle)
+    os.close(handle)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frames": 7}, "frames: found 7"),
+        ({"size": (40, 32)}, "size: found 32x40, expected multiples of 16"),
+        ({"size": (0, 32)}, "size: found 32x0"),
+        ({"batch": 0}, "batch: found 0"),
+        ({"backends": ("abacus",)}, "backend: found 'abacus', expected one of onnxruntime"),
+        ({"precision": "fp8"}, "precision: found 'fp8'"),
+        ({"parity_steps": 1001}, "parity steps: found 1001"),
+        ({"parity_steps": 0, "precision": "fp16"}, "parity steps: found 0, expected at least 1"),
+    ],
+)
+def test_shapes_the_model_cannot_have_are_refused_before_any_work(tiny_checkpoint, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        export_bundle(tiny_checkpoint, tmp_path / "new", ExportOptions(**changes))
+    assert not (tmp_path / "new").exists()
+
+
+def test_profiles_and_backends_share_one_bundle(tiny_checkpoint, tiny_animator, bundle):
+    """Two clips at a time beside one, OpenVINO beside ONNX Runtime: the weights are there once, and all give the same
+    clips."""
+    weights = set(bundle.glob("*.weights"))
+    result = export_bundle(tiny_checkpoint, bundle, ExportOptions(batch=2, backends=("openvino",), add=True))
+    assert result.parity["openvino"].passed
+    assert set(bundle.glob("*.weights")) == weights
+    again = export_bundle(tiny_checkpoint, bundle, ExportOptions(backends=("openvino",), add=True))
+    assert again.reused == EVERYTHING_REUSED and again.parity["openvino"].passed
+    manifest = open_bundle(bundle).manifest
+    assert [(profile.name, sorted(profile.backends)) for profile in manifest.profiles] == [
+        ("48x32-5f-b1", ["onnxruntime", "openvino"]),
+        ("48x32-5f-b2", ["openvino"]),
+    ]
+    assert set(manifest.profiles[0].parity) == {"onnxruntime", "openvino"}
+    pictures = np.random.default_rng(0).integers(0, 255, (3, 32, 48, 3), dtype=np.uint8)
+    prompts = ["a red star spins", "a blue ball falls", "the heart grows"]
+    apart = tiny_animator.latents(pictures, prompts, [5, 6, 7])
+    for profile in (None, "48x32-5f-b2"):
+        with Animator(bundle, "openvino", profile) as animator:
+            found = animator.latents(pictures, prompts, [5, 6, 7])
+        np.testing.assert_allclose(found, apart, atol=1e-3 * np.abs(apart).max())
+    with pytest.raises(InputError, match="found 'huge', the bundle has 48x32-5f-b1, 48x32-5f-b2"):
+        Animator(bundle, profile="huge")
+    assert list(export_bundle(tiny_checkpoint, bundle).seconds) == []  # without add, the rest goes
+    assert len(open_bundle(bundle).manifest.profiles) == 1
+
+
+def test_adding_to_the_bundle_of_another_checkpoint(tiny_checkpoint, bundle, tmp_path):
+    source = shutil.copytree(tiny_checkpoint, tmp_path / "changed")
+    config = json.loads((source / "trip_config.json").read_text())
+    (source / "trip_config.json").write_text(json.dumps(config | {"guidance_scale": 2.0}))
+    before = files(bundle)
+    with pytest.raises(InputError, match="was made from another checkpoint"):
+        export_bundle(source, bundle, ExportOptions(add=True))
+    assert files(bundle) == before
+
+
+def test_without_parity_there_is_no_reference(tiny_checkpoint, bundle):
+    result = export_bundle(tiny_checkpoint, bundle, ExportOptions(parity_steps=0))
+    assert result.reused == EVERYTHING_REUSED and not result.parity
+    profile = open_bundle(bundle).manifest.profile()
+    assert (profile.reference, profile.parity) == ("", {})
+    assert not list(bundle.glob("reference-*"))
+
+
+@pytest.mark.parametrize("fusion", ["linear", "none"])
+def test_every_fusion_is_exported_with_the_same_inputs(fusion, tmp_path):
+    model = tiny_model(fusion=fusion)
+    part = component(model, "tnf", 1, 5)
+    export_onnx(part, tmp_path / "draft.onnx")
+    names = finish_onnx_engine(tmp_path / "draft.onnx", tmp_path / "tnf.onnx")
+    spec = EngineSpec(names, "", "fp32", {}, 0.0, {}, *signatures(model, 1, 5)["tnf"])
+    assert [tensor.name for tensor in spec.inputs] == list(part.inputs)
+    engine = engine_class("onnxruntime").open(tmp_path / "tnf.onnx", spec, EngineOptions())
+    found = engine.run({name: tensor.numpy() for name, tensor in part.inputs.items()})["noise"]
+    with torch.no_grad():
+        np.testing.assert_allclose(found, part.module(*part.inputs.values()), atol=1e-5)
+
+
+def test_a_graph_with_a_dynamic_shape_is_refused(tmp_path):
+    value = lambda name: onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", 3])  # noqa: E731
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", [value("x")], [value("y")])
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10),
+        tmp_path / "g.onnx",
+    )
+    with pytest.raises(ValueError, match="x: found a dynamic shape"):
+        finish_onnx_engine(tmp_path / "g.onnx", tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()

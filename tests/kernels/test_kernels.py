@@ -1,0 +1,245 @@
+"""TRIP's Triton kernels, in Triton's interpreter where there is no GPU, held to the PyTorch model in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import BOUNDS, fusion_of, guarded, rms_ratio, step_buffers
+from tiny import DEMO, tiny_model
+
+from trip_kernels.compile import CAPABILITIES, compile_fused_step
+from trip_kernels.fuse_noise import fuse_noise, shape_of
+from trip_kernels.fused_step import fused_step, fused_step_ref
+from trip_kernels.packing import pack, tile_shape
+from trip_kernels.tiles import Tile
+from trip_reference.presets import TRIP_256
+from trip_reference.training.config import load_config
+from trip_reference.training.denoiser import Denoiser
+from trip_rt.schedule import alpha_bars
+
+
+def inputs(
+    batch, channels, frames, height, width, timesteps, schedule=TRIP_256.trip.schedule, dtype=torch.float32, seed=0
+):
+    """The arguments of a fusion: latents noised to `timesteps`, everything but them surrounded by NaN in memory."""
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randn(batch, channels, height, width, generator=generator)
+    clean = first[:, :, None] + 0.3 * torch.randn(batch, channels, frames, height, width, generator=generator)
+    noise = torch.randn(clean.shape, generator=generator)
+    alpha_bar = torch.from_numpy(alpha_bars(schedule))[timesteps]
+    signal, sigma = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
+    wide = (slice(None),) + (None,) * 4
+    latents = signal[wide] * clean + sigma[wide] * noise
+    residual = noise + 0.1 * torch.randn(clean.shape, generator=generator)
+    return *(guarded(tensor.to(dtype)) for tensor in (latents, first, residual)), signal, sigma, torch.tensor(timesteps)
+
+
+# In the interpreter a program costs the same however large its tile is.
+LARGE = Tile(pixels=8, warps=4, stages=1)
+
+
+def in_double(fusion, arguments):
+    double = tiny_copy(fusion).double()
+    return double(*(tensor.double() if tensor.is_floating_point() else tensor for tensor in arguments))
+
+
+def tiny_copy(fusion):
+    import copy
+
+    return copy.deepcopy(fusion)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize(
+    ("frames", "batch", "height", "width", "timesteps"),
+    [
+        (1, 1, 1, 1, [999]),
+        (3, 3, 1, 5, [0, 500, 999]),
+        (8, 1, 3, 2, [0]),
+        (16, 2, 3, 1, [0, 999]),
+        (17, 1, 1, 3, [999]),
+        (24, 2, 1, 2, [1]),
+    ],
+)
+def test_fused_noise(frames, batch, height, width, timesteps, dtype):
+    fusion = fusion_of(num_frames=frames)
+    arguments = inputs(batch, 8, frames, height, width, timesteps, dtype=dtype)
+    found = fuse_noise(fusion, *arguments, compute=dtype, tile=LARGE)
+    assert found.dtype == dtype and found.shape == arguments[0].shape
+    assert rms_ratio(found, in_double(fusion, arguments)) <= BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("preset", [DEMO, TRIP_256], ids=["demo", "trip-256"])
+def test_fused_noise_at_the_models_own_sizes(preset, dtype):
+    fusion = fusion_of(tnf=preset.trip.tnf, latent_channels=preset.trip.latent_channels, num_frames=16)
+    arguments = inputs(1, preset.trip.latent_channels, 16, 1, 3, [200], preset.trip.schedule, dtype)
+    assert rms_ratio(fuse_noise(fusion, *arguments, compute=dtype), in_double(fusion, arguments)) <= BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("fusion", ["tnf", "linear", "none"])
+@pytest.mark.parametrize("normalize_prior", [True, False])
+def test_every_fusion_in_both_forms_of_the_prior(fusion, normalize_prior):
+    model = fusion_of(fusion=fusion, normalize_prior=normalize_prior)
+    arguments = inputs(2, 8, 5, 2, 3, [0, 700])
+    assert rms_ratio(fuse_noise(model, *arguments, tile=LARGE), in_double(model, arguments)) <= 1e-5
+
+
+def test_every_element_is_written(monkeypatch):
+    monkeypatch.setattr(torch, "empty_like", lambda tensor, **_: torch.full_like(tensor, float("nan")))
+    assert fuse_noise(fusion_of(), *inputs(2, 8, 5, 3, 5, [0, 999]), tile=LARGE).isfinite().all()
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3),
+    st.sampled_from([8, 10, 16]), st.integers(1, 3), st.sampled_from(list(BOUNDS)), st.integers(0, 999),
+)  # fmt: skip
+def test_fused_noise_of_any_shape(batch, channels, frames, height, width, heads, per_head, layers, dtype, timestep):
+    fusion = fusion_of(
+        num_frames=frames, latent_channels=channels, hidden_size=heads * per_head, num_heads=heads, num_layers=layers
+    )
+    arguments = inputs(batch, channels, frames, height, width, [timestep], dtype=dtype)
+    assert (
+        rms_ratio(fuse_noise(fusion, *arguments, compute=dtype, tile=LARGE), in_double(fusion, arguments))
+        <= BOUNDS[dtype]
+    )
+
+
+def test_one_timestep_serves_the_whole_batch():
+    fusion, arguments = fusion_of(), inputs(3, 8, 5, 2, 2, [400, 400, 400])
+    shared = (*arguments[:3], *(tensor[:1] for tensor in arguments[3:]))
+    assert torch.equal(fuse_noise(fusion, *shared, tile=LARGE), fuse_noise(fusion, *arguments, tile=LARGE))
+
+
+def test_inputs_need_not_be_contiguous():
+    fusion, arguments = fusion_of(), inputs(2, 8, 5, 2, 3, [3, 300])
+    strided = [tensor.transpose(1, -1).contiguous().transpose(1, -1) for tensor in arguments[:3]]
+    assert not strided[0].is_contiguous()
+    assert torch.equal(
+        fuse_noise(fusion, *strided, *arguments[3:], tile=LARGE), fuse_noise(fusion, *arguments, tile=LARGE)
+    )
+
+
+def test_shapes_that_do_not_belong_together_are_refused():
+    latents, first, residual, *rest = inputs(2, 8, 5, 2, 3, [3, 300])
+    with pytest.raises(ValueError, match="found shapes"):
+        fuse_noise(fusion_of(), latents, first[:1], residual, *rest)
+
+
+def test_the_gradient_is_the_references():
+    fusion, arguments = fusion_of(), inputs(2, 8, 5, 2, 3, [100, 600])
+    gradients = []
+    for op in (fusion, lambda *tensors: fuse_noise(fusion, *tensors, tile=LARGE)):
+        latents, first, residual, *rest = arguments
+        fusion.zero_grad()
+        residual = residual.detach().requires_grad_()
+        op(latents, first, residual, *rest).square().mean().backward()
+        assert latents.grad is None
+        gradients.append([residual.grad, *(parameter.grad for parameter in fusion.parameters())])
+    for expected, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_model_trains_through_the_kernel():
+    model = tiny_model(num_frames=3, height=16, width=16)
+    latents, _, _, _, _, timestep = inputs(1, 8, 3, 2, 2, [300])
+    text = torch.zeros(1, model.config.text_length, model.config.text_width)
+    gradients = []
+    for fused_kernel in (False, True):
+        model.zero_grad()
+        Denoiser(model, load_config("demo").loss, fused_kernel)(
+            latents, torch.zeros_like(latents), timestep, text=text
+        ).backward()
+        gradients.append(model.residual_unet.unet.conv_out.weight.grad)
+    assert rms_ratio(gradients[1], gradients[0]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize(("batch", "frames", "height", "width"), [(1, 5, 3, 5), (2, 16, 1, 3), (3, 1, 2, 2)])
+def test_fused_step(batch, frames, height, width, dtype):
+    fusion = fusion_of(num_frames=frames)
+    buffers = step_buffers(batch, 8, frames, height, width)
+    double = {
+        name: tensor.double() if name != "table" and tensor.is_floating_point() else tensor.clone()
+        for name, tensor in buffers.items()
+    }
+    reference = tiny_copy(fusion).double()
+    for timestep, row in ((749, 2), (499, 3), (249, 4), (0, 5)):
+        fused_step(fusion, **buffers, compute=dtype, tile=LARGE)
+        fused_step_ref(reference, **double)
+        assert int(buffers["timestep"]) == timestep == int(double["timestep"]) and int(buffers["step"]) == row == int(
+            double["step"]
+        )
+        assert torch.equal(buffers["latents"][:batch], buffers["latents"][batch:])
+        assert max(rms_ratio(buffers[name], double[name]) for name in ("latents", "history")) <= BOUNDS[dtype]
+        buffers["residual_noise"].copy_(
+            torch.randn(buffers["residual_noise"].shape, generator=torch.Generator().manual_seed(row))
+        )
+        double["residual_noise"].copy_(buffers["residual_noise"])
+    assert torch.equal(buffers["latents"][:, :, 0], buffers["first_frame"]), "the clip starts with the picture"
+
+
+def test_the_beginning_only_holds_frame_1():
+    fusion = fusion_of()
+    buffers = step_buffers(1, 8, 5, 2, 3)
+    buffers["step"].zero_()
+    before = buffers["latents"].clone()
+    fused_step(fusion, **buffers)
+    assert torch.equal(buffers["latents"][:, :, 1:], before[:, :, 1:]) and int(buffers["timestep"]) == 999
+    signal, sigma = buffers["table"][0, -2:]
+    expected = signal * buffers["first_frame"][:1] + sigma * buffers["first_noise"]
+    torch.testing.assert_close(buffers["latents"][:1, :, 0], expected)
+
+
+def test_weights_are_padded_with_zeros_and_folded():
+    fusion = fusion_of(hidden_size=12, num_heads=3)
+    shape = shape_of(fusion, 8, 5)
+    assert (shape.width_p, shape.head_p, shape.context_p, shape.channels_p, shape.frames) == (16, 16, 16, 16, 16)
+    packed = pack(fusion.state_dict(), shape, torch.float16, torch.arange(2))
+    assert packed["cross_query"].shape == (2, 3, 16, 16) and packed["self_qkv"].shape == (2, 3, 3, 16, 16)
+    assert not packed["self_qkv"][..., 12:, :].any() and not packed["self_qkv"][..., 4:].any()
+    assert packed["modulation"].shape == (2, 2, 2, 2, 16) and packed["modulation"].dtype == torch.float32
+    two = pack(fusion.state_dict(), shape, torch.float32, torch.arange(2))["self_out"]
+    one = pack(fusion.state_dict(), shape, torch.float64, torch.arange(2))["self_out"]
+    assert (two.double().sum(-3) - one).abs().max() < 1e-7
+
+
+def test_machine_code_without_a_gpu():
+    said = []
+    (step,) = compile_fused_step(tile_shape(8, 5, True, 16, 4, 2), torch.float16, ["9.0"], said.append)
+    assert step.cubin[:4] == b"\x7fELF" and step.spilled_bytes == 0 and 0 < step.registers <= 255
+    assert step.parameters[:3] == ("latents", "first_frame", "first_noise") and step.parameters[-2:] == (
+        "scratch",
+        "scratch",
+    )
+    assert said == [f"fused step: {step.describe()}"] and "0 bytes spilled" in said[0]
+
+
+def test_unknown_compute_capabilities_are_named():
+    with pytest.raises(ValueError, match=r"found 9\.9, expected"):
+        compile_fused_step(tile_shape(8, 5, True, 16, 4, 2), torch.float16, ["9.9"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("config", [DEMO.trip, TRIP_256.trip], ids=["demo", "trip-256"])
+def test_no_gpu_spills_at_the_models_own_sizes(config, dtype):
+    tnf = config.tnf
+    shape = tile_shape(
+        config.latent_channels,
+        config.num_frames,
+        config.normalize_prior,
+        tnf.hidden_size,
+        tnf.num_heads,
+        tnf.num_layers,
+    )
+    assert [step.capability for step in compile_fused_step(shape, dtype)] == list(CAPABILITIES)
+
+
+@pytest.mark.slow
+def test_a_spill_fails_the_build():
+    with pytest.raises(RuntimeError, match="found no tile without spills"):
+        compile_fused_step(tile_shape(4, 24, True, 256, 4, 2), torch.float32, ["8.6"])

@@ -1,0 +1,38 @@
+"""A TRIP model of a few thousand random weights, with everything in it that a real one has."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from trip_reference.demo_text import build_tokenizer, text_overrides
+from trip_reference.model import TripModel, build_model
+from trip_reference.presets import DEMO, Preset
+
+TINY = Preset(
+    trip=dataclasses.replace(
+        DEMO.trip,
+        num_frames=5,
+        height=32,
+        width=48,
+        text_width=16,
+        num_inference_steps=4,
+        tnf=dataclasses.replace(DEMO.trip.tnf, hidden_size=16),
+    ),
+    unet=DEMO.unet | dict(block_out_channels=(8, 16), norm_num_groups=4),
+    vae=DEMO.vae | dict(block_out_channels=(8, 8, 8, 8), norm_num_groups=4),
+    text_encoder=DEMO.text_encoder | dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1),
+)
+
+
+def tiny_model(seed: int = 0, **changes: object) -> TripModel:
+    """A tiny model whose every parameter is random, zero-initialised ones too, so that no path is dead."""
+    torch.manual_seed(seed)
+    preset = dataclasses.replace(TINY, trip=dataclasses.replace(TINY.trip, **changes))
+    model = build_model(preset, text_overrides(build_tokenizer(preset.trip.text_length)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05)
+    return model.eval()
