@@ -24,7 +24,7 @@ from typing import Any
 
 from gpu_process import apart
 
-from trip_rt.command import CommandParser, add_json_flag, main_of, note, report
+from trip_rt.command_line import CommandParser, add_json_flag, main_of, note, report
 from trip_rt.errors import InputError
 
 RESULTS = Path(__file__).parent / "results"

@@ -36,7 +36,7 @@ from trip_rt.after_unet import KernelStep
 from trip_rt.config import TripConfig
 from trip_rt.devices import open_device
 from trip_rt.manifest import KernelSpec
-from trip_rt.sampler import loop_buffers
+from trip_rt.sampling.loop import loop_buffers
 
 # In Triton's interpreter a program costs the same however large its tile is.
 LARGE = Tile(pixels=32, warps=4, stages=1)

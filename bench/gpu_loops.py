@@ -21,7 +21,7 @@ from trip_rt.config import TripConfig
 from trip_rt.devices import open_device
 from trip_rt.errors import InputError
 from trip_rt.pipeline import Pipeline
-from trip_rt.sampler import initial_noise
+from trip_rt.sampling.loop import initial_noise
 from trip_rt.speed import Speed, loop_steps
 
 

@@ -31,10 +31,10 @@ from trip_export.recording import held_out
 from trip_rt import backends
 from trip_rt.animator import Animator
 from trip_rt.bundle import Bundle, open_bundle
-from trip_rt.command import CommandParser, add_json_flag, main_of, note
+from trip_rt.command_line import CommandParser, add_json_flag, main_of, note
 from trip_rt.errors import EngineError, InputError
 from trip_rt.manifest import Profile
-from trip_rt.sampler import initial_noise
+from trip_rt.sampling.loop import initial_noise
 from trip_rt.speed import SPEEDS, loop_steps
 
 _COLD_START = Path(__file__).parent / "cold_start.py"

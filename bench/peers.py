@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from trip_export.components import Component
 from trip_reference.model import TripModel
 from trip_reference.unet import with_first_frame, without_first_frame
-from trip_rt.command import note
+from trip_rt.command_line import note
 from trip_rt.config import FirstFrame
 from trip_rt.errors import InputError
 from trip_rt.speed import LoopStep

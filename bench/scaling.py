@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from trip_reference.presets import PRESETS
 from trip_reference.process_memory import peak_memory_mb
-from trip_rt.command import CommandParser, main_of, note
+from trip_rt.command_line import CommandParser, main_of, note
 from trip_rt.errors import InputError
 
 _AXES = {"frames": "frames", "sizes": "picture side, pixels", "batches": "clips at a time"}
@@ -176,7 +176,7 @@ def _loop(bundle: Path, backend: str, rounds: int) -> dict[str, float]:
     """Median milliseconds of a guided step, and the peak memory of a process that has opened the bundle and run the
     loop."""
     from trip_rt.animator import Animator
-    from trip_rt.sampler import initial_noise
+    from trip_rt.sampling.loop import initial_noise
     from trip_rt.speed import loop_steps
 
     with Animator(bundle, backend) as animator:

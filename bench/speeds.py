@@ -20,7 +20,7 @@ from trip_reference import demo_world
 from trip_reference.demo_judge import judge
 from trip_rt.animator import Animator
 from trip_rt.backends import EngineOptions
-from trip_rt.command import CommandParser, add_json_flag, main_of, report
+from trip_rt.command_line import CommandParser, add_json_flag, main_of, report
 from trip_rt.errors import InputError
 from trip_rt.speed import SPEEDS, Speed
 

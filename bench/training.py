@@ -35,7 +35,7 @@ from trip_reference.process_memory import peak_memory_mb
 from trip_reference.training.config import load_config
 from trip_reference.training.denoiser import Denoiser
 from trip_reference.training.start import start_model
-from trip_rt.command import CommandParser, main_of, note
+from trip_rt.command_line import CommandParser, main_of, note
 from trip_rt.errors import InputError
 
 KINDS = ("plain", "checkpointed")

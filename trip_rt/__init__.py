@@ -7,7 +7,19 @@ clip.save("clip.mp4")
 """
 
 from trip_rt.animator import Animation, Animator
-from trip_rt.errors import InputError
+from trip_rt.backends import EngineOptions
+from trip_rt.errors import EngineError, InputError
+from trip_rt.settings import SPEEDS, Settings, Speed
 
 __version__ = "0.1.0"
-__all__ = ["Animation", "Animator", "InputError", "__version__"]
+__all__ = [
+    "SPEEDS",
+    "Animation",
+    "Animator",
+    "EngineError",
+    "EngineOptions",
+    "InputError",
+    "Settings",
+    "Speed",
+    "__version__",
+]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import sys
 import time
@@ -18,18 +17,21 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from trip_rt import backends, images, video
-from trip_rt.animator import Animator, run_steps
+from trip_rt.animator import Animator
 from trip_rt.bundle import read_manifest
-from trip_rt.command import CommandParser, add_json_flag, main_of, note, report, whole_file
-from trip_rt.config import TripConfig
+from trip_rt.clip_requests import Job, check_jobs, load_pictures, read_batch
+from trip_rt.command_line import (
+    CommandParser,
+    add_json_flag,
+    add_settings,
+    main_of,
+    note,
+    report,
+    settings_of,
+    whole_file,
+)
 from trip_rt.errors import InputError, printable
-from trip_rt.jobs import Job, check_jobs, load_pictures, read_batch
-from trip_rt.manifest import Profile
-from trip_rt.solvers import SOLVERS
-from trip_rt.speed import SPEEDS, Speed
-from trip_rt.tokenizer import check_text
 
-MAX_THREADS = 256
 _SHEET_COLUMNS = 8
 
 
@@ -56,39 +58,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="a file that asks for a clip a line; paths in it are relative to the current folder",
     )
-    parser.add_argument(
-        "--speed",
-        choices=tuple(SPEEDS),
-        default="exact",
-        help="settled ways to trade likeness to the exact clip for time (%(default)s)",
-    )
-    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (the speed's, or the model's own)")
-    parser.add_argument("--solver", choices=SOLVERS, help="how to step; all but ddim need fewer steps (the speed's)")
-    parser.add_argument(
-        "--guidance-interval",
-        type=_interval,
-        metavar="LOW,HIGH",
-        help="guide only where the timestep lies between these shares of the schedule, 0 to 1 (the speed's)",
-    )
-    parser.add_argument(
-        "--feature-reuse", type=int, metavar="N", help="run the whole UNet every N steps only, 1 for each (the speed's)"
-    )
-    parser.add_argument(
-        "--guidance-scale", type=float, metavar="G", help="how closely to follow the prompt, 0 to 100 (the model's own)"
-    )
+    add_settings(parser)
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, another clip (%(default)s)")
     parser.add_argument(
         "--fps",
         type=float,
         metavar="F",
         help=f"frames a second, {video.MIN_FPS:g} to {video.MAX_FPS:g} (the model's own)",
-    )
-    parser.add_argument("--negative-prompt", default="", metavar="T", help="what should not be seen")
-    parser.add_argument(
-        "--fit",
-        choices=("crop", "letterbox"),
-        default="crop",
-        help="how a picture of another shape is fitted (%(default)s)",
     )
     parser.add_argument(
         "--backend", choices=("auto", *backends.NAMES), default="auto", help="engine library (%(default)s)"
@@ -100,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--profile", metavar="NAME", help="which of the bundle's sets of shapes, such as 256x256-16f-b1 (its first)"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (the engine library's choice)")
+    parser.add_argument("--no-cuda-graph", action="store_true", help="on a GPU, queue each step's work anew")
     parser.add_argument(
         "--contact-sheet", type=Path, metavar="FILE.png", help="also write one picture with frames of all the clips"
     )
@@ -115,11 +92,14 @@ def run(args: argparse.Namespace) -> int:
         jobs = _jobs(args)
         check_jobs(jobs, args.contact_sheet)
         manifest = read_manifest(args.bundle)
-        profile, options = manifest.profile(args.profile), backends.EngineOptions(args.device, args.threads)
-        speed = _speed(args)
-        steps = run_steps(manifest.config, speed, args.steps, args.guidance_scale)
-        fps = _check_options(args, manifest.config, profile, options)
-        pictures = load_pictures(jobs, profile.height, profile.width, args.fit)
+        profile = manifest.profile(args.profile)
+        options = backends.EngineOptions(args.device, args.threads, cuda_graph=not args.no_cuda_graph)
+        settings = settings_of(args)
+        steps = settings.steps(manifest.config)
+        fps = float(manifest.config.fps if args.fps is None else args.fps)
+        video.check_fps(fps)
+        backends.choose(profile, args.backend, options)
+        pictures = load_pictures(jobs, profile.height, profile.width, settings.fit)
         animator = Animator(args.bundle, args.backend, profile.name, options)
     note(f"backend: {animator.backend} ({animator.backend_reason})")
     clips, strips = [], []
@@ -136,10 +116,7 @@ def run(args: argparse.Namespace) -> int:
                     np.stack(pictures[start : start + profile.batch]),
                     [job.prompt for job in group],
                     [job.seed for job in group],
-                    negative_prompt=args.negative_prompt,
-                    speed=speed,
-                    num_inference_steps=args.steps,
-                    guidance_scale=args.guidance_scale,
+                    settings=settings,
                     on_step=lambda *_: bar.update(),
                 )
             for job, clip in zip(group, latents, strict=True):
@@ -183,22 +160,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _speed(args: argparse.Namespace) -> Speed:
-    """The speed asked for, changed by the options that were given."""
-    given = {"solver": args.solver, "guidance_interval": args.guidance_interval, "feature_reuse": args.feature_reuse}
-    return dataclasses.replace(
-        SPEEDS[args.speed], **{name: value for name, value in given.items() if value is not None}
-    )
-
-
-def _interval(text: str) -> tuple[float, float]:
-    low, _, high = text.partition(",")
-    try:
-        return float(low), float(high)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected two numbers such as 0.2,0.8") from None
-
-
 def _jobs(args: argparse.Namespace) -> list[Job]:
     single = [args.image, args.prompt, args.output]
     if args.batch:
@@ -210,19 +171,6 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     if any(value is None for value in single):
         raise InputError("expected IMAGE, PROMPT and -o CLIP, or --batch FILE; see trip-animate --help")
     return [Job(args.image, args.prompt, args.output, args.seed)]
-
-
-def _check_options(
-    args: argparse.Namespace, config: TripConfig, profile: Profile, options: backends.EngineOptions
-) -> float:
-    """The frames a second to save at; InputError for an option out of bounds."""
-    if args.threads is not None and not 1 <= args.threads <= MAX_THREADS:
-        raise InputError(f"threads: found {args.threads}, expected 1 to {MAX_THREADS}")
-    fps = float(config.fps if args.fps is None else args.fps)
-    video.check_fps(fps)
-    check_text(args.negative_prompt)
-    backends.choose(profile, args.backend, options)
-    return fps
 
 
 def _save_sheet(strips: Sequence[NDArray[np.uint8]], labels: Sequence[str], path: Path) -> None:

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trip_rt import backends, images, video
 from trip_rt.bundle import Bundle, open_bundle
-from trip_rt.config import TripConfig
+from trip_rt.components import REQUIRED
 from trip_rt.devices import open_device
 from trip_rt.errors import InputError
-from trip_rt.manifest import COMPONENTS
 from trip_rt.pipeline import Pipeline
-from trip_rt.sampler import Array, initial_noise
-from trip_rt.speed import LoopStep, Speed, loop_steps, speed_named
+from trip_rt.sampling.loop import Array, OnStep, initial_noise
+from trip_rt.settings import Settings, SettingsKeywords
 from trip_rt.tokenizer import PromptTokenizer
 
 if TYPE_CHECKING:
     from PIL import Image
 
 Picture: TypeAlias = "str | os.PathLike[str] | Image.Image | NDArray[np.uint8]"
-OnStep = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -37,25 +34,14 @@ class Animation:
     """A finished clip: `frames` uint8 [F, H, W, 3], to be shown at `fps`."""
 
     frames: NDArray[np.uint8]
-    fps: int
+    fps: float
     prompt: str
     seed: int
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write .mp4, .gif, .webp, or a folder of PNGs; InputError where that cannot be done, and nothing partial is
-        left."""
-        video.save(self.frames, path, self.fps)
-
-
-def run_steps(
-    config: TripConfig, speed: Speed | str, num_inference_steps: int | None, guidance_scale: float | None
-) -> list[LoopStep]:
-    """The steps of a run, with `num_inference_steps` in place of the speed's own where given; InputError where
-    something is out of bounds."""
-    chosen = speed_named(speed) if isinstance(speed, str) else speed
-    if num_inference_steps is not None:
-        chosen = dataclasses.replace(chosen, num_inference_steps=num_inference_steps)
-    return loop_steps(config, chosen, guidance_scale)
+    def save(self, path: str | os.PathLike[str], fps: float | None = None) -> None:
+        """Write .mp4, .gif, .webp, or a folder of PNGs, at `fps` frames a second (the clip's own); InputError where
+        that cannot be done, and nothing partial is left."""
+        video.save(self.frames, path, self.fps if fps is None else fps)
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
@@ -95,10 +81,9 @@ class Animator:
         self._bundle, self._engine_class, self._options = opened, cls, options
         try:
             if self._device.kind == "cpu":
-                with ThreadPoolExecutor(
-                    os.cpu_count()
-                ) as pool:  # opening an engine is mostly one thread's work, and the UNet's takes longest
-                    list(pool.map(self.engine, sorted(COMPONENTS, key=lambda name: name != "unet")))
+                # One thread opens an engine, mostly. The UNet's takes longest.
+                with ThreadPoolExecutor(os.cpu_count()) as pool:
+                    list(pool.map(self.engine, sorted(REQUIRED, key=lambda name: name != "unet")))
             self._pipeline = Pipeline(
                 self._device, self.config, self.profile, self.engine, opened.folder, options.cuda_graph
             )
@@ -106,9 +91,23 @@ class Animator:
             self.close()
             raise
 
-    def __call__(self, image: Picture, prompt: str, *, seed: int = 0, **settings: Any) -> Animation:
-        """Animate one picture (path, PIL image, or uint8 [h, w, 3]) as `prompt` says. Settings are those of `batch`."""
-        return self.batch([image], [prompt], seeds=[seed], **settings)[0]
+    def __call__(
+        self,
+        image: Picture,
+        prompt: str,
+        *,
+        seed: int = 0,
+        settings: Settings | None = None,
+        on_step: OnStep | None = None,
+        **changes: Unpack[SettingsKeywords],
+    ) -> Animation:
+        """Animate one picture (path, PIL image, or uint8 [h, w, 3]) as `prompt` says.
+
+        How it is made is said by a `settings` object or by the fields of Settings as keywords, such as `speed="fast"`
+        or `guidance_scale=3`; keywords replace the object's fields. `on_step(done, total)` is called after every step.
+        InputError for anything out of bounds.
+        """
+        return self.batch([image], [prompt], seeds=[seed], settings=settings, on_step=on_step, **changes)[0]
 
     def batch(
         self,
@@ -116,31 +115,23 @@ class Animator:
         prompts: Sequence[str],
         *,
         seeds: Sequence[int] | None = None,
-        negative_prompt: str = "",
-        speed: Speed | str = "exact",
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        fit: images.Fit = "crop",
+        settings: Settings | None = None,
         on_step: OnStep | None = None,
+        **changes: Unpack[SettingsKeywords],
     ) -> list[Animation]:
         """Animate several pictures, `profile.batch` at a time; a clip depends on its own seed and not on its
         neighbours.
 
-        `seeds` default to 0, 1, …; `speed` is one of `trip_rt.speed.SPEEDS` or a Speed; `num_inference_steps` and
-        `guidance_scale` default to the speed's and the model's own; `fit` is `crop` or `letterbox`; `on_step(done,
-        total)` is called after every denoising step of all groups. InputError for anything out of bounds.
+        `seeds` default to 0, 1, …; the rest is as in a call, with `on_step` counting the steps of all groups.
         """
+        settings = (settings or Settings()).changed(changes)
         seeds = list(range(len(pictures))) if seeds is None else list(seeds)
         if not len(pictures) == len(prompts) == len(seeds):
-            raise InputError(
-                f"batch: found {len(pictures)} pictures, {len(prompts)} prompts and {len(seeds)} seeds, expected as"
-                " many of each"
-            )
-        loaded = [images.load_image(picture, self.config.height, self.config.width, fit) for picture in pictures]
-        fitted = np.stack(loaded) if loaded else np.zeros((0, self.config.height, self.config.width, 3), np.uint8)
-        steps = run_steps(self.config, speed, num_inference_steps, guidance_scale)
+            counts = f"{len(pictures)} pictures, {len(prompts)} prompts and {len(seeds)} seeds"
+            raise InputError(f"batch: found {counts}, expected as many of each")
+        fitted = self._fitted(pictures, settings)
         clips: list[Animation] = []
-        for rows in self._denoised(fitted, prompts, seeds, negative_prompt, steps, on_step):
+        for rows in self._denoised(fitted, prompts, seeds, settings, on_step):
             for clip, row in enumerate(rows):
                 frames = np.concatenate([images.to_frames(pixels) for pixels in self._pipeline.decode(clip)])
                 clips.append(Animation(frames, self.config.fps, prompts[row], seeds[row]))
@@ -152,17 +143,13 @@ class Animator:
         prompt: str,
         *,
         seed: int = 0,
-        negative_prompt: str = "",
-        speed: Speed | str = "exact",
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        fit: images.Fit = "crop",
+        settings: Settings | None = None,
         on_step: OnStep | None = None,
+        **changes: Unpack[SettingsKeywords],
     ) -> Iterator[NDArray[np.uint8]]:
-        """One clip's frames, uint8 [H, W, 3] each, as they are decoded; settings as in `batch`."""
-        picture = images.load_image(image, self.config.height, self.config.width, fit)
-        steps = run_steps(self.config, speed, num_inference_steps, guidance_scale)
-        for _ in self._denoised(picture[None], [prompt], [seed], negative_prompt, steps, on_step):
+        """One clip's frames, uint8 [H, W, 3] each, as they are decoded; the arguments are those of a call."""
+        settings = (settings or Settings()).changed(changes)
+        for _ in self._denoised(self._fitted([image], settings), [prompt], [seed], settings, on_step):
             for pixels in self._pipeline.decode(0):
                 yield from images.to_frames(pixels)
 
@@ -172,17 +159,15 @@ class Animator:
         prompts: Sequence[str],
         seeds: Sequence[int],
         *,
-        negative_prompt: str = "",
-        speed: Speed | str = "exact",
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
+        settings: Settings | None = None,
         on_step: OnStep | None = None,
+        **changes: Unpack[SettingsKeywords],
     ) -> Array:
         """The denoised latents float32 [n, C, F, h, w] of fitted pictures uint8 [n, H, W, 3]."""
-        steps = run_steps(self.config, speed, num_inference_steps, guidance_scale)
+        settings = (settings or Settings()).changed(changes)
         groups = [
             self._pipeline.latents()[: len(rows)]
-            for rows in self._denoised(pictures, prompts, seeds, negative_prompt, steps, on_step)
+            for rows in self._denoised(pictures, prompts, seeds, settings, on_step)
         ]
         return np.concatenate(groups) if groups else np.zeros((0, *self.config.latent_shape), np.float32)
 
@@ -197,32 +182,36 @@ class Animator:
         self._pipeline.load_latents(latents)
         yield from self._pipeline.decode(0)
 
+    def _fitted(self, pictures: Sequence[Picture], settings: Settings) -> NDArray[np.uint8]:
+        """uint8 [n, H, W, 3] of the model's size."""
+        height, width = self.config.height, self.config.width
+        fitted = np.empty((len(pictures), height, width, 3), np.uint8)
+        for i, picture in enumerate(pictures):
+            fitted[i] = images.load_image(picture, height, width, settings.fit)
+        return fitted
+
     def _denoised(
         self,
         pictures: NDArray[np.uint8],
         prompts: Sequence[str],
         seeds: Sequence[int],
-        negative_prompt: str,
-        steps: list[LoopStep],
+        settings: Settings,
         on_step: OnStep | None,
     ) -> Iterator[range]:
         """Denoise `profile.batch` pictures at a time: yields which they are, while the pipeline holds their latents."""
         check_seeds(seeds)
-        batch = self.profile.batch
+        steps, batch = settings.steps(self.config), self.profile.batch
         total = len(steps) * math.ceil(len(pictures) / batch)
         for start in range(0, len(pictures), batch):
-            rows = [
-                min(row, len(pictures) - 1) for row in range(start, start + batch)
-            ]  # the last group repeats its last clip
+            # The last group repeats its last clip.
+            rows = [min(row, len(pictures) - 1) for row in range(start, start + batch)]
 
             def report(done: int, _: int, before: int = start // batch * len(steps)) -> None:
                 if on_step:
                     on_step(before + done, total)
 
-            unconditional, conditional = (
-                self._tokenizer([negative_prompt] * batch),
-                self._tokenizer([prompts[row] for row in rows]),
-            )
+            unconditional = self._tokenizer([settings.negative_prompt] * batch)
+            conditional = self._tokenizer([prompts[row] for row in rows])
             self._pipeline.encode(unconditional, conditional, images.to_model(pictures[rows]))
             noise = initial_noise([seeds[row] for row in rows], self.config.latent_shape)
             self._pipeline.denoise(noise, steps, report)
@@ -239,7 +228,7 @@ class Animator:
 
     def describe(self) -> dict[str, Any]:
         """The backend in use, why, what it runs on, and how the loop runs there."""
-        loop = {"after_unet": self._pipeline.after_unet.name, "cuda_graph": self._pipeline.graph}
+        loop = {"after_unet": self._pipeline.after_unet, "cuda_graph": self._pipeline.graph}
         return {**self.engines["unet"].describe(), "reason": self.backend_reason, **loop}
 
     def close(self) -> None:

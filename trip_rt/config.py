@@ -4,13 +4,19 @@ bundles."""
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+
+import msgspec
+from msgspec import Meta
 
 from trip_rt.errors import InputError
 
 Fusion = Literal["tnf", "linear", "none"]
 FirstFrame = Literal["start", "end", "channel"]
+Count = Annotated[int, Meta(ge=1, le=1 << 20)]
+Beta = Annotated[float, Meta(gt=0, lt=1)]
 
 T = TypeVar("T")
 
@@ -20,59 +26,58 @@ class ScheduleConfig:
     """Noise schedule: β over `num_train_timesteps` steps, and which of them an inference run visits."""
 
     beta_schedule: Literal["linear", "scaled_linear"]
-    beta_start: float
-    beta_end: float
-    num_train_timesteps: int
+    beta_start: Beta
+    beta_end: Beta
+    num_train_timesteps: Count
     timestep_spacing: Literal["leading", "trailing"]
-    steps_offset: int
+    steps_offset: Annotated[int, Meta(ge=0, le=1 << 20)]
 
 
 @dataclass(frozen=True)
 class TNFConfig:
     """Temporal Noise Fusion: width and heads of its transformer over frames."""
 
-    hidden_size: int
-    num_heads: int
-    num_layers: int
+    hidden_size: Count
+    num_heads: Count
+    num_layers: Count
 
 
 @dataclass(frozen=True)
 class TripConfig:
     """A whole TRIP model as seen from outside its networks.
 
-    `height` and `width` are pixels; latents are smaller by `vae_scale_factor` and multiplied by `scaling_factor`
-    so that they have about unit variance. `guidance_scale` and `num_inference_steps` are the sampling defaults.
+    `height` and `width` are pixels; latents are smaller by `vae_scale_factor` and multiplied by `scaling_factor` so
+    that they have about unit variance. `guidance_scale` and `num_inference_steps` are the sampling defaults.
     """
 
     fusion: Fusion
     first_frame: FirstFrame
     normalize_prior: bool
-    num_frames: int
-    height: int
-    width: int
-    fps: int
-    latent_channels: int
-    vae_scale_factor: int
-    scaling_factor: float
-    text_length: int
-    text_width: int
-    guidance_scale: float
-    num_inference_steps: int
+    num_frames: Count
+    height: Count
+    width: Count
+    fps: Count
+    latent_channels: Count
+    vae_scale_factor: Count
+    scaling_factor: Annotated[float, Meta(gt=0)]
+    text_length: Count
+    text_width: Count
+    guidance_scale: Annotated[float, Meta(ge=0, le=100)]
+    num_inference_steps: Count
     tnf: TNFConfig
     schedule: ScheduleConfig
 
     @property
-    def latent_height(self) -> int:
-        return self.height // self.vae_scale_factor
-
-    @property
-    def latent_width(self) -> int:
-        return self.width // self.vae_scale_factor
+    def frame_shape(self) -> tuple[int, int, int]:
+        """The latent of one frame, [C, h, w]."""
+        factor = self.vae_scale_factor
+        return self.latent_channels, self.height // factor, self.width // factor
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
-        """One clip's [C, F, h, w]."""
-        return self.latent_channels, self.num_frames, self.latent_height, self.latent_width
+        """The latents of one clip, [C, F, h, w]."""
+        channels, height, width = self.frame_shape
+        return channels, self.num_frames, height, width
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -80,35 +85,45 @@ def to_json(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_json(cls: type[T], data: Any, where: str) -> T:
-    """Build the config dataclass `cls` from JSON values; `where` names the file in error messages.
+def from_json(cls: type[T], data: Any, where: str, remedy: str = "was it written by another version?") -> T:
+    """Build the config dataclass `cls` from JSON values; errors begin with `where`, the file, and end with `remedy`.
 
-    Unknown, missing or wrongly typed fields raise InputError: a config from a stranger is never half read.
+    Unknown, missing, wrongly typed or out-of-range fields raise InputError: a stranger's config is never half read.
     """
-    if not isinstance(data, dict):
-        raise InputError(f"{where}: expected an object for {cls.__name__}, found {type(data).__name__}")
-    hints = get_type_hints(cls)
-    for found, expected, word in ((hints, data, "lacks"), (data, hints, "has unknown")):
-        if extra := [name for name in found if name not in expected]:
-            raise InputError(
-                f"{where}: {cls.__name__} {word} {', '.join(map(repr, extra))}; was it written by another version?"
-            )
-    return cls(**{name: _value(hints[name], data[name], f"{where}: {cls.__name__}.{name}") for name in hints})
+    try:
+        config = msgspec.convert(data, cls)
+    except msgspec.ValidationError as error:
+        raise InputError(f"{where}: {_in_words(str(error), cls, data)}; {remedy}") from error
+    if unknown := next(_unknown(data, msgspec.to_builtins(config)), None):
+        raise InputError(f"{where}: found the unknown field {unknown}; {remedy}")
+    return config
 
 
-def _value(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return from_json(hint, value, where)  # type: ignore[arg-type]
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise InputError(f"{where}: found {value!r}, expected one of {', '.join(map(str, get_args(hint)))}")
-        return value
-    if get_origin(hint) is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise InputError(f"{where}: found {value!r}, expected a list")
-        return tuple(_value(get_args(hint)[0], item, f"{where}.{i}") for i, item in enumerate(value))
-    if hint is float and type(value) is int:
-        return float(value)
-    if type(value) is not hint:
-        raise InputError(f"{where}: found {value!r}, expected {hint.__name__}")
-    return value
+def _in_words(message: str, cls: type, data: Any) -> str:
+    """msgspec's message as place, what was found there, and what was expected."""
+    what, _, place = message.partition(" - at `$")
+    name = place.strip("`.")
+    hint: Any = cls
+    for part in name.split(".") if name else ():
+        data = data.get(part) if isinstance(data, dict) else None
+        hint = get_type_hints(hint).get(part) if dataclasses.is_dataclass(hint) else None
+    if choices := get_args(hint) if "enum value" in what else ():
+        what = f"expected one of {', '.join(map(str, choices))}"
+    elif what.startswith("Expected") and data is not None:
+        what = what[0].lower() + what[1:].partition(", got")[0].replace("`", "")
+    else:
+        return f"{name}: {what}" if name else what
+    return f"{name}: found {data!r:.100}, {what}" if name else what
+
+
+def _unknown(data: Any, known: Any, path: str = "") -> Iterator[str]:
+    """Paths of the fields of `data` that `known` lacks; msgspec passes over them in a dataclass."""
+    if isinstance(data, dict):
+        for name, value in data.items():
+            if name not in known:
+                yield f"{path}{name}"
+            else:
+                yield from _unknown(value, known[name], f"{path}{name}.")
+    elif isinstance(data, (list, tuple)):
+        for index, (value, other) in enumerate(zip(data, known, strict=True)):
+            yield from _unknown(value, other, f"{path}{index}.")

@@ -1,32 +1,30 @@
-"""The engines of a bundle bound to buffers on one device: tokens and pictures in, frames out, and nothing through the
-host in between."""
+"""The engines of a bundle bound to buffers on one device: tokens and pictures in, frames out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trip_rt.after_unet import AfterUNet, after_unet
 from trip_rt.backends import Engine
 from trip_rt.config import TripConfig
-from trip_rt.devices import Buffer, Device
-from trip_rt.devices.base import Work
-from trip_rt.errors import InputError
-from trip_rt.manifest import Profile, TensorSpec
-from trip_rt.sampler import Array, denoise, loop_buffers
-from trip_rt.speed import LoopStep
+from trip_rt.devices import Device, Work
+from trip_rt.fused_step import FusedStep, fitting
+from trip_rt.manifest import Profile
+from trip_rt.networks import BoundUNet, EngineNetworks, OpenEngine, halves, step_buffers
+from trip_rt.sampling.loop import Array, OnStep, denoise, denoise_on_gpu
+from trip_rt.sampling.step import Step
 
 
 class Pipeline:
     """Runs `profile.batch` clips at a time: `encode`, then `denoise`, then `decode` each.
 
-    `engine` opens a component's engine, or gives None where the bundle has none; those that only some steps need are
-    asked for when they come. `cuda_graph`: whether a step is recorded once as a CUDA graph and replayed, where the
-    engine lets itself be recorded; `graph` says whether it was. `folder` is the bundle's, for the kernels.
+    `open_engine` opens a component's engine; those that only some steps need are asked for when they come. `cuda_graph`
+    allows recording a step as a CUDA graph; `graph` says whether one was. `folder` is the bundle's, for the kernels.
     """
 
     def __init__(
@@ -34,81 +32,76 @@ class Pipeline:
         device: Device,
         config: TripConfig,
         profile: Profile,
-        engine: Callable[[str], Engine | None],
+        open_engine: OpenEngine,
         folder: Path,
         cuda_graph: bool,
     ):
-        self._device, self._profile, self._folder, self._engine, self._cuda_graph = (
-            device,
-            profile,
-            folder,
-            engine,
-            cuda_graph,
-        )
+        self._device, self._profile, self._cuda_graph = device, profile, cuda_graph
         self._runs = 0
+        names = ("text_encoder", "text_projection", "vae_encoder", "vae_decoder")
         self._text, self._projection, self._image, self._decoder = (
-            _Bound(device, _present(engine, name))
-            for name in ("text_encoder", "text_projection", "vae_encoder", "vae_decoder")
+            _Bound(device, _present(open_engine, name)) for name in names
         )
         self._frames = device.read_back(self._decoder.output)
-        self.buffers = loop_buffers(device, config, profile.batch, profile.context_width, profile.features_shape)
+        self.buffers = step_buffers(device, config, profile.batch, profile.context_width, profile.features_shape)
+        self._unet = BoundUNet(self.buffers, open_engine)
+        self._unet.kind(True, False)
         self.graph = False
-        self._after: dict[bool, AfterUNet] = {}
         self._works: dict[tuple[bool, bool], Work] = {}
-        self.after_unet = self._after_unet(True)
-        self._work(True, False)
+        self._fused_step = self._open_kernel(config, folder)
+        if self._fused_step:
+            self._work(True, False)
+        else:
+            self._networks = EngineNetworks(device, self.buffers, self._unet, open_engine)
+
+    @property
+    def after_unet(self) -> str:
+        """What does the rest of a step, for people."""
+        return self._fused_step.name if self._fused_step else "the engine of tnf"
+
+    def _open_kernel(self, config: TripConfig, folder: Path) -> FusedStep | None:
+        """The fused kernel for this GPU; None on a CPU and, with a warning, on a GPU that the bundle has none for."""
+        if self._device.kind == "cpu":
+            return None
+        from trip_rt.devices.cuda import CudaDevice
+
+        device = self._device
+        assert isinstance(device, CudaDevice)
+        kernel = self._profile.kernels.get(self._unet.engines[True, False].spec.precision)
+        present = device.compute_capability
+        if kernel and (capability := fitting(kernel.cubins, present)):
+            return FusedStep(device, config, self.buffers, folder, kernel, capability)
+        capabilities = ", ".join(kernel.cubins) if kernel else ""
+        actual = f"kernels for compute capability {capabilities}" if kernel else "no kernel of this precision"
+        warnings.warn(
+            f"the bundle has {actual}, this GPU ({device.name}) is {present}: the engine of tnf runs in its place, more"
+            " slowly; export the bundle again with this GPU among --gpus, if trip-export knows it",
+            stacklevel=2,
+        )
+        return None
 
     def _work(self, guided: bool, shallow: bool) -> Work:
-        """A denoising step with guidance or without, by the whole UNet or by its outermost layer; InputError where the
-        bundle cannot."""
+        """A whole step of that kind on a GPU: UNet and fused kernel, recorded as a CUDA graph where that can be."""
         if (guided, shallow) not in self._works:
-            engine = self._engine(f"unet{'' if guided else '_unguided'}{'_shallow' if shallow else ''}")
-            if engine is None and not shallow:
-                self._works[guided, shallow] = self._work(True, False)  # which does more than is needed
-                return self._works[guided, shallow]
-            if engine is None:
-                raise InputError(
-                    "feature reuse: found no engine of the UNet's outermost layer in the bundle; export it again"
-                    " without --no-speedups"
-                )
-            unet = engine.bind(
-                {tensor.name: self._part(tensor) for tensor in (*engine.spec.inputs, *engine.spec.outputs)}
-            )
-            after_unet = self._after_unet(guided)
+            unet, fused_step = self._unet.kind(guided, shallow), self._fused_step
+            assert fused_step
 
-            def denoising_step() -> None:
+            def step() -> None:
                 unet()
-                after_unet()
+                fused_step()
 
-            graph = self._cuda_graph and self._device.kind == "cuda" and engine.capturable and after_unet.capturable
+            engine = self._unet.engines[guided, shallow]
+            graph = self._cuda_graph and engine.capturable
             self.graph |= graph
-            self._works[guided, shallow] = engine.capture(denoising_step) if graph else denoising_step
+            self._works[guided, shallow] = engine.capture(step) if graph else step
         return self._works[guided, shallow]
 
-    def _part(self, tensor: TensorSpec) -> Buffer:
-        """The loop's buffer of that name, or its conditional half for an engine of half the batch."""
-        buffer: Buffer = getattr(self.buffers, tensor.name)
-        return buffer[-tensor.shape[0] :]
-
-    def _after_unet(self, guided: bool) -> AfterUNet:
-        if guided not in self._after:
-            if not guided and self.after_unet.capturable:
-                return self.after_unet  # the kernel serves both kinds of step
-            tnf = self._engine("tnf" if guided else "tnf_unguided")
-            if tnf is None:
-                return self.after_unet
-            precision = _present(self._engine, "unet").spec.precision
-            self._after[guided] = after_unet(
-                self._device, self.buffers, tnf, self._folder, self._profile.kernels.get(precision)
-            )
-        return self._after[guided]
-
     def encode(self, unconditional: NDArray[np.int64], conditional: NDArray[np.int64], pixels: Array) -> None:
-        """Token ids [B, L] of both halves and pictures [B, 3, H, W], −1 to 1, to the loop's `context` and
+        """Token ids [B, L] of both halves and pictures [B, 3, H, W], −1 to 1, to the buffers `context` and
         `first_frame`."""
-        device, buffers, batch = self._device, self.buffers, self._profile.batch
+        device, buffers = self._device, self.buffers
         self._runs += 1
-        for half, ids in (self._projection.input[:batch], unconditional), (self._projection.input[batch:], conditional):
+        for half, ids in zip(halves(self._projection.input), (unconditional, conditional), strict=True):
             device.write(self._text.input, ids)
             self._text.run()
             device.copy(self._text.output, half)
@@ -116,20 +109,28 @@ class Pipeline:
         device.copy(self._projection.output, buffers.context)
         device.write(self._image.input, pixels)
         self._image.run()
-        for half in buffers.first_frame[:batch], buffers.first_frame[batch:]:
+        for half in halves(buffers.first_frame):
             device.copy(self._image.output, half)
 
-    def denoise(
-        self, noise: Array, steps: Sequence[LoopStep], on_step: Callable[[int, int], None] | None = None
-    ) -> None:
-        """The loop on what `encode` left, from `noise` [B, C, F, h, w]; InputError where the bundle lacks what a step
-        asks for."""
-        works = {(step.guided, step.shallow): self._work(step.guided, step.shallow) for step in steps}
-        denoise(self._device, self.buffers, works, self.after_unet, noise, steps, on_step)
+    def denoise(self, noise: Array, steps: Sequence[Step], on_step: OnStep | None = None) -> None:
+        """The loop on what `encode` left, from `noise` [B, C, F, h, w]; its latents stay where `decode` finds them.
+
+        `on_step(done, total)` is called as steps end. InputError where the bundle lacks what a step asks for.
+        """
+        device, buffers = self._device, self.buffers
+        for guided, shallow in {(step.guided, step.shallow) for step in steps}:
+            self._unet.kind(guided, shallow)
+        if self._fused_step:
+            works = {(step.guided, step.shallow): self._work(step.guided, step.shallow) for step in steps}
+            self._fused_step.begin(noise, steps)
+            denoise_on_gpu(device, works, steps, on_step)
+        else:
+            first_frame = device.read(halves(buffers.first_frame)[0])
+            device.write(halves(buffers.latents)[0], denoise(self._networks, first_frame, noise, steps, on_step))
 
     def latents(self) -> Array:
         """The loop's result so far, [B, C, F, h, w]."""
-        return self._device.read(self.buffers.latents[: self._profile.batch])
+        return self._device.read(halves(self.buffers.latents)[0])
 
     def load_latents(self, latents: Array) -> None:
         """Put one clip [C, F, h, w] where `decode(0)` finds it."""
@@ -163,16 +164,16 @@ class Pipeline:
             yield self._frames.take()[:count]
 
 
-def _present(engine: Callable[[str], Engine | None], name: str) -> Engine:
-    found = engine(name)
-    assert found  # the manifest's schema asks for it
-    return found
+def _present(open_engine: OpenEngine, name: str) -> Engine:
+    engine = open_engine(name)
+    assert engine  # the manifest asks for it
+    return engine
 
 
 class _Bound:
     """An engine of one input and one output, with a buffer for each; `run` queues it."""
 
     def __init__(self, device: Device, engine: Engine):
-        (given,), (made,) = engine.spec.inputs, engine.spec.outputs
-        self.input, self.output = device.zeros(given.dtype, given.shape), device.zeros(made.dtype, made.shape)
-        self.run: Callable[[], Any] = engine.bind({given.name: self.input, made.name: self.output})
+        (given,), (result,) = engine.spec.inputs, engine.spec.outputs
+        self.input, self.output = device.zeros(given.dtype, given.shape), device.zeros(result.dtype, result.shape)
+        self.run: Any = engine.bind({given.name: self.input, result.name: self.output})

@@ -10,8 +10,9 @@ from trip_engines.parity import Parity, measure
 from trip_engines.reference import Reference
 from trip_rt.animator import Animator
 from trip_rt.bundle import Bundle, open_bundle
+from trip_rt.components import REQUIRED
 from trip_rt.errors import InputError
-from trip_rt.manifest import COMPONENTS, Profile
+from trip_rt.manifest import Profile
 
 
 def check_bundle(
@@ -64,7 +65,7 @@ def animator_for(bundle: Bundle, profile: Profile, backend: str) -> tuple[Animat
 
 def precision_of(profile: Profile, backend: str) -> str:
     """The precision of a backend's engines, which one export made together."""
-    return next(profile.engines[component][backend].precision for component in COMPONENTS)
+    return next(profile.engines[component][backend].precision for component in REQUIRED)
 
 
 def _on_gpu(profile: Profile) -> bool:

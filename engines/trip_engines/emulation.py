@@ -19,8 +19,8 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from trip_rt.backends import EngineOptions
-from trip_rt.backends.base import Engine
-from trip_rt.devices import Device, Kind
+from trip_rt.backends.base import HostEngine
+from trip_rt.devices import Device, Kind, open_device
 from trip_rt.manifest import EngineSpec
 
 # Data movement has no arithmetic: it runs in whatever precision its data has, and rounds nothing.
@@ -97,14 +97,14 @@ class Emulation:
         return results[: len(self._outputs)], peaks
 
 
-class EmulatedEngine(Engine):
+class EmulatedEngine(HostEngine):
     """ONNX Runtime's engines of a bundle, emulated: what parity is measured on where no engine has the bundle's
     precision."""
 
     backend = "onnxruntime"
 
-    def __init__(self, spec: EngineSpec, emulation: Emulation):
-        super().__init__(spec)
+    def __init__(self, spec: EngineSpec, emulation: Emulation, device: Device):
+        super().__init__(spec, device)
         self._emulation: Emulation | None = emulation
 
     @classmethod
@@ -113,11 +113,11 @@ class EmulatedEngine(Engine):
 
     @classmethod
     def open(cls, path: Path, spec: EngineSpec, options: EngineOptions, device: Device | None = None) -> EmulatedEngine:
-        return cls(spec, Emulation(path, options.threads))
+        return cls(spec, Emulation(path, options.threads), device or open_device("cpu"))
 
-    def _run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def compute(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         if self._emulation is None:
-            raise self._closed()
+            raise self.closed_error()
         return {
             tensor.name: array for tensor, array in zip(self.spec.outputs, self._emulation.run(inputs), strict=True)
         }

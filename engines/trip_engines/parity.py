@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from trip_engines.reference import Reference, Sample
 from trip_rt.animator import Animator
-from trip_rt.manifest import COMPONENTS, SPEEDUPS
+from trip_rt.components import ALL
 
 # A bf16 number has three bits fewer than an fp16 one, so its rounding is 8 times as coarse; a clip has to come out as
 # well as in fp16 all the same.
@@ -126,7 +126,7 @@ def relative_errors(found: NDArray[Any], expected: NDArray[Any]) -> tuple[float,
 
 
 def _in_order(row: tuple[str, ComponentParity]) -> int:
-    return (*COMPONENTS, *SPEEDUPS).index(row[0])
+    return list(ALL).index(row[0])
 
 
 def psnr(found: NDArray[Any], expected: NDArray[Any], peak: float) -> float:

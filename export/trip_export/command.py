@@ -9,7 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trip_rt.command import CommandParser, add_json_flag, main_of, note, report, size_of
+from trip_rt import backends
+from trip_rt.command_line import CommandParser, add_json_flag, main_of, note, report, size_of
 from trip_rt.errors import InputError
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ def build_export_parser() -> argparse.ArgumentParser:
         action="append",
         metavar="NAME",
         help=(
-            "onnxruntime, openvino, tensorrt or inductor; may be given several times (both of the first in fp32,"
-            " onnxruntime in half precision)"
+            f"{', '.join(backends.NAMES)}; may be given several times (openvino and onnxruntime in fp32, onnxruntime in"
+            " half precision)"
         ),
     )
     parser.add_argument("--batch", type=int, default=1, help="clips animated at a time (%(default)s)")

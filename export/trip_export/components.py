@@ -10,24 +10,9 @@ from torch import Tensor, nn
 
 from trip_export.denoising_unet import DenoisingUNet, TextProjection, cross_attentions
 from trip_reference.model import TripModel
+from trip_rt.components import ALL, Signature, TensorSpec
+from trip_rt.components import signatures as graph_signatures
 from trip_rt.config import TripConfig
-from trip_rt.manifest import Signature, TensorSpec, tensors
-
-# The checkpoint folders that a component's weights come from.
-PARTS = {
-    "text_encoder": "text_encoder",
-    "text_projection": "unet",
-    "vae_encoder": "vae",
-    "unet": "unet",
-    "unet_shallow": "unet",
-    "unet_unguided": "unet",
-    "unet_unguided_shallow": "unet",
-    "tnf": "fusion",
-    "tnf_unguided": "fusion",
-    "vae_decoder": "vae",
-}
-# Whose weights and choice of precision a component shares, being another graph of the same network.
-VARIANT_OF = {"unet_shallow": "unet", "unet_unguided": "unet", "unet_unguided_shallow": "unet", "tnf_unguided": "tnf"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +53,7 @@ def component(model: TripModel, name: str, batch: int, decode_frames: int) -> Co
         case "vae_decoder":
             module = Call(model.decode, model.vae)
         case _:
-            module = DenoisingUNet(model.residual_unet, guided="unguided" not in name, shallow="shallow" in name)
+            module = DenoisingUNet(model.residual_unet, guided=ALL[name].guided, shallow=ALL[name].shallow)
     inputs, outputs = signatures(model, batch, decode_frames)[name]
     return Component(
         name, module.eval(), {spec.name: _example(spec) for spec in inputs}, tuple(spec.name for spec in outputs)
@@ -76,8 +61,8 @@ def component(model: TripModel, name: str, batch: int, decode_frames: int) -> Co
 
 
 def signatures(model: TripModel, batch: int, decode_frames: int) -> dict[str, Signature]:
-    """`tensors` of all the model's components; no part of it need hold weights."""
-    return tensors(model.config, batch, decode_frames, context_width(model), features_shape(model))
+    """`trip_rt.components.signatures` of all the model's components; no part of it need hold weights."""
+    return graph_signatures(model.config, batch, decode_frames, context_width(model), features_shape(model))
 
 
 def context_width(model: TripModel) -> int:
@@ -93,7 +78,7 @@ def features_shape(model: TripModel) -> tuple[int, int, int, int]:
     """[F', C', h, w]: one clip's input to the UNet's last layer, besides its skip."""
     config, unet = model.config, model.residual_unet.unet
     frames = config.num_frames + (config.first_frame != "channel")
-    return frames, unet.config.block_out_channels[0], config.latent_height, config.latent_width
+    return frames, unet.config.block_out_channels[0], *config.frame_shape[1:]
 
 
 def default_decode_frames(config: TripConfig) -> int:

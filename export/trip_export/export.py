@@ -25,7 +25,7 @@ from trip_engines.parity import Parity, measure
 from trip_engines.reference import Reference, Sample
 from trip_engines.tensorrt_build import build_engine
 from trip_engines.tensorrt_operators import unsupported
-from trip_export.components import PARTS, VARIANT_OF, Component, component
+from trip_export.components import Component, component
 from trip_export.kernels import build_kernel
 from trip_export.onnx_export import OPSET, export_onnx
 from trip_export.plan import ExportOptions, Plan
@@ -33,6 +33,7 @@ from trip_export.recording import record
 from trip_export.store import Store, store
 from trip_reference import checkpoint
 from trip_rt.bundle import MANIFEST, TOKENIZER, Bundle
+from trip_rt.components import ALL
 from trip_rt.errors import InputError
 from trip_rt.manifest import EngineSpec, KernelSpec, Manifest, Profile, serialise
 
@@ -169,7 +170,7 @@ class _Export:
             self.note("fused step: unchanged, reused")
             return {self.options.precision: spec}
         began = time.monotonic()
-        fusion = checkpoint.from_pretrained(self.plan.source, only=PARTS["tnf"]).fusion
+        fusion = checkpoint.from_pretrained(self.plan.source, only=ALL["tnf"].part).fusion
         try:
             spec = build_kernel(
                 fusion, self.plan.config, self.options.precision, self.options.gpus, key, self.store.bundle, self.note
@@ -215,7 +216,8 @@ class _Export:
 
     def _build_onnx(self, name: str, key: str) -> EngineSpec:
         graph, gflop = self._graph(name)
-        model = self._engine(VARIANT_OF[name], "onnxruntime") if name in VARIANT_OF else None
+        family = ALL[name].variant_of
+        model = self._engine(family, "onnxruntime") if family else None
         policy_of, weights_of = (model.policy, self.store.bundle / model.file) if model else (None, None)
         graph, policy = to_precision(
             graph, self.options.precision, self._samples(name), lambda text: self.note(f"{name}: {text}"), policy_of
@@ -261,7 +263,7 @@ class _Export:
         return graph, gflop
 
     def _component(self, name: str) -> tuple[Component, float]:
-        model = checkpoint.from_pretrained(self.plan.source, only=PARTS[name])
+        model = checkpoint.from_pretrained(self.plan.source, only=ALL[name].part)
         model.config = self.plan.config
         part = component(model, name, self.options.batch, self.plan.decode_frames)
         with FakeTensorMode(allow_non_fake_inputs=True), no_grad(), FlopCounterMode(display=False) as counter:

@@ -10,18 +10,19 @@ import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from trip_engines.tensorrt_build import BuildOptions, cache_key
-from trip_export.components import PARTS, context_width, default_decode_frames, features_shape, signatures
+from trip_export.components import context_width, default_decode_frames, features_shape, signatures
 from trip_reference import checkpoint
+from trip_rt import backends
 from trip_rt.bundle import file_sha256
+from trip_rt.components import ALL, REQUIRED, VARIANTS
 from trip_rt.config import TripConfig, to_json
 from trip_rt.errors import InputError
-from trip_rt.manifest import COMPONENTS, SPEEDUPS
+from trip_rt.manifest import Precision
 
-BACKENDS = ("onnxruntime", "openvino", "tensorrt", "inductor")
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS = get_args(Precision)
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
 
 
@@ -31,9 +32,9 @@ class ExportOptions:
     width), by default the checkpoint's.
 
     `gpus` are the compute capabilities that the fused step is compiled for, whether there is a GPU here or not.
-    `speedups`: also the engines that only approximate or unguided steps need (trip_rt/speed.py). `add` keeps what the
-    bundle already holds of the same checkpoint. `parity_steps` is how many denoising steps parity compares (the model's
-    own number by default; 0: none). `device` is what inductor compiles for.
+    `speedups`: also the engines that only approximate or unguided steps need (trip_rt/settings.py). `add` keeps what
+    the bundle already holds of the same checkpoint. `parity_steps` is how many denoising steps parity compares (the
+    model's own number by default; 0: none). `device` is what inductor compiles for.
     """
 
     backends: tuple[str, ...] = ("onnxruntime",)
@@ -58,7 +59,7 @@ class Plan:
         self.config = _with_shapes(source, self.checkpoint_config, options)
         for name, found, expected in (
             ("precision", options.precision, PRECISIONS),
-            *(("backend", name, BACKENDS) for name in options.backends),
+            *(("backend", name, backends.NAMES) for name in options.backends),
         ):
             if found not in expected:
                 raise InputError(f"{name}: found {found!r}, expected one of {', '.join(expected)}")
@@ -90,11 +91,11 @@ class Plan:
             from trip_export.inductor_export import target_for
 
             self.inductor = target_for(options.device)
-        outline = checkpoint.from_pretrained(source, only=PARTS["tnf"])
+        outline = checkpoint.from_pretrained(source, only=ALL["tnf"].part)
         outline.config = self.config
         self.context_width, self.features_shape = context_width(outline), features_shape(outline)
         self.signatures = signatures(outline, options.batch, self.decode_frames)
-        self.components = (*COMPONENTS, *(SPEEDUPS if options.speedups else ()))
+        self.components = (*REQUIRED, *(VARIANTS if options.speedups else ()))
         self.tokenizer_json = checkpoint.load_tokenizer_json(source)
         self.versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
         self.hashes = {path.relative_to(source).as_posix(): file_sha256(path) for path in _checkpoint_files(source)}
@@ -117,7 +118,7 @@ class Plan:
         """The hash of all that the fused step's files are built from."""
         from trip_export.kernels import shape_of, sources_sha256
 
-        fusion = {path: digest for path, digest in self.hashes.items() if path.startswith(f"{PARTS['tnf']}/")}
+        fusion = {path: digest for path, digest in self.hashes.items() if path.startswith(f"{ALL['tnf'].part}/")}
         compiler = [importlib.metadata.version("triton"), sources_sha256(), *self.options.gpus]
         schedule = self.config.schedule.num_train_timesteps
         return self.key(
@@ -151,7 +152,7 @@ class Plan:
         inputs, outputs = self.signatures[name]
         return {
             "name": name,
-            "weights": {path: digest for path, digest in self.hashes.items() if path.startswith(f"{PARTS[name]}/")},
+            "weights": {path: digest for path, digest in self.hashes.items() if path.startswith(f"{ALL[name].part}/")},
             "config": to_json(shapeless),
             "tensors": [to_json(tensor) for tensor in (*inputs, *outputs)],
             "precision": self.options.precision,

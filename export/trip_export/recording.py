@@ -17,8 +17,9 @@ from trip_reference import demo_world
 from trip_reference.feature_reuse import FeatureReuse
 from trip_reference.model import TripModel, to_pixels
 from trip_reference.sampling import sample
-from trip_rt.sampler import initial_noise
-from trip_rt.speed import LoopStep, Speed, loop_steps
+from trip_rt.sampling.loop import initial_noise
+from trip_rt.sampling.step import Step
+from trip_rt.settings import Settings
 from trip_rt.tokenizer import PromptTokenizer
 
 STEPS_RECORDED = 6
@@ -34,7 +35,7 @@ def record(
     """
     config = model.config
     pictures, prompts = held_out(config.height, config.width, batch)
-    steps = loop_steps(config, Speed(num_inference_steps=num_inference_steps))
+    steps = Settings(num_inference_steps=num_inference_steps).steps(config)
     tokenizer = PromptTokenizer(tokenizer_json, config.text_length)
     samples: dict[str, list[Sample]] = defaultdict(list)
 
@@ -55,12 +56,11 @@ def record(
         clean = torch.cat([first_frame, first_frame])
         context = TextProjection(model.residual_unet.unet)(text)
         keep("text_projection", {"text": text}, context)
-        recorded = {steps[i].step.timestep for i in np.linspace(0, len(steps) - 1, STEPS_RECORDED).round().astype(int)}
+        recorded = {steps[i].timestep for i in np.linspace(0, len(steps) - 1, STEPS_RECORDED).round().astype(int)}
         kept: list[tuple[dict[str, Tensor], Tensor]] = []  # the UNet's inputs at those, and the features it had
 
-        def on_step(one: LoopStep, latents: Tensor, residual: Tensor, noise: Tensor, features: Tensor) -> None:
+        def on_step(step: Step, latents: Tensor, residual: Tensor, noise: Tensor, features: Tensor) -> None:
             bar.update()
-            step = one.step
             if step.timestep not in recorded:
                 return
             shared = {"latents": latents, "first_frame": clean, "timestep": torch.tensor([step.timestep])}

@@ -10,16 +10,26 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trip_rt.bundle import file_spec, read_manifest
-from trip_rt.config import to_json
+from trip_rt.config import from_json, to_json
 from trip_rt.errors import InputError
-from trip_rt.manifest import EngineSpec, FileSpec, KernelSpec, Manifest, engine_spec, kernel_spec
+from trip_rt.manifest import EngineSpec, FileName, FileSpec, KernelSpec, Manifest
 
 _DRAFT = ".exporting-"
 _FINISHED = ".finished-"
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """A note of an engine or a kernel that is finished while the manifest is not."""
+
+    engine: EngineSpec | None
+    kernel: KernelSpec | None
+    files: dict[FileName, FileSpec]
 
 
 class Store:
@@ -48,11 +58,9 @@ class Store:
         """Take up a finished engine's or kernel's files, and leave word of them for the rerun, should this export be
         cut short before its end."""
         self.files |= {name: file_spec(self.bundle / name) for name in spec.files}
-        note = {
-            "engine" if isinstance(spec, EngineSpec) else "kernel": to_json(spec),
-            "files": {name: to_json(self.files[name]) for name in spec.files},
-        }
-        self.write(f"{_FINISHED}{spec.key[:16]}.json", json.dumps(note).encode())
+        engine, kernel = (spec, None) if isinstance(spec, EngineSpec) else (None, spec)
+        finished = _Finished(engine, kernel, {name: self.files[name] for name in spec.files})
+        self.write(f"{_FINISHED}{spec.key[:16]}.json", json.dumps(to_json(finished)).encode())
 
     def finished(self, key: str) -> Any:
         """The EngineSpec or KernelSpec of that key, if all its files are whole: one of the manifest's, or one that a
@@ -91,9 +99,10 @@ class Store:
             for spec in (*self.previous.engine_specs(), *self.previous.kernel_specs()):
                 yield spec, {name: self.previous.files[name] for name in spec.files}
         for path in self.bundle.glob(f"{_FINISHED}*"):
-            left = json.loads(path.read_bytes())
-            spec = engine_spec(left["engine"]) if "engine" in left else kernel_spec(left["kernel"])
-            yield spec, {name: FileSpec(**file) for name, file in left["files"].items()}
+            with contextlib.suppress(ValueError):  # what is no note of ours is passed over; InputError is one, too
+                finished = from_json(_Finished, json.loads(path.read_bytes()), str(path))
+                if spec := finished.engine or finished.kernel:
+                    yield spec, finished.files
 
 
 @contextlib.contextmanager

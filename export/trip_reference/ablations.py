@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from trip_rt.command import CommandParser, add_json_flag, main_of, report, whole_file
+from trip_rt.command_line import CommandParser, add_json_flag, main_of, report, whole_file
 from trip_rt.config import FirstFrame, Fusion
 from trip_rt.errors import InputError
 
@@ -113,9 +113,10 @@ def _config(vae: str, fusion: str, first_frame: str, seed: int, steps: int, batc
 def _variant(task: tuple[Path, str, str, str, int, int, int, int, int]) -> dict[str, Any]:
     folder, vae, fusion, first_frame, seed, steps, batch, clips, judged = task
     from trip_reference import checkpoint
-    from trip_reference.evaluation.clips import Settings, demo_cases, make_clips
+    from trip_reference.evaluation.clips import demo_cases, make_clips
     from trip_reference.evaluation.demo import judge_clips
     from trip_reference.training.run import train_run
+    from trip_rt.settings import Settings
 
     name = f"{fusion}-{first_frame}-{seed}"
     settings = {"steps": steps, "batch": batch, "clips": clips, "judged": judged}

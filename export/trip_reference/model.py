@@ -56,7 +56,7 @@ def build_unet(config: TripConfig, architecture: dict[str, Any]) -> UNet3DCondit
     """A UNet with random weights; its sizes that follow from `config` are filled in."""
     stacked = 2 if config.first_frame == "channel" else 1
     return UNet3DConditionModel(
-        sample_size=config.latent_height,
+        sample_size=config.frame_shape[1],
         in_channels=config.latent_channels * stacked,
         out_channels=config.latent_channels,
         cross_attention_dim=config.text_width,

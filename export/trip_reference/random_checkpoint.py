@@ -12,7 +12,7 @@ from trip_reference import checkpoint
 from trip_reference.demo_text import build_tokenizer, text_overrides
 from trip_reference.model import TripModel, build_model
 from trip_reference.presets import PRESETS, Preset
-from trip_rt.command import CommandParser, main_of, note
+from trip_rt.command_line import CommandParser, main_of, note
 
 
 def random_model(preset: Preset, seed: int) -> tuple[TripModel, str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trip_reference.feature_reuse import FeatureReuse
-from trip_rt.speed import LoopStep
+from trip_rt.sampling.step import History, Step, advance, guide, hold_first_frame
 
 if TYPE_CHECKING:
     from trip_reference.model import TripModel
@@ -21,8 +21,8 @@ def sample(
     first_frame: Tensor,
     noise: Tensor,
     text: Tensor,
-    steps: Sequence[LoopStep],
-    on_step: Callable[[LoopStep, Tensor, Tensor, Tensor, Tensor], None] | None = None,
+    steps: Sequence[Step],
+    on_step: Callable[[Step, Tensor, Tensor, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Clean latents [B, C, F, h, w] by a solver's steps with classifier-free guidance on the fused noise, frame 1 held
     at the given latent.
@@ -31,25 +31,18 @@ def sample(
     `on_step(step, latents, residual_noise, noise, features)` sees the networks' inputs and outputs, 2B each or B where
     the step is unguided.
     """
-    latents, batch = noise.clone(), len(noise)
-    corrected = clean_1 = clean_2 = torch.zeros_like(noise)
+    latents, batch, history = noise.clone(), len(noise), History()
     with FeatureReuse(model.residual_unet) as residual_unet:
-        for one in steps:
-            step, halves = one.step, 2 if one.guided else 1
-            latents[:, :, 0] = step.sqrt_alpha_bar * first_frame + step.sqrt_one_minus_alpha_bar * noise[:, :, 0]
+        for step in steps:
+            halves = 2 if step.guided else 1
+            hold_first_frame(step, latents, first_frame, noise[:, :, 0])
             values = step.sqrt_alpha_bar, step.sqrt_one_minus_alpha_bar, step.timestep
             signal, sigma, timestep = (torch.tensor([value], device=noise.device) for value in values)
             given, clean = torch.cat([latents] * halves), torch.cat([first_frame] * halves)
-            residual = residual_unet(given, clean, timestep, text[-halves * batch :], one.shallow)
+            residual = residual_unet(given, clean, timestep, text[-halves * batch :], step.shallow)
             predicted = model.fusion(given, clean, residual, signal, sigma, timestep)
             if on_step:
-                on_step(one, given, residual, predicted, residual_unet.features)
-            unconditional, conditional = predicted[:batch], predicted[-batch:]
-            guided = unconditional + one.guidance_scale * (conditional - unconditional)
-            terms = torch.stack([latents, guided, corrected, clean_1, clean_2])
-            clean_1, clean_2 = (latents - step.sqrt_one_minus_alpha_bar * guided) / step.sqrt_alpha_bar, clean_1
-            latents, corrected = (
-                torch.tensordot(noise.new_tensor(row), terms, 1) for row in (step.latents, step.corrected)
-            )
+                on_step(step, given, residual, predicted, residual_unet.features)
+            latents, history = advance(step, latents, guide(step, predicted, batch), history)
     latents[:, :, 0] = first_frame
     return latents

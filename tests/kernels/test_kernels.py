@@ -17,7 +17,7 @@ from trip_kernels.tiles import Tile
 from trip_reference.presets import TRIP_256
 from trip_reference.training.config import load_config
 from trip_reference.training.denoiser import Denoiser
-from trip_rt.schedule import alpha_bars
+from trip_rt.sampling.schedule import alpha_bars
 
 
 def inputs(

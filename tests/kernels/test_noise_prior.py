@@ -3,7 +3,7 @@ import torch
 
 from trip_kernels.noise_prior import noise_prior_ref, normalised_noise_prior_ref
 from trip_reference.presets import DEMO, TRIP_256
-from trip_rt.schedule import alpha_bars
+from trip_rt.sampling.schedule import alpha_bars
 
 
 def diffuse(timesteps, schedule, dtype=torch.float32):

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from trip_rt.animate import main
-from trip_rt.jobs import MAX_BATCH_FILE_MEGABYTES
+from trip_rt.clip_requests import MAX_BATCH_FILE_MEGABYTES
 from trip_rt.manifest import FORMAT_VERSION
 from trip_rt.video import output_format
 
@@ -405,7 +405,7 @@ def test_interrupt_keeps_the_finished_clips(here, tiny_bundle):
 def test_output_that_nobody_takes():
     code = """
 import sys
-from trip_rt.command import CommandParser, main_of
+from trip_rt.command_line import CommandParser, main_of
 def run(args):
     while True:
         print("figures", flush=True)

@@ -22,7 +22,7 @@ from trip_rt.backends import EngineOptions
 from trip_rt.devices import open_device
 from trip_rt.manifest import COMPONENTS, SPEEDUPS, tensors
 from trip_rt.pipeline import Pipeline
-from trip_rt.sampler import initial_noise
+from trip_rt.sampling.loop import initial_noise
 from trip_rt.speed import SPEEDS, Speed, loop_steps
 from trip_rt.tokenizer import MAX_CHARACTERS, PromptTokenizer
 

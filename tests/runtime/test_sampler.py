@@ -15,7 +15,7 @@ from trip_rt.after_unet import EngineStep
 from trip_rt.backends import Engine
 from trip_rt.devices import open_device
 from trip_rt.manifest import EngineSpec, tensors
-from trip_rt.sampler import denoise, initial_noise, loop_buffers
+from trip_rt.sampling.loop import denoise, initial_noise, loop_buffers
 from trip_rt.speed import Speed, loop_steps
 
 

@@ -6,7 +6,7 @@ from schedules import SCHEDULES, ddim_scheduler
 
 from trip_reference.presets import DEMO, TRIP_256
 from trip_rt import InputError
-from trip_rt.schedule import alpha_bars, inference_timesteps
+from trip_rt.sampling.schedule import alpha_bars, inference_timesteps
 
 
 @pytest.mark.parametrize("config", SCHEDULES, ids=lambda c: f"{c.beta_schedule}-{c.timestep_spacing}-{c.steps_offset}")

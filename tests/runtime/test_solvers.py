@@ -11,7 +11,7 @@ from schedules import SCHEDULES, ddim_scheduler
 
 from trip_reference.presets import DEMO
 from trip_rt import InputError
-from trip_rt.solvers import SOLVERS, solver_steps
+from trip_rt.sampling.solvers import SOLVERS, solver_steps
 
 
 def diffusers_scheduler(config, solver):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 
 from trip_rt.backends.base import Engine, EngineOptions
+from trip_rt.components import REQUIRED
 from trip_rt.devices import Kind
 from trip_rt.errors import InputError
-from trip_rt.manifest import COMPONENTS, Profile
+from trip_rt.manifest import Profile
 
 # name: (module, class), in `auto`'s order of preference on the same kind of device.
 _BACKENDS = {
@@ -67,6 +68,6 @@ def engine_class(backend: str) -> type[Engine]:
 
 
 def _probe(profile: Profile, backend: str, options: EngineOptions) -> Kind:
-    for component in COMPONENTS:
+    for component in REQUIRED:
         device = engine_class(backend).probe(profile.engines[component][backend], options)
     return device

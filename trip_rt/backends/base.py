@@ -11,9 +11,12 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trip_rt.devices import Buffer, Device, Kind, open_device
-from trip_rt.devices.base import Work
-from trip_rt.manifest import EngineSpec, TensorSpec
+from trip_rt.components import TensorSpec
+from trip_rt.devices import Buffer, Device, Kind, Work
+from trip_rt.errors import InputError
+from trip_rt.manifest import EngineSpec
+
+MAX_THREADS = 256
 
 
 @dataclass(frozen=True)
@@ -29,20 +32,27 @@ class EngineOptions:
     threads: int | None = None
     cuda_graph: bool = True
 
+    def __post_init__(self) -> None:
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise InputError(f"device: found {self.device!r}, expected auto, cpu or cuda")
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            raise InputError(f"threads: found {self.threads}, expected 1 to {MAX_THREADS}")
+
 
 class Engine(ABC):
-    """An opened engine. What it is bound to or run on is checked against the manifest before the library sees it.
+    """An opened engine, bound to buffers of its device. What it is bound to is checked against the manifest before the
+    library sees it.
 
-    `backend` is the name under which the manifest lists its engines; `capturable`, whether a CUDA graph can record its
-    work. A class gives `bind` or, where its library is one of numpy arrays on the host, `_run`.
+    `backend` is the name under which the manifest lists its engines; `capturable` says whether a CUDA graph can record
+    its work.
     """
 
     backend: ClassVar[str]
     capturable: ClassVar[bool] = False
 
-    def __init__(self, spec: EngineSpec, device: Device | None = None, owns_device: bool = False):
-        self.spec = spec
-        self._device, self._owns_device = device, owns_device
+    def __init__(self, spec: EngineSpec, device: Device, owns_device: bool = False):
+        self.spec, self.device = spec, device
+        self._owns_device = owns_device
         self._own: tuple[dict[str, Buffer], Work] | None = None
         self._is_closed = False
 
@@ -57,13 +67,7 @@ class Engine(ABC):
         """Load the verified engine file, to work on `device` (by default one of its own); InputError where the library
         or this machine cannot."""
 
-    @property
-    def device(self) -> Device:
-        """Where the buffers lie that it can be bound to."""
-        if self._device is None:
-            self._device = open_device("cpu")
-        return self._device
-
+    @abstractmethod
     def bind(self, buffers: Mapping[str, Buffer]) -> Work:
         """A call that queues the engine's work on its device, from and to `buffers` of the device's, by the names of
         its inputs and outputs.
@@ -71,58 +75,44 @@ class Engine(ABC):
         ValueError where a name, dtype or shape is not the manifest's. Bindings to other buffers may be made beside this
         one; each keeps its buffers.
         """
-        self.check(buffers, (*self.spec.inputs, *self.spec.outputs))
-        arrays = {name: buffer.array for name, buffer in buffers.items() if buffer.array is not None}
-
-        def work() -> None:
-            for name, made in self._run({tensor.name: arrays[tensor.name] for tensor in self.spec.inputs}).items():
-                arrays[name][...] = made
-
-        return work
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Outputs by name from inputs by name; ValueError where a name, dtype or shape is not the manifest's. The
-        arrays are the caller's own."""
+        """Outputs by name from inputs by name, on buffers of the engine's own; ValueError as for `bind`. The arrays are
+        the caller's own."""
         if self._is_closed:
-            raise self._closed()
+            raise self.closed_error()
         self.check(inputs, self.spec.inputs)
-        return self._run(inputs)
-
-    def _run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        device = self.device
         if self._own is None:
-            buffers = {
-                tensor.name: device.zeros(tensor.dtype, tensor.shape)
-                for tensor in (*self.spec.inputs, *self.spec.outputs)
-            }
+            tensors = (*self.spec.inputs, *self.spec.outputs)
+            buffers = {tensor.name: self.device.zeros(tensor.dtype, tensor.shape) for tensor in tensors}
             self._own = buffers, self.bind(buffers)
         buffers, work = self._own
         for name, array in inputs.items():
-            device.write(buffers[name], array)
+            self.device.write(buffers[name], array)
         work()
-        return {tensor.name: device.read(buffers[tensor.name]) for tensor in self.spec.outputs}
+        return {tensor.name: self.device.read(buffers[tensor.name]) for tensor in self.spec.outputs}
 
     def capture(self, body: Work) -> Work:
         """`body`, which this engine has part in, recorded as a CUDA graph; only where it is `capturable`."""
         return self.device.capture(body)
 
-    def check(self, found: Mapping[str, Buffer] | Mapping[str, NDArray[Any]], expected: Sequence[TensorSpec]) -> None:
-        """ValueError unless `found` are these tensors."""
+    def check(
+        self, actual: Mapping[str, Buffer] | Mapping[str, NDArray[Any]], expected: Sequence[TensorSpec] | None = None
+    ) -> None:
+        """ValueError unless `actual` are these tensors, by default all that the engine has."""
+        if expected is None:
+            expected = (*self.spec.inputs, *self.spec.outputs)
         sides = {tensor.name: "input" for tensor in self.spec.inputs}
         for tensor in expected:
-            one = found.get(tensor.name)
-            if one is None or one.dtype != np.dtype(tensor.dtype) or one.shape != tensor.shape:
-                there = "nothing" if one is None else f"{one.dtype} {list(one.shape)}"
+            given = actual.get(tensor.name)
+            if given is None or given.dtype != np.dtype(tensor.dtype) or given.shape != tensor.shape:
+                what = "nothing" if given is None else f"{given.dtype} {list(given.shape)}"
                 side = sides.get(tensor.name, "output")
-                raise ValueError(
-                    f"{self.spec.file}: {side} {tensor.name}: found {there}, expected {tensor.dtype}"
-                    f" {list(tensor.shape)}"
-                )
-        if len(found) != len(expected):
-            unknown = sorted(set(found) - {tensor.name for tensor in expected})
-            raise ValueError(
-                f"{self.spec.file}: found unknown inputs {unknown}, expected {[tensor.name for tensor in expected]}"
-            )
+                wanted = f"{tensor.dtype} {list(tensor.shape)}"
+                raise ValueError(f"{self.spec.file}: {side} {tensor.name}: found {what}, expected {wanted}")
+        names = [tensor.name for tensor in expected]
+        if unknown := sorted(set(actual) - set(names)):
+            raise ValueError(f"{self.spec.file}: found unknown inputs {unknown}, expected {names}")
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -133,8 +123,28 @@ class Engine(ABC):
         """Free the engine, and its device if that is its own; calling it again does nothing, running it afterwards
         raises RuntimeError."""
         self._own, self._is_closed = None, True
-        if self._owns_device and self._device:
-            self._device.close()
+        if self._owns_device:
+            self.device.close()
 
-    def _closed(self) -> RuntimeError:
+    def closed_error(self) -> RuntimeError:
+        """What to raise where a closed engine is asked to run."""
         return RuntimeError(f"{self.spec.file}: found a closed engine, expected an open one; open the bundle again")
+
+
+class HostEngine(Engine):
+    """An engine whose library takes and gives numpy arrays: a class gives `compute` in place of `bind`."""
+
+    @abstractmethod
+    def compute(self, inputs: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
+        """Outputs by name from inputs by name, both as the manifest says."""
+
+    def bind(self, buffers: Mapping[str, Buffer]) -> Work:
+        self.check(buffers)
+        arrays = {name: buffer.array for name, buffer in buffers.items() if buffer.array is not None}
+        inputs = {tensor.name: arrays[tensor.name] for tensor in self.spec.inputs}
+
+        def work() -> None:
+            for name, output in self.compute(inputs).items():
+                arrays[name][...] = output
+
+        return work

@@ -15,8 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from trip_rt.backends.base import Engine, EngineOptions
-from trip_rt.devices import Buffer, Device, Kind, open_device
-from trip_rt.devices.base import Work
+from trip_rt.devices import Buffer, Device, Kind, Work, open_device
 from trip_rt.errors import EngineError, InputError
 from trip_rt.manifest import EngineSpec
 
@@ -99,14 +98,14 @@ class InductorEngine(Engine):
                 ) from error
 
     def bind(self, buffers: Mapping[str, Buffer]) -> Work:
-        self.check(buffers, (*self.spec.inputs, *self.spec.outputs))
+        self.check(buffers)
         torch = self._torch
         inputs = [self._tensor(buffers[tensor.name]) for tensor in self.spec.inputs]
         outputs = [self._tensor(buffers[tensor.name]) for tensor in self.spec.outputs]
 
         def work() -> None:
             if self._loader is None:
-                raise self._closed()
+                raise self.closed_error()
             try:
                 with torch.no_grad(), _threads(torch, self._threads), self._on_stream():
                     for output, made in zip(outputs, self._loader.run(inputs), strict=True):
@@ -131,7 +130,8 @@ class InductorEngine(Engine):
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(
-                f"{self.spec.file}: cannot be replayed as a CUDA graph ({reason}); open the bundle without CUDA graphs"
+                f"{self.spec.file}: cannot be replayed as a CUDA graph ({reason}); pass EngineOptions(cuda_graph=False)"
+                " or --no-cuda-graph"
             ) from error
 
         def replay() -> None:
@@ -153,7 +153,7 @@ class InductorEngine(Engine):
         return self._torch.as_tensor(SimpleNamespace(__cuda_array_interface__=description), device="cuda")
 
     def _stream(self) -> Any:
-        return self._torch.cuda.ExternalStream(getattr(self.device, "stream", 0))
+        return self._torch.cuda.ExternalStream(self.device.stream)
 
     @contextlib.contextmanager
     def _on_stream(self) -> Iterator[None]:

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from trip_rt.backends.base import Engine, EngineOptions
-from trip_rt.devices import Buffer, Device, Kind, open_device
-from trip_rt.devices.base import Work
+from trip_rt.devices import Buffer, Device, Kind, Work, open_device
 from trip_rt.errors import InputError
 from trip_rt.manifest import EngineSpec
 
@@ -69,7 +68,7 @@ class OnnxRuntimeEngine(Engine):
         providers: list[Any] = ["CPUExecutionProvider"]
         if device.kind == "cuda":
             providers = [
-                ("CUDAExecutionProvider", {"user_compute_stream": str(getattr(device, "stream", 0))}),
+                ("CUDAExecutionProvider", {"user_compute_stream": str(device.stream)}),
                 *providers,
             ]
         try:
@@ -88,7 +87,7 @@ class OnnxRuntimeEngine(Engine):
             ) from error
 
     def bind(self, buffers: Mapping[str, Buffer]) -> Work:
-        self.check(buffers, (*self.spec.inputs, *self.spec.outputs))
+        self.check(buffers)
         binding = self._opened().io_binding()
         for tensors, bind in (self.spec.inputs, binding.bind_input), (self.spec.outputs, binding.bind_output):
             for tensor in tensors:
@@ -103,7 +102,7 @@ class OnnxRuntimeEngine(Engine):
 
     def _opened(self) -> Any:
         if self._session is None:
-            raise self._closed()
+            raise self.closed_error()
         return self._session
 
     def describe(self) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trip_rt.backends.base import Engine, EngineOptions
-from trip_rt.devices import Buffer, Device, Kind
-from trip_rt.devices.base import Work
+from trip_rt.devices import Buffer, Device, Kind, Work, open_device
 from trip_rt.errors import InputError
 from trip_rt.manifest import EngineSpec
 
@@ -19,7 +18,7 @@ class OpenVINOEngine(Engine):
 
     backend = "openvino"
 
-    def __init__(self, spec: EngineSpec, library: Any, compiled: Any, arithmetic: str, device: Device | None = None):
+    def __init__(self, spec: EngineSpec, library: Any, compiled: Any, arithmetic: str, device: Device):
         super().__init__(spec, device)
         self._library, self._compiled, self._arithmetic = library, compiled, arithmetic
 
@@ -39,14 +38,14 @@ class OpenVINOEngine(Engine):
             # ever signalled to.
             with ThreadPoolExecutor(1) as thread:
                 compiled, arithmetic = thread.submit(_compile, path, spec.precision, options.threads).result()
-            return cls(spec, _library(), compiled, arithmetic, device)
+            return cls(spec, _library(), compiled, arithmetic, device or open_device("cpu"))
         except RuntimeError as error:
             raise InputError(
                 f"{path}: OpenVINO cannot open it ({' '.join(str(error).split())[:200]}); export the bundle again"
             ) from error
 
     def bind(self, buffers: Mapping[str, Buffer]) -> Work:
-        self.check(buffers, (*self.spec.inputs, *self.spec.outputs))
+        self.check(buffers)
         request = self._opened().create_infer_request()
         for tensor in (*self.spec.inputs, *self.spec.outputs):
             request.set_tensor(tensor.name, self._library.Tensor(buffers[tensor.name].array, shared_memory=True))
@@ -60,7 +59,7 @@ class OpenVINOEngine(Engine):
 
     def _opened(self) -> Any:
         if self._compiled is None:
-            raise self._closed()
+            raise self.closed_error()
         return self._compiled
 
     def describe(self) -> dict[str, Any]:

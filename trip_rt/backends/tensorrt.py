@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trip_rt.backends.base import Engine, EngineOptions
-from trip_rt.devices import Buffer, Device, Kind, open_device
-from trip_rt.devices.base import Work
+from trip_rt.devices import Buffer, Device, Kind, Work, open_device
 from trip_rt.devices.cuda import call, gpu, memory_error
 from trip_rt.errors import EngineError, InputError
 from trip_rt.manifest import EngineSpec
@@ -118,15 +117,15 @@ class TensorRTEngine(Engine):
                 )
 
     def bind(self, buffers: Mapping[str, Buffer]) -> Work:
-        self.check(buffers, (*self.spec.inputs, *self.spec.outputs))
+        self.check(buffers)
 
         def work() -> None:
             if self._context is None:
-                raise self._closed()
+                raise self.closed_error()
             for name, buffer in buffers.items():
                 if not self._context.set_tensor_address(name, buffer.address):
                     raise self._failed(f"takes no address for {name}")
-            if not self._context.execute_async_v3(getattr(self.device, "stream", 0)):
+            if not self._context.execute_async_v3(self.device.stream):
                 raise self._failed("cannot run the plan", EngineError)
 
         return work

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from trip_rt.devices.base import Buffer, Device, Kind, ReadBack
+from trip_rt.devices.base import Buffer, Device, Kind, ReadBack, Work
 
-__all__ = ["Buffer", "Device", "Kind", "ReadBack", "open_device"]
+__all__ = ["Buffer", "Device", "Kind", "ReadBack", "Work", "open_device"]
 
 
 def open_device(kind: Kind) -> Device:

@@ -36,8 +36,8 @@ class Buffer:
 
     def row(self, index: int) -> Buffer:
         """One entry of the first axis, without that axis."""
-        one = self[index : index + 1]
-        return replace(one, shape=self.shape[1:], array=None if one.array is None else one.array[0])
+        entry = self[index : index + 1]
+        return replace(entry, shape=self.shape[1:], array=None if entry.array is None else entry.array[0])
 
 
 class ReadBack(ABC):
@@ -59,9 +59,11 @@ class ReadBack(ABC):
 
 
 class Device(ABC):
-    """Everything asked of a device happens in order. `kind` is where it is."""
+    """Everything asked of a device happens in order. `kind` is where it is; `stream` is the handle of the CUDA stream
+    that its work is queued on, 0 on the host."""
 
     kind: ClassVar[Kind]
+    stream: int = 0
 
     @abstractmethod
     def zeros(self, dtype: str, shape: Sequence[int]) -> Buffer:

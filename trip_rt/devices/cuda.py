@@ -24,9 +24,8 @@ class CudaDevice(Device):
 
     def __init__(self) -> None:
         self.name, self.compute_capability = gpu()
-        call(
-            "cudaSetDevice", call("cudaGetDevice")
-        )  # makes the primary context current, for the driver's functions too
+        # This makes the primary context current, for the driver's functions too.
+        call("cudaSetDevice", call("cudaGetDevice"))
         self._stream = call("cudaStreamCreateWithFlags", cuda().cudaStreamNonBlocking)
         self.stream = int(self._stream)
         self._device: list[int] = []
@@ -100,7 +99,8 @@ class CudaDevice(Device):
         except EngineError as error:
             reason = str(error).partition(";")[0]
             raise InputError(
-                f"cuda: the step cannot be replayed as a CUDA graph ({reason}); open the bundle without CUDA graphs"
+                f"cuda: the step cannot be replayed as a CUDA graph ({reason}); pass EngineOptions(cuda_graph=False) or"
+                " --no-cuda-graph"
             ) from error
         self._graphs.append(graph)
         return lambda: call("cudaGraphLaunch", graph, self._stream)

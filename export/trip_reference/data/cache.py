@@ -27,7 +27,7 @@ from trip_reference.data.new_folder import new_folder
 from trip_reference.data.sample import BrokenClip, ClipDataset
 from trip_reference.data.tokens import tokenizer_of
 from trip_reference.model import TripModel
-from trip_rt.command import note
+from trip_rt.command_line import note
 from trip_rt.errors import InputError
 
 INDEX = "cache.json"

@@ -20,14 +20,15 @@ from trip_reference.data.sample import BrokenClip, ClipFormat
 from trip_reference.model import TripModel, to_pixels
 from trip_reference.sampling import sample
 from trip_rt import Animator
-from trip_rt.animator import check_seeds, run_steps
+from trip_rt.animator import check_seeds
 from trip_rt.bundle import MANIFEST, read_manifest
-from trip_rt.command import note
+from trip_rt.command_line import note
 from trip_rt.config import TripConfig
 from trip_rt.errors import InputError
 from trip_rt.images import to_frames
-from trip_rt.sampler import initial_noise
-from trip_rt.speed import LoopStep
+from trip_rt.sampling.loop import initial_noise
+from trip_rt.sampling.step import Step
+from trip_rt.settings import Settings
 from trip_rt.tokenizer import PromptTokenizer
 
 Clip = NDArray[np.uint8]
@@ -44,19 +45,6 @@ class Case:
     prompt: str
     scene: demo_world.Scene | None = None
     motion: str = ""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How clips are sampled; None is the model's own."""
-
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    speed: str = "exact"
-    seed: int = 0
-
-    def steps(self, config: TripConfig) -> list[LoopStep]:
-        return run_steps(config, self.speed, self.num_inference_steps, self.guidance_scale)
 
 
 def demo_cases(config: TripConfig, count: int) -> list[Case]:
@@ -100,10 +88,10 @@ def config_of(source: Path) -> TripConfig:
     return checkpoint.load_config(source)
 
 
-def make_clips(source: Path, cases: Sequence[Case], settings: Settings) -> list[Clip]:
+def make_clips(source: Path, cases: Sequence[Case], settings: Settings, seed: int = 0) -> list[Clip]:
     """Each case's first frame animated by its sentence: by the PyTorch model of a checkpoint, or by a bundle's
     engines."""
-    seeds = [settings.seed + i for i in range(len(cases))]
+    seeds = [seed + i for i in range(len(cases))]
     check_seeds(seeds)
     if (source / MANIFEST).is_file():
         return _by_engines(source, cases, settings, seeds)
@@ -120,6 +108,7 @@ def make_clips(source: Path, cases: Sequence[Case], settings: Settings) -> list[
             [case.prompt for case in cases[group]],
             seeds[group],
             steps,
+            settings.negative_prompt,
         )
 
     starts = range(0, len(cases), BATCH)
@@ -136,11 +125,12 @@ def animate_batch(
     pictures: Sequence[Clip],
     prompts: Sequence[str],
     seeds: Sequence[int],
-    steps: Sequence[LoopStep],
+    steps: Sequence[Step],
+    negative_prompt: str = "",
 ) -> list[Clip]:
     """Clips of pictures uint8 [H, W, 3], by the oracle."""
     config = model.config
-    text = model.encode_text(torch.from_numpy(tokenizer([""] * len(prompts) + list(prompts))))
+    text = model.encode_text(torch.from_numpy(tokenizer([negative_prompt] * len(prompts) + list(prompts))))
     first_frame = model.encode_image(to_pixels(np.stack(pictures)))
     latents = sample(model, first_frame, torch.from_numpy(initial_noise(seeds, config.latent_shape)), text, steps)
     return [to_frames(model.decode(clip.transpose(0, 1)).numpy()) for clip in latents]
@@ -157,9 +147,7 @@ def _by_engines(source: Path, cases: Sequence[Case], settings: Settings, seeds: 
             [case.clip[0] for case in cases],
             [case.prompt for case in cases],
             seeds=seeds,
-            speed=settings.speed,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
+            settings=settings,
             on_step=on_step,
         )
     return [animation.frames for animation in made]

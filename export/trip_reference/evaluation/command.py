@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from trip_rt.bundle import file_sha256
-from trip_rt.command import CommandParser, add_json_flag, main_of, report, whole_file
+from trip_rt.command_line import CommandParser, add_json_flag, add_settings, main_of, report, settings_of, whole_file
 from trip_rt.config import TripConfig
 from trip_rt.errors import InputError, printable
-from trip_rt.speed import SPEEDS
 
 EPILOG = """examples:
   trip-evaluate checkpoints/demo --clips 200                       the demo world, by the PyTorch model
@@ -56,9 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         " make none"
     )
     parser.add_argument("--generated", type=Path, metavar="DIR", help=made)
-    parser.add_argument("--steps", type=int, help="of the solver (the model's own number, or the speed's)")
-    parser.add_argument("--guidance-scale", type=float, help="(the model's own)")
-    parser.add_argument("--speed", choices=tuple(SPEEDS), default="exact", help="(%(default)s)")
+    add_settings(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the first clip; the next has the next (%(default)s)")
     parser.add_argument("--clip-encoder", type=Path, metavar="DIR", help="a CLIP image encoder, for F-Consistency")
     parser.add_argument(
@@ -91,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
                 " write in"
             )
     from trip_reference.data.annotations import held_out
-    from trip_reference.evaluation.clips import Settings, config_of, demo_cases, folder_cases, make_clips
+    from trip_reference.evaluation.clips import config_of, demo_cases, folder_cases, make_clips
     from trip_reference.evaluation.made_clips import read_clips
     from trip_reference.evaluation.tables import tables
     from trip_rt.images import contact_sheet
@@ -104,13 +101,13 @@ def run(args: argparse.Namespace) -> int:
         cases = folder_cases(args.data, args.annotations or held_out(args.data), config, args.fps, args.clips)
     else:
         cases = demo_cases(config, args.clips)
-    settings = Settings(args.steps, args.guidance_scale, args.speed, args.seed)
+    settings = settings_of(args)
     steps = settings.steps(config)
     if args.generated:
         clips = read_clips(args.generated, config, len(cases))
         cases = cases[: len(clips)]
     else:
-        clips = make_clips(args.source, cases, settings)
+        clips = make_clips(args.source, cases, settings, args.seed)
     figures: dict[str, Any] = {
         "source": args.generated.name if args.generated else args.source.resolve().name,
         "data": args.data.name if args.data else "demo world, held out",

@@ -23,7 +23,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from trip_reference import demo_world
 from trip_reference.data.new_folder import new_folder
 from trip_reference.presets import DEMO
-from trip_rt.command import CommandParser, add_json_flag, main_of, report
+from trip_rt.command_line import CommandParser, add_json_flag, main_of, report
 from trip_rt.errors import InputError
 
 SIZE = DEMO.trip.height

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from trip_rt.command import CommandParser, add_json_flag, main_of, note, report
+from trip_rt.command_line import CommandParser, add_json_flag, main_of, note, report
 from trip_rt.config import to_json
 
 RECIPES = ("demo", "trip-256")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trip_reference.model import TripModel
 from trip_reference.training.config import LossConfig
-from trip_rt.schedule import alpha_bars
+from trip_rt.sampling.schedule import alpha_bars
 
 
 class Denoiser(nn.Module):

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from trip_reference.process_memory import peak_memory_mb
-from trip_rt.command import note
+from trip_rt.command_line import note
 
 MOST_WARNINGS = 20
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from trip_reference.training.config import LoraConfig
-from trip_rt.command import whole_file
+from trip_rt.command_line import whole_file
 from trip_rt.errors import InputError
 
 

@@ -26,7 +26,7 @@ from trip_reference.training.stage import StageRun
 from trip_reference.training.start import start_model, trainable
 from trip_reference.training.state import read_place
 from trip_reference.training.vae import latent_scale, reconstruction_psnr, render_clips, train_vae
-from trip_rt.command import note
+from trip_rt.command_line import note
 from trip_rt.config import to_json
 from trip_rt.errors import InputError
 

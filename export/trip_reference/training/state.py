@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trip_reference.training.average import Average
-from trip_rt.command import whole_file
+from trip_rt.command_line import whole_file
 from trip_rt.errors import InputError
 
 

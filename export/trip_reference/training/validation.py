@@ -17,8 +17,8 @@ from trip_reference.training.denoiser import Denoiser
 from trip_reference.training.draws import draw
 from trip_reference.training.log import Log
 from trip_rt.images import contact_sheet, to_frames
-from trip_rt.sampler import initial_noise
-from trip_rt.speed import SPEEDS, loop_steps
+from trip_rt.sampling.loop import initial_noise
+from trip_rt.settings import Settings
 
 SHOWN = 4  # clips of the sheet
 ROUNDS = 4  # draws of timestep and noise a clip
@@ -85,7 +85,7 @@ class Validation:
             latents[:, :, 0],
             noise,
             text,
-            loop_steps(model.config, SPEEDS["balanced"], model.config.guidance_scale),
+            Settings(speed="balanced").steps(model.config),
         )
         pairs = [(self._decoded(one), self._decoded(other)) for one, other in zip(made, latents, strict=True)]
         labels = [label for caption in self.captions[:shown] for label in (caption, "(the true clip)")]

@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from trip_rt.errors import EngineError, InputError, printable
+from trip_rt.images import Fit
+from trip_rt.sampling.solvers import SOLVERS
+from trip_rt.settings import SPEEDS, Settings
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -62,6 +66,62 @@ def add_json_flag(parser: argparse.ArgumentParser) -> None:
 def report(args: argparse.Namespace, figures: Any, text: str) -> None:
     """The command's result on stdout: `text` for people, or `figures` where --json was asked for."""
     print(json.dumps(figures) if args.json else text, flush=True)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The options that say how a clip is made, which `settings_of` reads. An option that is left out leaves the choice
+    to the speed or to the model."""
+    parser.add_argument(
+        "--speed",
+        choices=tuple(SPEEDS),
+        default=Settings.speed,
+        help="settled ways to trade likeness to the exact clip for time (%(default)s)",
+    )
+    parser.add_argument(
+        "--steps",
+        dest="num_inference_steps",
+        type=int,
+        metavar="N",
+        help="denoising steps (the speed's, or the model's own)",
+    )
+    parser.add_argument("--solver", choices=SOLVERS, help="how to step; all but ddim need fewer steps (the speed's)")
+    parser.add_argument(
+        "--guidance-interval",
+        type=_interval,
+        metavar="LOW,HIGH",
+        help="guide only where the timestep lies between these shares of the schedule, 0 to 1 (the speed's)",
+    )
+    parser.add_argument(
+        "--feature-reuse",
+        type=int,
+        metavar="N",
+        help="run the whole UNet every N steps only, 1 for each step (the speed's)",
+    )
+    parser.add_argument(
+        "--guidance-scale", type=float, metavar="G", help="how closely to follow the prompt, 0 to 100 (the model's own)"
+    )
+    parser.add_argument(
+        "--negative-prompt", default=Settings.negative_prompt, metavar="T", help="what should not be seen"
+    )
+    parser.add_argument(
+        "--fit",
+        choices=get_args(Fit),
+        default=Settings.fit,
+        help="how a picture of another shape is fitted (%(default)s)",
+    )
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The settings that the options of `add_settings` ask for; InputError for one out of bounds."""
+    return Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
+
+
+def _interval(text: str) -> tuple[float, float]:
+    low, _, high = text.partition(",")
+    try:
+        return float(low), float(high)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected two numbers such as 0.2,0.8") from None
 
 
 def size_of(text: str) -> tuple[int, int]:

@@ -1,0 +1,73 @@
+"""A denoising step: its numbers, and the arithmetic that follows the networks. Arrays may be numpy's or torch's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+# Of the five tensors that a step is linear in: latents z, noise ε̃, and the history's three in their order.
+Coefficients = tuple[float, float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a solver, starting at `timestep`.
+
+    `latents` are the coefficients of the next latents, `corrected` those of this step's corrected latents z̄ (UniPC).
+    A `shallow` step runs the UNet's outermost layer alone, on deep features that an earlier step left.
+    """
+
+    timestep: int
+    sqrt_alpha_bar: float
+    sqrt_one_minus_alpha_bar: float
+    latents: Coefficients
+    corrected: Coefficients
+    guidance_scale: float = 1.0
+    shallow: bool = False
+
+    @property
+    def guided(self) -> bool:
+        """Whether the unconditional half is needed."""
+        return self.guidance_scale != 1
+
+
+class History(NamedTuple):
+    """What earlier steps left, None where none did: z̄ of the last step, and the clean latents x̂_0 that the last step
+    and the one before it predicted."""
+
+    corrected: Any = None
+    clean_1: Any = None
+    clean_2: Any = None
+
+
+def hold_first_frame(step: Step, latents: Any, first_frame: Any, first_noise: Any) -> None:
+    """Put frame 1 of `latents` [B, C, F, h, w] where the given picture is at this step, in place.
+
+    That is its exact path z_t = sqrt(ᾱ_t)·z_0 + sqrt(1−ᾱ_t)·ε, on which its image noise prior is its exact noise.
+    """
+    latents[:, :, 0] = step.sqrt_alpha_bar * first_frame + step.sqrt_one_minus_alpha_bar * first_noise
+
+
+def guide(step: Step, noise: Any, batch: int) -> Any:
+    """Classifier-free guidance (Ho & Salimans 2022): ε = ε_uncond + g·(ε_cond − ε_uncond), [B, C, F, h, w].
+
+    `noise` holds the unconditional half first, then the conditional one; an unguided step needs the latter alone.
+    """
+    if not step.guided:
+        return noise[-batch:]
+    unconditional, conditional = noise[:batch], noise[batch:]
+    return unconditional + step.guidance_scale * (conditional - unconditional)
+
+
+def advance(step: Step, latents: Any, noise: Any, history: History) -> tuple[Any, History]:
+    """The solver's update: the next latents and the next history, from latents and guided noise [B, C, F, h, w]."""
+    terms = (latents, noise, *history)
+    clean = (latents - step.sqrt_one_minus_alpha_bar * noise) / step.sqrt_alpha_bar
+    return _combine(step.latents, terms), History(_combine(step.corrected, terms), clean, history.clean_1)
+
+
+def _combine(coefficients: Coefficients, terms: Sequence[Any]) -> Any:
+    """Σ c·x over the terms whose coefficient is not 0; None where all are."""
+    parts = [c * term for c, term in zip(coefficients, terms, strict=True) if c != 0]
+    return sum(parts[1:], start=parts[0]) if parts else None

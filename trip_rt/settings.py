@@ -1,0 +1,145 @@
+"""How a clip is made: the settings of a run, the named speeds, and the steps that follow from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypedDict, get_args
+
+from trip_rt.config import TripConfig
+from trip_rt.errors import InputError
+from trip_rt.images import Fit
+from trip_rt.sampling.solvers import SOLVERS, Solver, solver_steps
+from trip_rt.sampling.step import Step
+from trip_rt.tokenizer import check_text
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How much work a run saves; the defaults save none.
+
+    - `solver` and `num_inference_steps` (None: the model's own): a better solver needs fewer steps.
+    - `guidance_interval`: shares of the schedule, 0 to 1. Guidance, and with it the unconditional half of all work,
+      happens only where timestep / num_train_timesteps lies within (Kynkäänniemi et al. 2024).
+    - `feature_reuse` N: only every N-th step runs the whole UNet. The steps between run its outermost layer on the deep
+      features of the last whole run (DeepCache, Ma et al. 2023).
+    """
+
+    solver: Solver = "ddim"
+    num_inference_steps: int | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    feature_reuse: int = 1
+
+
+SPEEDS = {
+    "exact": Speed(),
+    "balanced": Speed("unipc", 20),
+    "fast": Speed("unipc", 8),
+}
+
+
+class SettingsKeywords(TypedDict, total=False):
+    """The fields of Settings as keywords of Animator's methods, for type checkers and editors."""
+
+    speed: Speed | str
+    num_inference_steps: int | None
+    solver: Solver | None
+    guidance_scale: float | None
+    guidance_interval: tuple[float, float] | None
+    feature_reuse: int | None
+    negative_prompt: str
+    fit: Fit
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a clip is made. InputError for a value that no model could take.
+
+    `speed` is one of SPEEDS or a Speed; `num_inference_steps`, `solver`, `guidance_interval` and `feature_reuse`
+    replace the speed's own where they are given. `guidance_scale` 0 to 100 says how closely the clip follows the prompt
+    (None: the model's own), `negative_prompt` what should not be seen. `fit` says how a picture of another shape is
+    fitted: `crop` keeps its largest centred part, `letterbox` all of it.
+    """
+
+    speed: Speed | str = "exact"
+    num_inference_steps: int | None = None
+    solver: Solver | None = None
+    guidance_scale: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    feature_reuse: int | None = None
+    negative_prompt: str = ""
+    fit: Fit = "crop"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.speed, str) and self.speed not in SPEEDS:
+            raise InputError(f"speed: found {self.speed!r}, expected {', '.join(SPEEDS)}")
+        if self.fit not in get_args(Fit):
+            raise InputError(f"fit: found {self.fit!r}, expected {' or '.join(map(repr, get_args(Fit)))}")
+        speed = self.resolved_speed
+        if speed.solver not in SOLVERS:
+            raise InputError(f"solver: found {speed.solver!r}, expected one of {', '.join(SOLVERS)}")
+        low, high = speed.guidance_interval
+        if not 0 <= low <= high <= 1:
+            raise InputError(
+                f"guidance interval: found {low} to {high}, expected two numbers from 0 to 1, the lower one first"
+            )
+        if speed.feature_reuse < 1:
+            raise InputError(f"feature reuse: found {speed.feature_reuse}, expected at least 1, which reuses none")
+        scale = self.guidance_scale
+        if scale is not None and not (math.isfinite(scale) and 0 <= scale <= 100):
+            raise InputError(f"guidance scale: found {scale}, expected 0 to 100")
+        check_text(self.negative_prompt)
+
+    @property
+    def resolved_speed(self) -> Speed:
+        """The speed with the fields that these settings replace."""
+        speed = SPEEDS[self.speed] if isinstance(self.speed, str) else self.speed
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(Speed)}
+        return dataclasses.replace(speed, **{name: value for name, value in given.items() if value is not None})
+
+    def steps(self, config: TripConfig) -> list[Step]:
+        """The steps of a run of this model, first to last; InputError for more steps than its schedule has."""
+        speed = self.resolved_speed
+        scale = config.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        count = config.num_inference_steps if speed.num_inference_steps is None else speed.num_inference_steps
+        low, high = speed.guidance_interval
+        steps: list[Step] = []
+        whole = -1  # the last step that ran the whole UNet
+        for i, step in enumerate(solver_steps(config.schedule, count, speed.solver)):
+            guided = scale != 1 and low <= step.timestep / config.schedule.num_train_timesteps <= high
+            # The features of an unguided step are of the conditional half alone.
+            reusable = whole >= 0 and (steps[whole].guided or not guided)
+            shallow = reusable and i - whole < speed.feature_reuse
+            whole = whole if shallow else i
+            steps.append(dataclasses.replace(step, guidance_scale=scale if guided else 1.0, shallow=shallow))
+        return steps
+
+    def changed(self, keywords: Mapping[str, Any]) -> Settings:
+        """These settings with some fields replaced; InputError names a keyword that is none and what to write
+        instead."""
+        fields = [field.name for field in dataclasses.fields(self)]
+        if unknown := next((name for name in keywords if name not in fields), None):
+            advice = _INSTEAD.get(unknown, f"expected some of {', '.join(fields)}")
+            raise InputError(f"{unknown}: found no such setting, {advice}")
+        return dataclasses.replace(self, **keywords)
+
+
+# What users of diffusers' pipelines write first, and what does it here.
+_INSTEAD = {
+    "generator": "write seed=7 in its place",
+    "num_frames": "the engines' shapes are fixed; export others with trip-export --frames N --add, then profile=NAME",
+    "height": "the engines' shapes are fixed; export others with trip-export --size WxH --add, then profile=NAME",
+    "width": "the engines' shapes are fixed; export others with trip-export --size WxH --add, then profile=NAME",
+    "fps": "frames a second are chosen when the clip is written: clip.save('clip.mp4', fps=8)",
+    "output_type": (
+        "clip.frames is uint8 [F, H, W, 3]; PIL pictures are [Image.fromarray(frame) for frame in clip.frames]"
+    ),
+    "callback_on_step_end": "write on_step=f, which is called as f(done, total)",
+    "callback": "write on_step=f, which is called as f(done, total)",
+    "num_videos_per_prompt": "write animator.batch([picture] * n, [prompt] * n, seeds=range(n))",
+    "num_images_per_prompt": "write animator.batch([picture] * n, [prompt] * n, seeds=range(n))",
+    "decode_chunk_size": "the bundle decodes in chunks of its own; leave it out",
+    "steps": "write num_inference_steps=N",
+}
