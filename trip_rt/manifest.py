@@ -190,6 +190,8 @@ def parse(raw: bytes, where: str) -> Manifest:
     if not _is_intact(body | {"format_version": version}, digest, raw):
         raise InputError(f"{where}: damaged, its contents and its own hash differ; {again}")
     manifest = from_json(Manifest, body, where, again)
+    if serialise(manifest) != raw:  # such as a whole number in place of a float
+        raise InputError(f"{where}: found values in another form than trip-rt writes; {again}")
     _check_consistent(manifest, where)
     return manifest
 

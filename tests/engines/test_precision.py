@@ -16,8 +16,8 @@ from trip_export.export import export_bundle
 from trip_export.plan import ExportOptions
 from trip_rt import Animator, InputError
 from trip_rt.bundle import open_bundle
+from trip_rt.components import ALL, REQUIRED
 from trip_rt.errors import EngineError
-from trip_rt.manifest import COMPONENTS, SPEEDUPS
 
 HALF = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
@@ -204,7 +204,7 @@ def test_the_whole_model_passes_parity(halves, precision):
     assert "emulation" in result.parity["onnxruntime"].measured_on
     assert result.parity["onnxruntime"].table().splitlines()[-1].startswith("parity: passed")
     manifest = open_bundle(result.bundle).manifest
-    for name in COMPONENTS:
+    for name in REQUIRED:
         spec = manifest.profile().engines[name]["onnxruntime"]
         assert spec.precision == precision
         assert spec.policy["kept_fp32"][0] == "own arithmetic"
@@ -247,4 +247,4 @@ def test_fp32_is_the_graph_itself(tmp_path):
 
 def test_the_recording_serves_every_component(tiny_bundle):
     (path,) = tiny_bundle.glob("reference-*")
-    assert set(Reference.load(path).samples) == {*COMPONENTS, *SPEEDUPS}
+    assert set(Reference.load(path).samples) == set(ALL)

@@ -22,9 +22,10 @@ from trip_export.plan import ExportOptions
 from trip_rt import Animator, InputError
 from trip_rt.backends import EngineOptions, engine_class
 from trip_rt.bundle import open_bundle
-from trip_rt.manifest import COMPONENTS, SPEEDUPS, EngineSpec
+from trip_rt.components import ALL, VARIANTS
+from trip_rt.manifest import EngineSpec
 
-EVERYTHING_REUSED = [f"{name} (onnx)" for name in (*COMPONENTS, *SPEEDUPS)]
+EVERYTHING_REUSED = [f"{name} (onnx)" for name in ALL]
 
 
 @pytest.fixture
@@ -87,9 +88,7 @@ def test_simplification_is_counted(tiny_export):
     for name, (before, after) in tiny_export.operators.items():
         assert after.total() < before.total() / (1.5 if name == "text_projection" else 2), name
         assert {"Shape", "Expand"} & set(before) or name.startswith("text_")
-    assert tiny_export.unsupported == {
-        name: [] for name in (*COMPONENTS, *SPEEDUPS)
-    }  # TensorRT's parser knows all of them
+    assert tiny_export.unsupported == {name: [] for name in ALL}  # TensorRT's parser knows all of them
 
 
 def test_graphs_say_nothing_of_where_they_were_made(tiny_bundle):
@@ -107,7 +106,7 @@ def test_parity_is_measured_and_recorded(tiny_export):
     (parity,) = open_bundle(tiny_export.bundle).manifest.profile().parity.values()
     assert parity == tiny_export.parity["onnxruntime"].to_json()
     assert parity["passed"]
-    assert set(parity["components"]) == {*COMPONENTS, *SPEEDUPS}
+    assert set(parity["components"]) == set(ALL)
     assert parity["latents_psnr"] >= 60
 
 
@@ -165,7 +164,7 @@ def test_an_export_cut_short_is_no_bundle_and_is_taken_up_again(tiny_checkpoint,
         Animator(tmp_path / "cut")
     monkeypatch.undo()
     result = export_bundle(tiny_checkpoint, tmp_path / "cut")
-    assert list(result.seconds) == [f"{name} (onnx)" for name in ("tnf", "vae_decoder", *SPEEDUPS)]
+    assert list(result.seconds) == [f"{name} (onnx)" for name in ("tnf", "vae_decoder", *VARIANTS)]
     assert {name: (tmp_path / "cut" / name).read_bytes() for name in files(tmp_path / "cut")} == whole
 
 

@@ -34,8 +34,9 @@ from trip_export.components import Call, Component, component
 from trip_export.inductor_export import export_inductor, export_program, target_for
 from trip_rt.backends import EngineOptions
 from trip_rt.backends.inductor import InductorEngine
+from trip_rt.components import TensorSpec
 from trip_rt.errors import InputError
-from trip_rt.manifest import EngineSpec, TensorSpec
+from trip_rt.manifest import EngineSpec
 
 COMPILER = os.environ.get("CXX") or "g++"
 needs_compiler = pytest.mark.skipif(

@@ -14,16 +14,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trip_rt import Animator, manifest
+from trip_rt import Animator
 from trip_rt.bundle import MAX_MANIFEST_BYTES, open_bundle, read_manifest, verify_file
+from trip_rt.components import REQUIRED
 from trip_rt.errors import InputError
-from trip_rt.manifest import COMPONENTS, FORMAT_VERSION, FileSpec, schema, serialise
+from trip_rt.manifest import FORMAT_VERSION, FileSpec, serialise
 
 
 def sealed(body: dict) -> bytes:
     """A manifest's file with a right hash of its own, whatever it says."""
+
+    def canonical(value: dict) -> bytes:
+        return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()  # writes NaN and Infinity, too
+
     rest = {name: value for name, value in body.items() if name != "manifest_sha256"}
-    return manifest._canonical(rest | {"manifest_sha256": hashlib.sha256(manifest._canonical(rest)).hexdigest()})
+    return canonical(rest | {"manifest_sha256": hashlib.sha256(canonical(rest)).hexdigest()})
 
 
 def file_of(data: bytes) -> dict:
@@ -64,16 +69,9 @@ def test_round_trip(tiny_bundle, body):
     opened = open_bundle(tiny_bundle)
     assert serialise(opened.manifest) == (tiny_bundle / "manifest.json").read_bytes() == sealed(body)
     assert opened.tokenizer_json == (tiny_bundle / "tokenizer.json").read_text()
-    for component in COMPONENTS:
+    for component in REQUIRED:
         spec = opened.manifest.profile().engines[component]["onnxruntime"]
         assert opened.engine_path(spec).stat().st_size == opened.manifest.files[spec.file].bytes
-
-
-def test_the_schema_is_one(body):
-    from jsonschema import Draft202012Validator
-
-    Draft202012Validator.check_schema(schema())
-    Draft202012Validator(schema()).validate(body)
 
 
 def test_every_flipped_byte_is_found(copied):
@@ -111,18 +109,18 @@ def test_every_file_counts(copied, change):
 )
 def test_files_stay_inside(refused, body, engines, name):
     engines["unet"]["onnxruntime"]["files"][0] = name
-    assert "engines/unet/onnxruntime/files/0" in refused(body)
+    assert "engines[...][...].files[0]" in refused(body)
     if name != 7:
         assert "files" in refused({**body, "files": body["files"] | {name: {"sha256": "0" * 64, "bytes": 1}}})
 
 
-@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("component", REQUIRED)
 def test_missing_component(refused, body, engines, component):
     without = copy.deepcopy(body)
     del without["profiles"][0]["engines"][component]
-    assert f"'{component}' is a required property" in refused(without)
+    assert f"found no engine of {component} for 48x32-5f-b1" in refused(without)
     engines[component] = {}
-    assert f"engines/{component}" in refused(body)
+    assert "engines[...]: Expected" in refused(body)
 
 
 def test_files_that_the_table_lacks(refused, body, engines):

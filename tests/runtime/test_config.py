@@ -19,9 +19,13 @@ def test_presets_survive_json(name):
         ({"fusion": "sum"}, "fusion: found 'sum', expected one of tnf, linear, none"),
         ({"num_frames": "16"}, "num_frames: found '16', expected int"),
         ({"num_frames": True}, "num_frames: found True, expected int"),
-        ({"surprise": 1}, "has unknown 'surprise'"),
-        ({"tnf": 3}, "expected an object for TNFConfig"),
-        ({"schedule": {}}, "ScheduleConfig lacks"),
+        ({"surprise": 1}, "found the unknown field surprise"),
+        ({"tnf": 3}, "tnf: found 3, expected object"),
+        ({"schedule": {}}, "schedule: Object missing required field `beta_schedule`"),
+        ({"tnf": {"hidden_size": 8, "num_heads": 2, "num_layers": 1, "extra": 0}}, "unknown field tnf.extra"),
+        ({"fps": -1}, "fps: found -1, expected int >= 1"),
+        ({"num_frames": 2**40}, "num_frames: found 1099511627776, expected int <= 1048576"),
+        ({"scaling_factor": -1.0}, "scaling_factor: found -1.0, expected float > 0"),
     ],
 )
 def test_a_wrong_field_is_named(change, message):

@@ -100,7 +100,7 @@ def test_a_captured_body_does_the_same_again(device):
             "cudaStreamEndCapture",
             "cudaErrorStreamCaptureInvalidated",
             InputError,
-            "cannot be replayed as a CUDA graph .*; open the bundle without",
+            "cannot be replayed as a CUDA graph .*; pass EngineOptions",
         ),
         ("cudaGraphInstantiate", "cudaErrorMemoryAllocation", InputError, "too little memory"),
     ],

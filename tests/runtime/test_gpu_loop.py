@@ -11,12 +11,12 @@ import pytest
 import torch
 from fake_cuda import FakeCuda
 from tiny import TINY
+from trip_rt.after_unet import fitting
 
 from trip_export.export import export_bundle
 from trip_export.kernels import shape_of
 from trip_export.plan import ExportOptions
 from trip_rt import Animator, InputError
-from trip_rt.after_unet import fitting
 from trip_rt.backends import EngineOptions
 from trip_rt.backends.onnxruntime import OnnxRuntimeEngine
 from trip_rt.bundle import open_bundle

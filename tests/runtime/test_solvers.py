@@ -12,6 +12,7 @@ from schedules import SCHEDULES, ddim_scheduler
 from trip_reference.presets import DEMO
 from trip_rt import InputError
 from trip_rt.sampling.solvers import SOLVERS, solver_steps
+from trip_rt.sampling.step import History, advance
 
 
 def diffusers_scheduler(config, solver):
@@ -25,14 +26,9 @@ def diffusers_scheduler(config, solver):
 
 def solved(steps, model, latents):
     """Runs the steps on `model(latents, timestep)`, the predicted noise."""
-    corrected = clean_1 = clean_2 = np.zeros_like(latents)
+    history = History()
     for step in steps:
-        noise = model(latents, step.timestep)
-        terms = latents, noise, corrected, clean_1, clean_2
-        clean_1, clean_2 = (latents - step.sqrt_one_minus_alpha_bar * noise) / step.sqrt_alpha_bar, clean_1
-        latents, corrected = (
-            sum(c * term for c, term in zip(row, terms, strict=True)) for row in (step.latents, step.corrected)
-        )
+        latents, history = advance(step, latents, model(latents, step.timestep), history)
     return latents
 
 

@@ -24,10 +24,11 @@ from trip_engines.tensorrt_build import BuildOptions
 from trip_rt.backends import EngineOptions
 from trip_rt.backends import tensorrt as backend
 from trip_rt.backends.tensorrt import Machine, TensorRTEngine, check_target
+from trip_rt.components import TensorSpec
 from trip_rt.devices import Device
 from trip_rt.devices.cuda import CudaDevice
 from trip_rt.errors import EngineError, InputError
-from trip_rt.manifest import EngineSpec, TensorSpec
+from trip_rt.manifest import EngineSpec
 
 # What variables and attributes of these names hold in both modules.
 OBJECTS = {

@@ -7,11 +7,11 @@ import dataclasses
 
 import torch
 from torch import Tensor
+from trip_rt.speed import Speed, loop_steps, step_table
 
 from trip_reference.fusion import NoiseFusion
 from trip_reference.presets import DEMO
 from trip_rt.config import TNFConfig
-from trip_rt.speed import Speed, loop_steps, step_table
 
 # The largest RMS error by what TNF's products are taken in; bf16 rounds 8 times as coarsely as fp16.
 BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}

@@ -19,11 +19,12 @@ from tiny import tiny_model
 from trip_reference.sampling import sample
 from trip_rt import Animation, Animator, InputError, backends, images
 from trip_rt.backends import EngineOptions
+from trip_rt.backends.base import HostEngine
+from trip_rt.components import ALL, REQUIRED, signatures
 from trip_rt.devices import open_device
-from trip_rt.manifest import COMPONENTS, SPEEDUPS, tensors
 from trip_rt.pipeline import Pipeline
 from trip_rt.sampling.loop import initial_noise
-from trip_rt.speed import SPEEDS, Speed, loop_steps
+from trip_rt.settings import SPEEDS, Settings, Speed
 from trip_rt.tokenizer import MAX_CHARACTERS, PromptTokenizer
 
 PROMPT = "a red ball rolls to the right"
@@ -152,14 +153,14 @@ def test_stream_gives_the_same_frames(tiny_animator, picture, clip):
     assert (np.stack(list(tiny_animator.stream(picture, PROMPT, seed=7))) == clip.frames).all()
 
 
-class StandIn(backends.Engine):
+class StandIn(HostEngine):
     """An engine made of another one."""
 
     backend = "stand-in"
     probe = open = describe = close = None
 
     def __init__(self, engine, spec):
-        super().__init__(spec)
+        super().__init__(spec, open_device("cpu"))
         self.engine = engine
 
 
@@ -173,7 +174,7 @@ class ForBatches(StandIn):
         super().__init__(engine, spec)
         self.batch, self.halves = batch, halves
 
-    def _run(self, inputs):
+    def compute(self, inputs):
         outputs = {}
         for clip in range(self.batch):
             rows = [half * self.batch + clip for half in range(self.halves)]
@@ -201,9 +202,8 @@ def remade(animator, profile, **engines):
 def with_tensors(animator, name, batch, decode_frames):
     """That engine's spec, for another batch or chunk."""
     profile = animator.profile
-    inputs, outputs = tensors(animator.config, batch, decode_frames, profile.context_width, profile.features_shape)[
-        name
-    ]
+    shapes = profile.context_width, profile.features_shape
+    inputs, outputs = signatures(animator.config, batch, decode_frames, *shapes)[name]
     return dataclasses.replace(animator.engines[name].spec, inputs=inputs, outputs=outputs)
 
 
@@ -234,7 +234,7 @@ def test_every_speed_is_the_oracle_at_that_speed(tiny_animator, picture, speed):
         text = model.encode_text(torch.from_numpy(tokens(["", PROMPT])))
         first = model.encode_image(torch.from_numpy(images.to_model(fitted)))
     noise = torch.from_numpy(initial_noise([3], config.latent_shape))
-    expected = sample(model, first, noise, text, loop_steps(config, speed)).numpy()
+    expected = sample(model, first, noise, text, Settings(speed).steps(config)).numpy()
     found = tiny_animator.latents(fitted, [PROMPT], [3], speed=speed)
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
     exact = tiny_animator.latents(fitted, [PROMPT], [3], num_inference_steps=speed.num_inference_steps)
@@ -242,9 +242,9 @@ def test_every_speed_is_the_oracle_at_that_speed(tiny_animator, picture, speed):
 
 
 def test_a_bundle_without_the_engines_of_a_speed(tiny_animator, picture):
-    lacking = {name: engines for name, engines in tiny_animator.profile.engines.items() if name in COMPONENTS}
+    lacking = {name: engines for name, engines in tiny_animator.profile.engines.items() if name in REQUIRED}
     lean = remade(tiny_animator, dataclasses.replace(tiny_animator.profile, engines=lacking))
-    lean.engines = {name: tiny_animator.engines[name] for name in COMPONENTS}
+    lean.engines = {name: tiny_animator.engines[name] for name in REQUIRED}
     lean._pipeline = Pipeline(
         open_device("cpu"), lean.config, lean.profile, lean.engines.get, Path("unused"), cuda_graph=True
     )
@@ -275,7 +275,7 @@ def test_batch_seeds_count_up_and_an_empty_batch_is_empty(tiny_animator, picture
 class InChunks(StandIn):
     """The decoder of fewer frames at a time, run by one of more."""
 
-    def _run(self, inputs):
+    def compute(self, inputs):
         (frames,), size = (tensor.shape[0] for tensor in self.engine.spec.inputs), len(inputs["latents"])
         padded = np.concatenate(
             [inputs["latents"], np.zeros((frames - size, *inputs["latents"].shape[1:]), np.float32)]
@@ -342,7 +342,7 @@ def inputs_of(engine):
     return {tensor.name: np.zeros(tensor.shape, tensor.dtype) for tensor in engine.spec.inputs}
 
 
-@pytest.mark.parametrize("name", [*COMPONENTS, *SPEEDUPS])
+@pytest.mark.parametrize("name", list(ALL))
 def test_engines_check_their_inputs(tiny_animator, name):
     engine = tiny_animator.engine(name)
     outputs = engine.run(inputs_of(engine))

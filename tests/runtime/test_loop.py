@@ -11,12 +11,13 @@ from tiny import tiny_model
 
 from trip_reference.feature_reuse import FeatureReuse
 from trip_reference.sampling import sample
-from trip_rt.after_unet import EngineStep
-from trip_rt.backends import Engine
+from trip_rt.backends.base import HostEngine
+from trip_rt.components import ALL, signatures
 from trip_rt.devices import open_device
-from trip_rt.manifest import EngineSpec, tensors
-from trip_rt.sampling.loop import denoise, initial_noise, loop_buffers
-from trip_rt.speed import Speed, loop_steps
+from trip_rt.manifest import EngineSpec
+from trip_rt.networks import BoundUNet, EngineNetworks, step_buffers
+from trip_rt.sampling.loop import denoise, initial_noise
+from trip_rt.settings import Settings, Speed
 
 
 def test_a_seed_gives_the_same_noise_in_any_company():
@@ -26,26 +27,22 @@ def test_a_seed_gives_the_same_noise_in_any_company():
     assert not np.array_equal(together[0], together[1])
 
 
-class Function(Engine):
+class Function(HostEngine):
     """An engine that is a function of named arrays."""
 
     backend = "function"
     probe = open = describe = close = None
 
-    def __init__(self, name, config, batch, function):
-        shapes = config.text_width, (config.num_frames + 1, 2, config.latent_height, config.latent_width)
-        super().__init__(EngineSpec((name,), "", "fp32", {}, 0.0, {}, *tensors(config, batch, 1, *shapes)[name]))
+    def __init__(self, name, config, batch, function, device):
+        shapes = config.text_width, (config.num_frames + 1, 2, *config.frame_shape[1:])
+        spec = EngineSpec((name,), "", "fp32", {}, 0.0, {}, *signatures(config, batch, 1, *shapes)[name])
+        super().__init__(spec, device)
         self.function = function
 
-    def _run(self, inputs):
-        made = self.function(**inputs)
-        return dict(
-            zip(
-                [tensor.name for tensor in self.spec.outputs],
-                made if isinstance(made, tuple) else (made,),
-                strict=False,
-            )
-        )
+    def compute(self, inputs):
+        outputs = self.function(**inputs)
+        names = [tensor.name for tensor in self.spec.outputs]
+        return dict(zip(names, outputs if isinstance(outputs, tuple) else (outputs,), strict=False))
 
 
 Function.__abstractmethods__ = frozenset()
@@ -62,49 +59,34 @@ def looped(config, unet, tnf, first, noise, steps, on_step=None, runs=1):
         height=8 * noise.shape[3],
         width=8 * noise.shape[4],
     )
-    engines = {
-        name: Function(name, config, batch, functools.partial(unet, name))
-        for name in tensors(config, batch, 1, 1, (1,) * 4)
-        if "unet" in name
-    }
-    engines |= {name: Function(name, config, batch, tnf) for name in ("tnf", "tnf_unguided")}
-    features_shape = engines["unet"].spec.outputs[1].shape[1:]
-    buffers = loop_buffers(device, config, batch, config.text_width, features_shape)
 
-    def work(guided, shallow):
-        suffix = "" if guided else "_unguided"
-        engine = engines["unet" + suffix + ("_shallow" if shallow else "")]
-        network = engine.bind(
-            {t.name: getattr(buffers, t.name)[-t.shape[0] :] for t in (*engine.spec.inputs, *engine.spec.outputs)}
-        )
-        after = EngineStep(device, buffers, engines["tnf" + suffix])
-        return lambda: (network(), after())
+    @functools.cache
+    def open_engine(name):
+        function = functools.partial(unet, name) if ALL[name].part == "unet" else tnf
+        return Function(name, config, batch, function, device)
 
-    works = {(guided, shallow): work(guided, shallow) for guided in (False, True) for shallow in (False, True)}
+    features_shape = open_engine("unet").spec.outputs[1].shape[1:]
+    buffers = step_buffers(device, config, batch, config.text_width, features_shape)
     device.write(buffers.first_frame, np.concatenate([first, first]))
+    networks = EngineNetworks(device, buffers, BoundUNet(buffers, open_engine), open_engine)
     results = []
     for _ in range(runs):
-        denoise(device, buffers, works, EngineStep(device, buffers, engines["tnf"]), noise, steps, on_step)
-        results.append(device.read(buffers.latents))
-        assert int(device.read(buffers.timestep)[0]) == 0 and int(device.read(buffers.step)[0]) == len(steps) + 1
-        device.write(
-            buffers.history, np.full(buffers.history.shape, np.nan, np.float32)
-        )  # what a failed run might leave
-    assert all(
-        np.array_equal(result[:batch], result[batch:]) and np.array_equal(result, results[0]) for result in results
-    )
-    return results[0][:batch]
+        results.append(denoise(networks, first, noise, steps, on_step))
+        for buffer in buffers.residual_noise, buffers.features:  # what a failed run might leave
+            device.write(buffer, np.full(buffer.shape, np.nan, np.float32))
+    assert all(np.array_equal(result, results[0]) for result in results)
+    return results[0]
 
 
 def written_out(predict, first, noise, steps):
-    """DDIM's arithmetic as its formulas say it, without buffers or table."""
+    """DDIM's arithmetic as its formulas say it, without buffers."""
     latents = noise.copy()
-    for one in steps:
-        step, (a, b, *_) = one.step, one.step.latents
+    for step in steps:
+        a, b, *_ = step.latents
         latents[:, :, 0] = step.sqrt_alpha_bar * first + step.sqrt_one_minus_alpha_bar * noise[:, :, 0]
-        if one.guided:
+        if step.guided:
             unconditional, conditional = np.split(predict(np.concatenate([latents, latents]), step), 2)
-            guided = unconditional + one.guidance_scale * (conditional - unconditional)
+            guided = unconditional + step.guidance_scale * (conditional - unconditional)
         else:
             guided = predict(latents, step)
         latents = (a * latents + b * guided).astype(np.float32)
@@ -117,7 +99,7 @@ def unconcerned(name, latents, **_):
 
 
 def steps_of(config, count, guidance_scale, **speed):
-    return loop_steps(config, Speed(num_inference_steps=count, **speed), guidance_scale)
+    return Settings(num_inference_steps=count, guidance_scale=guidance_scale, **speed).steps(config)
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading"])
@@ -166,7 +148,7 @@ def test_guidance_goes_from_unconditional_through_conditional(guidance_scale):
         return np.concatenate([np.full_like(latents[:-1], 1.0), np.full_like(latents[-1:], 3.0)])
 
     found = looped(config, unconcerned, tnf, first, noise, steps)
-    a, b, *_ = steps[0].step.latents
+    a, b, *_ = steps[0].latents
     expected = a * noise + b * (1 + guidance_scale * 2)
     np.testing.assert_allclose(found[:, :, 1:], expected[:, :, 1:], rtol=1e-5)
 
@@ -183,8 +165,8 @@ def test_frame_1_follows_its_exact_path_and_ends_at_the_given_latent():
 
     result = looped(config, unet, lambda residual_noise, **_: residual_noise, first, noise, steps)
     np.testing.assert_array_equal(result[:, :, 0], first)
-    assert [timestep for timestep, _ in seen] == [one.step.timestep for one in steps]
-    for step, (_, frame) in zip((one.step for one in steps), seen, strict=True):
+    assert [timestep for timestep, _ in seen] == [step.timestep for step in steps]
+    for step, (_, frame) in zip(steps, seen, strict=True):
         np.testing.assert_allclose(
             frame, step.sqrt_alpha_bar * first[0] + step.sqrt_one_minus_alpha_bar * noise[0, :, 0], rtol=1e-6
         )
@@ -199,8 +181,8 @@ def test_the_loop_equals_the_oracle_on_the_same_networks(changes, speed):
     config = model.config
     torch.manual_seed(0)
     first, text = torch.randn(2, config.latent_channels, 4, 6), torch.zeros(4, config.text_length, config.text_width)
-    steps = loop_steps(config, dataclasses.replace(speed, num_inference_steps=5), 3.0)
-    assert len({(one.guided, one.shallow) for one in steps}) == (1 if speed == Speed() else 2)
+    steps = Settings(speed, num_inference_steps=5, guidance_scale=3.0).steps(config)
+    assert len({(step.guided, step.shallow) for step in steps}) == (1 if speed == Speed() else 2)
     noise = initial_noise([1, 2], (config.latent_channels, config.num_frames, 4, 6))
     expected = sample(model, first, torch.from_numpy(noise), text, steps)
 
@@ -230,7 +212,7 @@ def test_threads_may_share_the_oracles_network():
     model = tiny_model()
     config = model.config
     text = torch.zeros(2, config.text_length, config.text_width)
-    steps = loop_steps(config, Speed(num_inference_steps=6, feature_reuse=2), 1.5)
+    steps = Settings(num_inference_steps=6, feature_reuse=2, guidance_scale=1.5).steps(config)
 
     def clip(seed):
         first = torch.randn(1, config.latent_channels, 4, 6, generator=torch.Generator().manual_seed(seed))
