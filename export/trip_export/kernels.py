@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import trip_kernels
+import trip_reference.tnf
 from trip_kernels.compile import compile_fused_step
 from trip_kernels.packing import TileShape, pack, tile_shape
 from trip_reference.fusion import NoiseFusion
@@ -41,9 +42,7 @@ def build_kernel(
         (folder / file).write_bytes(step.cubin)
         cubins[step.capability] = Cubin(file, step.tile.pixels, step.tile.warps, step.shared_bytes, step.registers)
     weights = f"fused_step-{key[:16]}.weights"
-    blob, starts = _blob(
-        pack(fusion.state_dict(), shape, DTYPES[precision], torch.arange(config.schedule.num_train_timesteps))
-    )
+    blob, starts = _blob(pack(fusion, shape, DTYPES[precision], torch.arange(config.schedule.num_train_timesteps)))
     (folder / weights).write_bytes(blob)
     return KernelSpec(key, compiled[0].entry, compiled[0].parameters, cubins, weights, starts)
 
@@ -62,8 +61,9 @@ def shape_of(config: TripConfig) -> TileShape:
 
 
 def sources_sha256() -> str:
-    """The hash of the kernels' own source."""
+    """The hash of the source that the kernels and their weights are made by; tnf.py has the time features."""
     files = sorted(path for folder in trip_kernels.__path__ for path in Path(folder).glob("*.py"))
+    files.append(Path(trip_reference.tnf.__file__))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 

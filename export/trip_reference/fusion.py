@@ -1,13 +1,38 @@
-"""From the UNet's residual noise to the final noise prediction: TRIP's three fusions, the prior inside."""
+"""TRIP's image noise prior, and the three fusions that turn it and the UNet's residual noise into the final noise
+prediction."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from trip_kernels.noise_prior import noise_prior_ref, normalised_noise_prior_ref
 from trip_reference.tnf import TemporalNoiseFusion
 from trip_rt.config import TripConfig
+
+
+def normalised_noise_prior(latents: Tensor, first_frame: Tensor, sqrt_alpha_bar: Tensor) -> Tensor:
+    """σ_t·ε^{i→1} = z_t^i − sqrt(ᾱ_t)·z_0^1: the prior times σ_t = sqrt(1−ᾱ_t), always in fp32.
+
+    This form has unit variance. It avoids the division by σ_t, which amplifies a hundredfold at small t and overflows
+    fp16.
+
+    latents: [B, C, F, H, W]; first_frame: [B, C, H, W], clean; sqrt_alpha_bar: [B] or [1]. Returns fp32 [B, C, F, H,
+    W].
+    """
+    clean = sqrt_alpha_bar.float()[:, None, None, None, None] * first_frame.float()[:, :, None]
+    return latents.float() - clean
+
+
+def noise_prior(
+    latents: Tensor, first_frame: Tensor, sqrt_alpha_bar: Tensor, sqrt_one_minus_alpha_bar: Tensor
+) -> Tensor:
+    """The paper's raw prior ε^{i→1} = (z_t^i − sqrt(ᾱ_t)·z_0^1) / sqrt(1−ᾱ_t) (TRIP, eq. 4), always in fp32: the noise
+    that frame i would hold if it showed the same picture as frame 1.
+
+    The shapes are those of `normalised_noise_prior`. For frame 1 it is that frame's exact noise.
+    """
+    prior = normalised_noise_prior(latents, first_frame, sqrt_alpha_bar)
+    return prior / sqrt_one_minus_alpha_bar.float()[:, None, None, None, None]
 
 
 class NoiseFusion(nn.Module):
@@ -47,10 +72,10 @@ class NoiseFusion(nn.Module):
             return residual_noise
         if self.normalize_prior:
             # σ_t·ε^{i→1}: σ_t is already inside the prior, so it appears only beside Δε̃.
-            prior = normalised_noise_prior_ref(latents, first_frame, sqrt_alpha_bar)
+            prior = normalised_noise_prior(latents, first_frame, sqrt_alpha_bar)
             sigma = sqrt_one_minus_alpha_bar.float()[:, None, None, None, None]
         else:
-            prior = noise_prior_ref(latents, first_frame, sqrt_alpha_bar, sqrt_one_minus_alpha_bar)
+            prior = noise_prior(latents, first_frame, sqrt_alpha_bar, sqrt_one_minus_alpha_bar)
             sigma = 1.0
         gate = self.gate.float().sigmoid()[:, None, None]  # [F, 1, 1]
         residual = residual_noise.float()

@@ -3,12 +3,22 @@ noise."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trip_kernels.timestep_embedding import sinusoids
 from trip_rt.config import TNFConfig
+
+
+def sinusoids(timestep: Tensor, width: int) -> Tensor:
+    """Sine and cosine features of the timestep [B], fp32 [B, width] (Vaswani et al. 2017, sec. 3.5)."""
+    rates = torch.exp(
+        -math.log(10000) / (width // 2) * torch.arange(width // 2, device=timestep.device, dtype=torch.float32)
+    )
+    angles = timestep.float()[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 class AdaLayerNorm(nn.Module):
@@ -81,10 +91,14 @@ class TemporalNoiseFusion(nn.Module):
         nn.init.zeros_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
 
+    def time_features(self, timestep: Tensor) -> Tensor:
+        """The input of the time network `time`, fp32 [B, hidden size]; timestep: [B]."""
+        return sinusoids(timestep, self.time_width)
+
     def forward(self, prior: Tensor, residual: Tensor, timestep: Tensor) -> Tensor:
         """prior, residual: [B, C, F, H, W]; timestep: [B] or [1]. Returns [B, C, F, H, W]."""
         b, _, _, h, w = residual.shape
-        time = self.time(sinusoids(timestep, self.time_width).to(residual.dtype))  # [B or 1, C]
+        time = self.time(self.time_features(timestep).to(residual.dtype))  # [B or 1, C]
         if len(time) > 1:
             time = time.repeat_interleave(h * w, 0)
         tokens = residual.permute(0, 3, 4, 2, 1).flatten(0, 2)  # [B·H·W, F, C]

@@ -110,7 +110,7 @@ def _launch(fusion: nn.Module, compute: torch.dtype, tile: Tile | None, inputs: 
     shape = shape_of(fusion, latents.shape[1], frames)
     steps = max(t.shape[0] for t in (sqrt_alpha_bar, sqrt_one_minus_alpha_bar, timestep))
     coefficients = torch.stack([value.float().expand(steps) for value in (sqrt_alpha_bar, sqrt_one_minus_alpha_bar)], 1)
-    packed = pack(fusion.state_dict(), shape, compute, timestep.expand(steps))
+    packed = pack(fusion, shape, compute, timestep.expand(steps))
     noise = torch.empty_like(residual_noise, memory_format=torch.contiguous_format)
     tile = tile or tiles(shape, compute)[0]
     fuse_noise_kernel[(b * triton.cdiv(h * w, tile.pixels),)](

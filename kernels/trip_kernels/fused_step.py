@@ -140,7 +140,7 @@ def step_arguments(
     latents, table, step = buffers["latents"], buffers["table"], buffers["step"]
     _, channels, frames, h, w = latents.shape
     shape = shape_of(fusion, channels, frames)
-    packed = pack(fusion.state_dict(), shape, compute, torch.arange(int(table[:, 0].max()) + 1, device=latents.device))
+    packed = pack(fusion, shape, compute, torch.arange(int(table[:, 0].max()) + 1, device=latents.device))
     weights = (packed[name] for name in ("modulation", *WEIGHTS))
     arguments = [*(buffers[name] for name in BUFFERS), torch.zeros_like(step), *weights, len(latents) // 2, h * w]
     return arguments, shape.constants() | {"PARTS": parts_of(compute)}, shape

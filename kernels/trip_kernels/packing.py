@@ -8,10 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-
-from trip_kernels.timestep_embedding import sinusoids
 
 # In the order of the kernels' parameters; `modulation` comes before them all.
 WEIGHTS = (
@@ -51,21 +49,22 @@ def tile_shape(channels: int, num_frames: int, normalize_prior: bool, width: int
     return TileShape(channels, width, heads, layers, num_frames, normalize_prior, *padded, frames)
 
 
-def pack(fusion: Mapping[str, Tensor], shape: TileShape, dtype: torch.dtype, timesteps: Tensor) -> dict[str, Tensor]:
-    """The kernels' weights by name, of a `trip_reference.fusion.NoiseFusion`'s state `fusion`, folded in fp64 and
-    rounded to `dtype` once.
+def pack(fusion: nn.Module, shape: TileShape, dtype: torch.dtype, timesteps: Tensor) -> dict[str, Tensor]:
+    """The kernels' weights by name, of the `trip_reference.fusion.NoiseFusion` `fusion`, folded in fp64 and rounded to
+    `dtype` once.
 
     Matrices are [..., parts, rows, columns] of `dtype`, or where that is fp32 of fp16.
 
     `modulation` [len(timesteps), layers, 2, 2, width_p] are the adaptive LayerNorms' (1 + scale) and shift at
     `timesteps` int64 [n].
     """
-    state = {name: tensor.detach().double() for name, tensor in fusion.items()}
+    state = {name: tensor.detach().double() for name, tensor in fusion.state_dict().items()}
     gate = state["gate"].sigmoid() if "gate" in state else torch.zeros(shape.real_frames, dtype=torch.float64)
     # Without TNF, the kernel reads the gate alone.
     packed = {name: torch.zeros(1, 16, dtype=torch.float64, device=gate.device) for name in (*WEIGHTS, "modulation")}
     if shape.layers:
-        packed |= _pack_tnf({name.removeprefix("tnf."): tensor for name, tensor in state.items()}, shape, timesteps)
+        time = fusion.tnf.time_features(timesteps).double()
+        packed |= _pack_tnf({name.removeprefix("tnf."): tensor for name, tensor in state.items()}, shape, time)
     packed["gate"] = _pad(gate, shape.frames)
     return {
         name: _as_operand(tensor, dtype) if name not in SINGLE else tensor.float().contiguous()
@@ -87,7 +86,7 @@ def _as_operand(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack([high, (matrices - high.double()).half()], -3)
 
 
-def _pack_tnf(tnf: Mapping[str, Tensor], shape: TileShape, timesteps: Tensor) -> dict[str, Tensor]:
+def _pack_tnf(tnf: Mapping[str, Tensor], shape: TileShape, time: Tensor) -> dict[str, Tensor]:
     width, head, context = shape.width_p, shape.head_p, shape.context_p
     layers = [{name.removeprefix(f"layers.{i}."): tensor for name, tensor in tnf.items()} for i in range(shape.layers)]
 
@@ -131,14 +130,11 @@ def _pack_tnf(tnf: Mapping[str, Tensor], shape: TileShape, timesteps: Tensor) ->
         ),
         "out_proj": _pad((project * norm).T, width, shape.channels_p),
         "out_bias": _pad(project @ tnf["norm_out.bias"] + tnf["out_proj.bias"], shape.channels_p),
-        "modulation": _modulation(tnf, layers, shape, timesteps),
+        "modulation": _modulation(tnf, layers, shape, time),
     }
 
 
-def _modulation(
-    tnf: Mapping[str, Tensor], layers: list[dict[str, Tensor]], shape: TileShape, timesteps: Tensor
-) -> Tensor:
-    time = sinusoids(timesteps, shape.width).double()
+def _modulation(tnf: Mapping[str, Tensor], layers: list[dict[str, Tensor]], shape: TileShape, time: Tensor) -> Tensor:
     for index in (0, 2):
         time = F.silu(F.linear(time, tnf[f"time.{index}.weight"], tnf[f"time.{index}.bias"]))
     norms = [
@@ -149,7 +145,7 @@ def _modulation(
         -1, (2, shape.width)
     )  # [n, layers, 2, 2, width]
     return _pad(
-        modulation + torch.tensor([1.0, 0.0], dtype=torch.float64, device=timesteps.device)[:, None], 2, shape.width_p
+        modulation + torch.tensor([1.0, 0.0], dtype=torch.float64, device=time.device)[:, None], 2, shape.width_p
     )
 
 

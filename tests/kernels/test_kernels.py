@@ -198,12 +198,12 @@ def test_weights_are_padded_with_zeros_and_folded():
     fusion = fusion_of(hidden_size=12, num_heads=3)
     shape = shape_of(fusion, 8, 5)
     assert (shape.width_p, shape.head_p, shape.context_p, shape.channels_p, shape.frames) == (16, 16, 16, 16, 16)
-    packed = pack(fusion.state_dict(), shape, torch.float16, torch.arange(2))
+    packed = pack(fusion, shape, torch.float16, torch.arange(2))
     assert packed["cross_query"].shape == (2, 3, 16, 16) and packed["self_qkv"].shape == (2, 3, 3, 16, 16)
     assert not packed["self_qkv"][..., 12:, :].any() and not packed["self_qkv"][..., 4:].any()
     assert packed["modulation"].shape == (2, 2, 2, 2, 16) and packed["modulation"].dtype == torch.float32
-    two = pack(fusion.state_dict(), shape, torch.float32, torch.arange(2))["self_out"]
-    one = pack(fusion.state_dict(), shape, torch.float64, torch.arange(2))["self_out"]
+    two = pack(fusion, shape, torch.float32, torch.arange(2))["self_out"]
+    one = pack(fusion, shape, torch.float64, torch.arange(2))["self_out"]
     assert (two.double().sum(-3) - one).abs().max() < 1e-7
 
 

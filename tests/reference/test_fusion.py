@@ -4,8 +4,7 @@ import pytest
 import torch
 from tiny import TINY, tiny_model
 
-from trip_kernels.noise_prior import noise_prior_ref
-from trip_reference.fusion import NoiseFusion
+from trip_reference.fusion import NoiseFusion, noise_prior
 from trip_reference.tnf import TemporalNoiseFusion
 
 
@@ -38,7 +37,7 @@ def test_raw_linear_fusion_is_the_papers():
     latents, first, residual, signal, sigma, _ = args = inputs(TINY.trip)
     frames = TINY.trip.num_frames
     decay = (1 - (torch.arange(frames) + 0.5) / frames)[:, None, None]
-    prior = noise_prior_ref(latents, first, signal, sigma)
+    prior = noise_prior(latents, first, signal, sigma)
     torch.testing.assert_close(
         fusion(fusion="linear", normalize_prior=False)(*args), decay * prior + (1 - decay) * residual
     )
@@ -48,7 +47,7 @@ def test_gated_linear_fusion_scales_the_gate_by_sigma():
     latents, first, residual, signal, sigma, _ = args = inputs(TINY.trip)
     frames = TINY.trip.num_frames
     gate = (1 - (torch.arange(frames) + 0.5) / frames)[:, None, None] * sigma[:, None, None, None, None]
-    prior = noise_prior_ref(latents, first, signal, sigma)
+    prior = noise_prior(latents, first, signal, sigma)
     torch.testing.assert_close(
         fusion(fusion="linear")(*args), gate * prior + (1 - gate) * residual, rtol=1e-5, atol=1e-5
     )

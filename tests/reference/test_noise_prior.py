@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from trip_kernels.noise_prior import noise_prior_ref, normalised_noise_prior_ref
+from trip_reference.fusion import noise_prior, normalised_noise_prior
 from trip_reference.presets import DEMO, TRIP_256
 from trip_rt.sampling.schedule import alpha_bars
 
@@ -23,7 +23,7 @@ def test_prior_is_the_noise_plus_the_scaled_distance_to_frame_1(schedule, timest
     clean, noise, noised, signal, sigma = diffuse(timesteps, schedule)
     wide = (slice(None),) + (None,) * 4
     expected = noise.double() + (signal / sigma).double()[wide] * (clean - clean[:, :, :1]).double()
-    found = noise_prior_ref(noised, clean[:, :, 0], signal, sigma)
+    found = noise_prior(noised, clean[:, :, 0], signal, sigma)
     # z_t is rounded to fp32 before the division by σ_t, which reaches 100.
     assert (found - expected).abs().max() < 1e-5 * (1 + 1 / sigma.min())
 
@@ -31,25 +31,25 @@ def test_prior_is_the_noise_plus_the_scaled_distance_to_frame_1(schedule, timest
 @pytest.mark.parametrize("timestep", [0, 1, 500, 999])
 def test_frame_1_gets_its_exact_noise(timestep):
     clean, noise, noised, signal, sigma = diffuse([timestep], TRIP_256.trip.schedule)
-    found = noise_prior_ref(noised, clean[:, :, 0], signal, sigma)
+    found = noise_prior(noised, clean[:, :, 0], signal, sigma)
     assert (found[:, :, 0] - noise[:, :, 0]).abs().max() < 1e-4
 
 
 def test_normalised_prior_is_sigma_times_the_raw_one():
     clean, _, noised, signal, sigma = diffuse([3, 700], DEMO.trip.schedule)
-    raw = noise_prior_ref(noised, clean[:, :, 0], signal, sigma)
-    normalised = normalised_noise_prior_ref(noised, clean[:, :, 0], signal)
+    raw = noise_prior(noised, clean[:, :, 0], signal, sigma)
+    normalised = normalised_noise_prior(noised, clean[:, :, 0], signal)
     torch.testing.assert_close(normalised, raw * sigma[:, None, None, None, None])
 
 
 def test_one_timestep_serves_the_whole_batch():
     clean, _, noised, signal, sigma = diffuse([400, 400, 400], DEMO.trip.schedule)
-    shared = noise_prior_ref(noised, clean[:, :, 0], signal[:1], sigma[:1])
-    torch.testing.assert_close(shared, noise_prior_ref(noised, clean[:, :, 0], signal, sigma))
+    shared = noise_prior(noised, clean[:, :, 0], signal[:1], sigma[:1])
+    torch.testing.assert_close(shared, noise_prior(noised, clean[:, :, 0], signal, sigma))
 
 
 def test_half_precision_latents_give_an_fp32_prior():
     clean, _, noised, signal, _ = diffuse([0], TRIP_256.trip.schedule, torch.float16)
-    prior = normalised_noise_prior_ref(noised, clean[:, :, 0].half(), signal)
+    prior = normalised_noise_prior(noised, clean[:, :, 0].half(), signal)
     assert prior.dtype == torch.float32
     assert prior.isfinite().all()
