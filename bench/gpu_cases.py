@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trip_kernels.packing import TileShape
-from trip_kernels.tiles import Tile
+from trip_kernels.tile_choices import Tile
 from trip_reference.fusion import NoiseFusion
 from trip_reference.presets import DEMO, TRIP_256, Preset
 from trip_rt.config import TNFConfig, TripConfig

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from trip_kernels.fuse_noise import fuse_noise
 from trip_kernels.fused_step import fused_step, fused_step_kernel, fused_step_ref, step_arguments
-from trip_kernels.tiles import Tile, tiles
+from trip_kernels.tile_choices import Tile, tile_choices
 from trip_reference.presets import DEMO, TRIP_256
 from trip_rt.after_unet import KernelStep
 from trip_rt.config import TripConfig
@@ -222,7 +222,7 @@ class _Race:
         self._enter(f"torch.compile{mode}", lambda: compiled, 10)
         packed = [step_arguments(self.fusion, tensors, dtype) for tensors in self.sets]
         shape = packed[0][2]
-        choices = [LARGE] if self.context.dry else tiles(shape, dtype)[: 1 if self.tuned else None]
+        choices = [LARGE] if self.context.dry else tile_choices(shape, dtype)[: 1 if self.tuned else None]
         for tile in choices:
             name = f"fused, {tile.pixels} pixels {tile.warps} warps {tile.stages} stages"
             self.about[name] = {}

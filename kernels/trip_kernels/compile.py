@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from trip_kernels.packing import SINGLE, WEIGHTS, TileShape, parts_of
-from trip_kernels.tiles import Tile, tiles
+from trip_kernels.tile_choices import Tile, tile_choices
 
 # Compute capabilities and the shared memory that one program may have there, in bytes (CUDA C++ Programming Guide,
 # technical specifications).
@@ -60,7 +60,7 @@ def compile_fused_step(
 ) -> list[CompiledStep]:
     """Compile `fused_step_kernel` for fp32 buffers and TNF's products in `dtype`; no GPU is needed.
 
-    ValueError for a capability that is not of CAPABILITIES; RuntimeError where every tile of `trip_kernels.tiles` would
+    ValueError for a capability that is not of CAPABILITIES; RuntimeError where every tile of `tile_choices` would
     spill registers to memory or needs more shared memory than the GPU has.
     """
     if unknown := [capability for capability in capabilities if capability not in SHARED_BYTES]:
@@ -85,7 +85,7 @@ def _compile(shape: TileShape, dtype: torch.dtype, capability: str) -> CompiledS
     with tempfile.TemporaryDirectory(prefix="trip-") as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
         refused = []
-        for tile in tiles(shape, dtype):
+        for tile in tile_choices(shape, dtype):
             step = _compile_tile(shape, dtype, capability, tile, Path(folder))
             if step.spilled_bytes == 0 and step.shared_bytes <= SHARED_BYTES[capability]:
                 return step
@@ -95,7 +95,7 @@ def _compile(shape: TileShape, dtype: torch.dtype, capability: str) -> CompiledS
             )
     raise RuntimeError(
         f"fused step for compute capability {capability}: found no tile without spills and within"
-        f" {SHARED_BYTES[capability]} bytes of shared memory ({'; '.join(refused)}); add one to trip_kernels/tiles.py"
+        f" {SHARED_BYTES[capability]} bytes of shared memory ({'; '.join(refused)}); add one to trip_kernels/tile_choices.py"
     )
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trip_kernels.packing import WEIGHTS, TileShape, pack, parts_of, tile_shape
-from trip_kernels.tiles import Tile, tiles
+from trip_kernels.tile_choices import Tile, tile_choices
 from trip_kernels.tnf_tile import fused_noise
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _launch(fusion: nn.Module, compute: torch.dtype, tile: Tile | None, inputs: 
     coefficients = torch.stack([value.float().expand(steps) for value in (sqrt_alpha_bar, sqrt_one_minus_alpha_bar)], 1)
     packed = pack(fusion, shape, compute, timestep.expand(steps))
     noise = torch.empty_like(residual_noise, memory_format=torch.contiguous_format)
-    tile = tile or tiles(shape, compute)[0]
+    tile = tile or tile_choices(shape, compute)[0]
     fuse_noise_kernel[(b * triton.cdiv(h * w, tile.pixels),)](
         latents.contiguous(),
         first_frame.contiguous(),

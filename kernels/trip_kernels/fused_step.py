@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trip_kernels.fuse_noise import shape_of
 from trip_kernels.packing import WEIGHTS, TileShape, pack, parts_of
-from trip_kernels.tiles import Tile, tiles
+from trip_kernels.tile_choices import Tile, tile_choices
 from trip_kernels.tnf_tile import fused_noise, load_tile
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def fused_step(
     buffers |= dict(history=history, timestep=timestep, table=table, step=step)
     compute = compute or next(fusion.parameters(), residual_noise).dtype
     arguments, constants, shape = step_arguments(fusion, buffers, compute)
-    tile = tile or tiles(shape, compute)[0]
+    tile = tile or tile_choices(shape, compute)[0]
     batch, pixels = arguments[-2:]
     fused_step_kernel[(batch * triton.cdiv(pixels, tile.pixels),)](
         *arguments, **constants, PIXELS=tile.pixels, num_warps=tile.warps, num_stages=tile.stages

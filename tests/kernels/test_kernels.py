@@ -13,7 +13,7 @@ from trip_kernels.compile import CAPABILITIES, compile_fused_step
 from trip_kernels.fuse_noise import fuse_noise, shape_of
 from trip_kernels.fused_step import fused_step, fused_step_ref
 from trip_kernels.packing import pack, tile_shape
-from trip_kernels.tiles import Tile
+from trip_kernels.tile_choices import Tile
 from trip_reference.presets import TRIP_256
 from trip_reference.training.config import load_config
 from trip_reference.training.denoiser import Denoiser

@@ -1,4 +1,4 @@
-"""How the kernels are cut into programs: the choices, best first."""
+"""The tile sizes that a kernel may be compiled with, best first."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from trip_kernels.packing import TileShape
 
 @dataclass(frozen=True)
 class Tile:
-    """Pixels and warps a program, and how many loads of weights are under way at a time (Triton's num_stages)."""
+    """One program's pixels and warps, and how many loads of weights it keeps in flight (Triton's num_stages)."""
 
     pixels: int
     warps: int
     stages: int
 
 
-def tiles(shape: TileShape, dtype: torch.dtype) -> list[Tile]:
-    """Tiles to try in this order until one needs no more registers than there are: which that is depends on the GPU.
+def tile_choices(shape: TileShape, dtype: torch.dtype) -> list[Tile]:
+    """Tiles in the order to try them in, until one needs no more registers than the GPU has.
 
-    64 rows are what Hopper's and Blackwell's tensor cores want at least. An operand of fp32 takes two registers where
-    one of half precision takes one, so its tiles are smaller.
+    Hopper's and Blackwell's tensor cores want at least 64 rows. An operand of fp32 takes two registers where one of
+    half precision takes one, so the tiles for fp32 are smaller.
     """
 
     def tile(rows: int, warps: int, stages: int) -> Tile:
