@@ -18,6 +18,7 @@ from trip_kernels.tile_choices import Tile
 from trip_reference.fusion import NoiseFusion
 from trip_reference.presets import DEMO, TRIP_256, Preset
 from trip_rt.config import TNFConfig, TripConfig
+from trip_rt.speed import STEP_COLUMNS as COLUMNS
 from trip_rt.speed import Speed, loop_steps, step_table
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -98,11 +99,23 @@ def steady_table(config: TripConfig, device: str = "cpu") -> Tensor:
     """A step table of ROWS equal rows that stay at one timestep near 500; under them latents stay as large as they are,
     however often moved on."""
     step = min(
-        (one.step for one in loop_steps(config, Speed(num_inference_steps=2))),
+        (loop_step.step for loop_step in loop_steps(config, Speed(num_inference_steps=2))),
         key=lambda step: abs(step.timestep - 500),
     )
-    here = [float(step.timestep), step.sqrt_alpha_bar, step.sqrt_one_minus_alpha_bar]
-    return torch.tensor([[*here, 2.5, 0.5, 0.1, 0, 0, 0, 0, 0, 0, 0, 0, *here]], device=device).repeat(ROWS, 1)
+    point = dict(
+        timestep=float(step.timestep),
+        sqrt_alpha_bar=step.sqrt_alpha_bar,
+        sqrt_one_minus_alpha_bar=step.sqrt_one_minus_alpha_bar,
+    )
+    row = point | {f"next_{name}": value for name, value in point.items()}
+    row |= dict(guidance_scale=2.5, latents_z=0.5, latents_noise=0.1)
+    return torch.tensor([[row.get(name, 0.0) for name in COLUMNS]], device=device).repeat(ROWS, 1)
+
+
+def of_row(row: Tensor, column: str, count: int = 1) -> Tensor:
+    """The `count` numbers of a step table's row that begin at `column`, [count]; a view."""
+    start = COLUMNS.index(column)
+    return row[start : start + count]
 
 
 @torch.no_grad()
@@ -117,32 +130,37 @@ def reference_step(
     table: Tensor,
     step: Tensor,
 ) -> None:
-    """`fused_step_ref` as fast as eager torch has it: the row is taken on the device, and the host waits for
+    """`fused_step_ref` as fast as eager torch runs it: it reads the row on the device, so the host waits for
     nothing."""
     row = table.index_select(0, step)[0]
-    noise = fusion(latents, first_frame, residual_noise, row[1:2], row[2:3], row[:1].long())
+    signal, sigma = of_row(row, "sqrt_alpha_bar"), of_row(row, "sqrt_one_minus_alpha_bar")
+    noise = fusion(latents, first_frame, residual_noise, signal, sigma, of_row(row, "timestep").long())
     unconditional, conditional = noise.chunk(2)
-    before, guided = latents.chunk(2)[0], unconditional + row[3] * (conditional - unconditional)
+    before, guided = latents.chunk(2)[0], unconditional + of_row(row, "guidance_scale") * (conditional - unconditional)
     terms = torch.stack([before, guided, *history])
-    following, corrected = ((row[start : start + 5, None, None, None, None, None] * terms).sum(0) for start in (4, 9))
-    history.copy_(torch.stack([corrected, (before - row[2] * guided) / row[1], history[1]]))
-    following[:, :, 0] = row[15] * first_frame.chunk(2)[0] + row[16] * first_noise
+    following, corrected = (
+        (of_row(row, column, len(terms))[:, None, None, None, None, None] * terms).sum(0)
+        for column in ("latents_z", "corrected_z")
+    )
+    history.copy_(torch.stack([corrected, (before - sigma * guided) / signal, history[1]]))
+    next_signal, next_sigma = of_row(row, "next_sqrt_alpha_bar"), of_row(row, "next_sqrt_one_minus_alpha_bar")
+    following[:, :, 0] = next_signal * first_frame.chunk(2)[0] + next_sigma * first_noise
     latents.copy_(torch.cat([following, following]))
-    timestep.copy_(row[14:15])
+    timestep.copy_(of_row(row, "next_timestep"))
     step.add_(1)
 
 
-def rms_ratio(found: Tensor, expected: Tensor) -> float:
-    """RMS of the error over RMS of the expected; infinite where anything is not a number."""
-    found, expected = found.detach().double(), expected.detach().double()
-    if not found.isfinite().all():
+def rms_ratio(values: Tensor, expected: Tensor) -> float:
+    """RMS of the error over RMS of `expected`; infinite if a value is not finite."""
+    values, expected = values.detach().double(), expected.detach().double()
+    if not values.isfinite().all():
         return float("inf")
-    return float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+    return float((values - expected).square().mean().sqrt() / expected.square().mean().sqrt())
 
 
 def kernel_flops(shape: TileShape, tile: Tile, batch: int, pixels: int, precision: str) -> int:
-    """Floating-point operations of the fused step's matrix products for both halves, padding and all; fp32's are of
-    three fp16 products each."""
+    """Floating-point operations of the fused step's matrix products for both halves, padding included; a product in
+    fp32 is three in fp16."""
     tokens = 2 * batch * -(-pixels // tile.pixels) * tile.pixels * shape.frames
     attention = 2 * shape.frames
     own = shape.heads * shape.head_p * (4 * shape.width_p + attention)

@@ -17,6 +17,7 @@ from gpu_cases import (
     Context,
     build_kernels,
     kernel_flops,
+    of_row,
     random_fusion,
     reference_flops,
     reference_step,
@@ -353,7 +354,9 @@ def _tile(device: str) -> Tile | None:
 def _noise_arguments(config: TripConfig, batch: int, device: str) -> tuple[Tensor, ...]:
     tensors = step_tensors(config, batch, device)
     row = tensors["table"][1]
-    return tensors["latents"], tensors["first_frame"], tensors["residual_noise"], row[1:2], row[2:3], row[:1].long()
+    signal, sigma = of_row(row, "sqrt_alpha_bar"), of_row(row, "sqrt_one_minus_alpha_bar")
+    timestep = of_row(row, "timestep").long()
+    return tensors["latents"], tensors["first_frame"], tensors["residual_noise"], signal, sigma, timestep
 
 
 def _in_double(tensors: tuple[Tensor, ...]) -> list[Tensor]:

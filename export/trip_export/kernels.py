@@ -15,6 +15,7 @@ from trip_kernels.packing import TileShape, pack, tile_shape
 from trip_reference.fusion import NoiseFusion
 from trip_rt.config import TripConfig
 from trip_rt.manifest import Cubin, KernelSpec
+from trip_rt.speed import STEP_COLUMNS as COLUMNS
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _ALIGNMENT = 256  # bytes, as cudaMalloc aligns: the kernel is compiled for at least 16
@@ -61,10 +62,11 @@ def shape_of(config: TripConfig) -> TileShape:
 
 
 def sources_sha256() -> str:
-    """The hash of the source that the kernels and their weights are made by; tnf.py has the time features."""
+    """The hash of everything of ours that decides how the kernel and its weights come out: its package, the time
+    features of TNF, and the columns of the step table."""
     files = sorted(path for folder in trip_kernels.__path__ for path in Path(folder).glob("*.py"))
     files.append(Path(trip_reference.tnf.__file__))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files) + repr(COLUMNS).encode()).hexdigest()
 
 
 def _blob(tensors: dict[str, torch.Tensor]) -> tuple[bytes, dict[str, int]]:

@@ -14,16 +14,23 @@ from trip_kernels.fuse_noise import shape_of
 from trip_kernels.packing import WEIGHTS, TileShape, pack, parts_of
 from trip_kernels.tile_choices import Tile, tile_choices
 from trip_kernels.tnf_tile import fused_noise, load_tile
+from trip_rt.speed import STEP_COLUMNS as COLUMNS
 
 if TYPE_CHECKING:
     from torch import nn
 
-# Columns of the step table (trip_rt/speed.py); LATENTS and CORRECTED begin five coefficients each: of latents, noise,
-# and the history's three.
-TIMESTEP, SIGNAL, SIGMA, GUIDANCE, LATENTS, CORRECTED, NEXT_TIMESTEP, NEXT_SIGNAL, NEXT_SIGMA = map(
-    tl.constexpr, (0, 1, 2, 3, 4, 9, 14, 15, 16)
-)
-COLUMNS = tl.constexpr(17)
+# Where the numbers of a step lie in its row of the step table. At LATENTS and CORRECTED begin five coefficients each: of
+# the latents, the noise, and the history's three tensors.
+TIMESTEP = tl.constexpr(COLUMNS.index("timestep"))
+SIGNAL = tl.constexpr(COLUMNS.index("sqrt_alpha_bar"))
+SIGMA = tl.constexpr(COLUMNS.index("sqrt_one_minus_alpha_bar"))
+GUIDANCE = tl.constexpr(COLUMNS.index("guidance_scale"))
+LATENTS = tl.constexpr(COLUMNS.index("latents_z"))
+CORRECTED = tl.constexpr(COLUMNS.index("corrected_z"))
+NEXT_TIMESTEP = tl.constexpr(COLUMNS.index("next_timestep"))
+NEXT_SIGNAL = tl.constexpr(COLUMNS.index("next_sqrt_alpha_bar"))
+NEXT_SIGMA = tl.constexpr(COLUMNS.index("next_sqrt_one_minus_alpha_bar"))
+ROW_LENGTH = tl.constexpr(len(COLUMNS))
 BUFFERS = (
     "latents",
     "first_frame",
@@ -57,7 +64,7 @@ def fused_step_kernel(
     The last program to finish moves the loop on: `p_done` counts them, and is zero again afterwards.
     """
     step = tl.load(p_step)
-    p_row = p_table + step * COLUMNS
+    p_row = p_table + step * ROW_LENGTH
     blocks = tl.cdiv(pixels, PIXELS)
     clip = (tl.program_id(0) // blocks).to(tl.int64)
     row = tl.arange(0, PIXELS * FRAMES)
@@ -140,7 +147,7 @@ def step_arguments(
     latents, table, step = buffers["latents"], buffers["table"], buffers["step"]
     _, channels, frames, h, w = latents.shape
     shape = shape_of(fusion, channels, frames)
-    packed = pack(fusion, shape, compute, torch.arange(int(table[:, 0].max()) + 1, device=latents.device))
+    packed = pack(fusion, shape, compute, torch.arange(int(table[:, TIMESTEP.value].max()) + 1, device=latents.device))
     weights = (packed[name] for name in ("modulation", *WEIGHTS))
     arguments = [*(buffers[name] for name in BUFFERS), torch.zeros_like(step), *weights, len(latents) // 2, h * w]
     return arguments, shape.constants() | {"PARTS": parts_of(compute)}, shape
@@ -162,18 +169,22 @@ def fused_step_ref(
 
     latents, residual_noise: [2B, C, F, H, W], the unconditional half first, both halves of latents equal; first_frame
     [2B, C, H, W], clean; first_noise [B, C, H, W], frame 1's own; history [3, B, C, F, H, W], what the steps before
-    left (trip_rt/solvers.py); timestep int64 [1]; table fp32 [rows, 17] and step int32 [1], the row in it
+    left (trip_rt/solvers.py); timestep int64 [1]; table fp32 [rows, len(COLUMNS)] and step int32 [1], the row in it
     (trip_rt/speed.py).
     """
-    row = table[int(step)].to(latents.dtype)
-    (t, signal, sigma, guidance), (next_timestep, next_signal, next_sigma) = row[:4], row[14:]
-    noise = fusion(latents, first_frame, residual_noise, signal[None], sigma[None], t[None].long())
+    row = dict(zip(COLUMNS, table[int(step)].to(latents.dtype), strict=True))
+    signal, sigma, guidance = row["sqrt_alpha_bar"], row["sqrt_one_minus_alpha_bar"], row["guidance_scale"]
+    noise = fusion(latents, first_frame, residual_noise, signal[None], sigma[None], row["timestep"][None].long())
     unconditional, conditional = noise.chunk(2)
     before, guided = latents.chunk(2)[0], unconditional + guidance * (conditional - unconditional)
     terms = torch.stack([before, guided, *history])
-    following, corrected = torch.tensordot(row[4:9], terms, 1), torch.tensordot(row[9:14], terms, 1)
+    following, corrected = (
+        torch.tensordot(torch.stack([row[name] for name in COLUMNS if name.startswith(update)]), terms, 1)
+        for update in ("latents_", "corrected_")
+    )
     history.copy_(torch.stack([corrected, (before - sigma * guided) / signal, history[1]]))
+    next_signal, next_sigma = row["next_sqrt_alpha_bar"], row["next_sqrt_one_minus_alpha_bar"]
     following[:, :, 0] = next_signal * first_frame.chunk(2)[0] + next_sigma * first_noise
     latents.copy_(torch.cat([following, following]))
-    timestep.fill_(int(next_timestep))
+    timestep.fill_(int(row["next_timestep"]))
     step += 1
