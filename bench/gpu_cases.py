@@ -18,7 +18,7 @@ from trip_kernels.tile_choices import Tile
 from trip_reference.fusion import NoiseFusion
 from trip_reference.presets import DEMO, TRIP_256, Preset
 from trip_rt.config import TNFConfig, TripConfig
-from trip_rt.speed import STEP_COLUMNS as COLUMNS
+from trip_rt.sampling.step_table import COLUMNS
 from trip_rt.speed import Speed, loop_steps, step_table
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

@@ -15,7 +15,7 @@ from trip_kernels.packing import TileShape, pack, tile_shape
 from trip_reference.fusion import NoiseFusion
 from trip_rt.config import TripConfig
 from trip_rt.manifest import Cubin, KernelSpec
-from trip_rt.speed import STEP_COLUMNS as COLUMNS
+from trip_rt.sampling.step_table import COLUMNS
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _ALIGNMENT = 256  # bytes, as cudaMalloc aligns: the kernel is compiled for at least 16

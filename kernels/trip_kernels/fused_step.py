@@ -14,7 +14,7 @@ from trip_kernels.fuse_noise import shape_of
 from trip_kernels.packing import WEIGHTS, TileShape, pack, parts_of
 from trip_kernels.tile_choices import Tile, tile_choices
 from trip_kernels.tnf_tile import fused_noise, load_tile
-from trip_rt.speed import STEP_COLUMNS as COLUMNS
+from trip_rt.sampling.step_table import COLUMNS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -170,7 +170,7 @@ def fused_step_ref(
     latents, residual_noise: [2B, C, F, H, W], the unconditional half first, both halves of latents equal; first_frame
     [2B, C, H, W], clean; first_noise [B, C, H, W], frame 1's own; history [3, B, C, F, H, W], what the steps before
     left (trip_rt/solvers.py); timestep int64 [1]; table fp32 [rows, len(COLUMNS)] and step int32 [1], the row in it
-    (trip_rt/speed.py).
+    (trip_rt/sampling/step_table.py).
     """
     row = dict(zip(COLUMNS, table[int(step)].to(latents.dtype), strict=True))
     signal, sigma, guidance = row["sqrt_alpha_bar"], row["sqrt_one_minus_alpha_bar"], row["guidance_scale"]
