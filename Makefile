@@ -25,8 +25,8 @@ lint: $(READY)
 gpu:
 	@if $(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then python=$(PYTHON); \
 	elif nvidia-smi -L >/dev/null 2>&1; then $(MAKE) --no-print-directory $(READY) && python=$(BIN)/python; \
-	else echo "gpu: found no NVIDIA GPU, expected one; python bench/gpu.py --dry-run shows what would be done" >&2; exit 2; fi; \
-	PYTHONPATH=.:kernels:export:engines:$$PYTHONPATH $$python bench/gpu.py $(ARGS)
+	else echo "gpu: found no NVIDIA GPU, expected one; python bench/gpu/run.py --dry-run shows what would be done" >&2; exit 2; fi; \
+	PYTHONPATH=.:kernels:export:engines:$$PYTHONPATH $$python bench/gpu/run.py $(ARGS)
 
 $(READY): pyproject.toml requirements/constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(None if sys.version_info >= (3, 11) else f"trip-rt needs Python 3.11 or newer, found {v}; name one with PYTHON=python3.12")'

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gpu_process import apart
+from own_process import apart
 from timing import interleaved, machine, percentiles
 from tqdm import tqdm
 

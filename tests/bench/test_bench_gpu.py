@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[2]
 
 def bench(*args, code="pass"):
     ran = (
-        f"import sys; sys.argv = ['bench/gpu.py', *{args!r}]; sys.path.insert(0, 'bench'); {code}; import gpu; raise"
-        " SystemExit(gpu.main())"
+        f"import sys; sys.argv = ['bench/gpu/run.py', *{args!r}]; sys.path.insert(0, 'bench'); {code}; from gpu.run"
+        " import main; raise SystemExit(main())"
     )
     return subprocess.run([sys.executable, "-c", ran], capture_output=True, text=True, cwd=ROOT)
 
@@ -74,7 +74,7 @@ def test_what_breaks_or_lasts_costs_no_other_part():
     code = """
 import os, signal, sys, time
 sys.path.insert(0, "bench")
-from gpu_process import Skipped, apart
+from own_process import Skipped, apart
 
 def keeping(end):
     def work(keep):
@@ -102,7 +102,7 @@ def test_the_references_operations_are_counted_right():
     code = """
 import sys
 sys.path.insert(0, "bench")
-from gpu_cases import TINY, random_fusion, reference_flops, reference_step, step_tensors
+from gpu.cases import TINY, random_fusion, reference_flops, reference_step, step_tensors
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

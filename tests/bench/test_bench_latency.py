@@ -54,7 +54,8 @@ def test_slopes_are_of_pixels_not_of_sides():
 def test_latency_at_a_tiny_size(tiny_bundle, tiny_checkpoint, tmp_path):
     ran = bench(
         "latency.py", tiny_bundle, "--checkpoint", tiny_checkpoint, "--compare", "eager,onnxruntime",
-        "--speeds", "exact,fast", "--rounds", 1, "--clips", 1, "--output", tmp_path / "figures.json", "--plot", tmp_path / "bars.png",
+        "--speeds", "exact,fast", "--rounds", 1, "--clips", 1,
+        "--output", tmp_path / "figures.json", "--plot", tmp_path / "bars.png",
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     figures = json.loads(ran.stdout.splitlines()[-1])

@@ -11,8 +11,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="found no 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
 @pytest.mark.parametrize("model", ["demo", "trip-256", "odd"])
 def test_machine_code_launched_by_the_runtime(model, precision, tmp_path):
-    from gpu_cases import BOUNDS, ODD, Context, build_kernels, random_fusion
-    from gpu_kernels import cubin_error
+    from gpu.cases import BOUNDS, ODD, Context, build_kernels, random_fusion
+    from gpu.kernel_checks import cubin_error
 
     from trip_reference.presets import PRESETS
 

@@ -1,5 +1,5 @@
 """The kernels as this GPU runs them, against fp64. Their cubins, launched without Triton, are held to the same in
-bench/gpu.py."""
+bench/gpu/run.py."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """All that can be said of trip-rt on this GPU, in one run of a few minutes: is it right, how fast is it, how far from
 what the GPU could do.
 
-    make gpu        # or: python bench/gpu.py [--only PART,PART] [--quick] [--output FILE.json]
+    make gpu        # or: python bench/gpu/run.py [--only PART,PART] [--quick] [--output FILE.json]
 
 What this machine lacks is left out and named. `--dry-run` runs every line that needs no GPU, at tiny sizes, its kernels
 in Triton's interpreter.
@@ -22,23 +22,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpu_process import apart
+if __name__ == "__main__":  # bench/ in place of this folder, or transformers and others would import its modules
+    sys.path[0] = str(Path(__file__).parents[1])
+
+from own_process import apart
 
 from trip_rt.command_line import CommandParser, add_json_flag, main_of, note, report
 from trip_rt.errors import InputError
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 PARTS = ("parity", "kernel", "full_loop", "demo_loop", "inductor", "libraries", "tests")
 SECONDS = 460  # for all parts together
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
-        prog="bench/gpu.py",
+        prog="bench/gpu/run.py",
         description=(
             "Check and time trip-rt on this GPU: kernels, cubins, the loop on the demo model, the loop at full size."
         ),
-        epilog="examples: make gpu; python bench/gpu.py --only kernel --quick; python bench/gpu.py --dry-run",
+        epilog="examples: make gpu; python bench/gpu/run.py --only kernel --quick; python bench/gpu/run.py --dry-run",
     )
     parser.add_argument("--only", metavar="PARTS", help=f"some of {','.join(PARTS)} (all)")
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
@@ -99,8 +102,9 @@ def _parts() -> dict[str, tuple[Callable[..., dict[str, Any]], float]]:
     """What each part runs, in a process of its own, and the seconds it has."""
     try:
         import torch
-        from gpu_cases import Context
-        from gpu_parts import PARTS as table
+
+        from gpu.cases import Context
+        from gpu.parts import PARTS as table
     except ImportError as error:
         raise InputError(f"gpu: found no {error.name}, expected it beside torch; pip install {error.name}") from error
 
@@ -118,10 +122,13 @@ def _tests(args: argparse.Namespace, folder: Path, keep: Callable[[dict[str, Any
     """tests/gpu by pytest; without a GPU they skip themselves."""
     import pytest  # noqa: F401  (whose absence is said)
 
-    where = Path(__file__).parent.parent
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--confcutdir", "tests/gpu", "tests/gpu"]
     ran = subprocess.run(
-        command, cwd=where, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        command,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     said = [line for line in ran.stdout.splitlines() if line.startswith(("FAILED", "ERROR")) or " in " in line]
     return {"passed": ran.returncode == 0, "said": said[-9:]}

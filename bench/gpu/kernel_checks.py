@@ -9,7 +9,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from gpu_cases import (
+from own_process import one_line
+from torch import Tensor, nn
+
+from gpu.cases import (
     BOUNDS,
     DTYPES,
     ODD,
@@ -25,10 +28,7 @@ from gpu_cases import (
     steady_table,
     step_tensors,
 )
-from gpu_process import one_line
-from gpu_timing import as_graph, ceilings, interleaved
-from torch import Tensor, nn
-
+from gpu.clock import as_graph, ceilings, interleaved
 from trip_kernels.fuse_noise import fuse_noise
 from trip_kernels.fused_step import fused_step, fused_step_kernel, fused_step_ref, step_arguments
 from trip_kernels.tile_choices import Tile, tile_choices

@@ -1,5 +1,5 @@
-"""What the parts of bench/gpu.py run on: models' sizes, random weights and inputs, the reference without a word to the
-host, and its cost."""
+"""What the parts run on: models' sizes, random weights and inputs, the reference without a word to the host, and its
+cost."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from trip_rt.speed import Speed, loop_steps, step_table
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 BOUNDS = {"fp16": 1e-3, "bf16": 8e-3, "fp32": 1e-5}  # RMS error over RMS; bf16 rounds 8 times as coarsely as fp16
 FLOORS = {"fp16": 40.0, "fp32": 60.0}  # dB of the loop's latents
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # A model with all that the real ones have, small enough for an interpreter.
 TINY = Preset(
     trip=dataclasses.replace(DEMO.trip, num_frames=5, height=32, width=48, text_width=16, tnf=TNFConfig(16, 2, 1)),

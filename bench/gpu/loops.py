@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_cases import DTYPES, FLOORS, ROOT, TINY, Context, build_kernels, random_fusion, steady_table
-from gpu_process import Skipped, one_line
-from gpu_timing import Marks, ceilings, interleaved
+from own_process import Skipped, one_line
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from torch_engine import StandIn, profile_of, torch_engines
 
+from gpu.cases import DTYPES, FLOORS, ROOT, TINY, Context, build_kernels, random_fusion, steady_table
+from gpu.clock import Marks, ceilings, interleaved
+from gpu.torch_engines import StandIn, profile_of, torch_engines
 from trip_reference.presets import DEMO
 from trip_rt.config import TripConfig
 from trip_rt.devices import open_device
