@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -17,12 +18,23 @@ Keep = Callable[[dict[str, Any]], None]
 
 
 class Skipped(Exception):
-    """Why something does not run here."""
+    """What this machine plainly lacks; work that raises anything else has failed."""
+
+
+def missing(*libraries: str) -> list[str]:
+    """Those that are not installed."""
+    return [name for name in libraries if importlib.util.find_spec(name) is None]
+
+
+def require(*libraries: str) -> None:
+    """Skipped where one of them is not installed."""
+    if names := missing(*libraries):
+        raise Skipped(f"found no {', '.join(names)}; pip install {' '.join(names)}")
 
 
 def apart(work: Callable[[Keep], dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """What `work` returns, with its "state": done, red (its "passed" is False), skipped or failed, the last two with a
-    "reason" of one line.
+    """What `work` returns, with its "state": done, red (its "passed" is False), skipped (it raised Skipped) or failed,
+    the last two with a "reason" of one line.
 
     `work` runs in a fork of this process, which must not have touched CUDA, for at most `seconds`. What it handed to
     its `keep` before it failed or was cut off is in the result all the same.
@@ -65,16 +77,12 @@ def _run(work: Callable[[Keep], dict[str, Any]], path: Path) -> None:
         draft.write_text(json.dumps(_finite(kept)))
         os.replace(draft, path)
 
-    from trip_rt.errors import InputError
-
     code = 1
     try:
         try:
             found = work(keep)
             keep({**found, "state": "red" if found.get("passed") is False else "done"})
-        except ImportError as error:
-            keep({"state": "skipped", "reason": f"{error.name or error} is not installed; carry its wheel"})
-        except (InputError, Skipped) as error:
+        except Skipped as error:
             keep({"state": "skipped", "reason": " ".join(str(error).split())[:250]})
         except Exception as error:  # the other parts are worth having all the same
             keep({"state": "failed", "reason": one_line(error)})

@@ -55,7 +55,7 @@ def as_graph(call: Call, stream: Any) -> Call:
 
 def ceilings(dry: bool, rounds: int = 20) -> dict[str, float]:
     """What this GPU does at best: TB/s of a large copy, read and write counted, and TFLOP/s of a large fp16 matrix
-    product."""
+    product; and how many percent the rounds of either spread, from their median to their p95."""
     device, elements, size = ("cpu", 1 << 16, 64) if dry else ("cuda", 1 << 29, 8192)
     stream = None if dry else torch.cuda.Stream()
     source = torch.zeros(elements, device=device, dtype=torch.float16)
@@ -69,9 +69,18 @@ def ceilings(dry: bool, rounds: int = 20) -> dict[str, float]:
         for _ in range(4):
             torch.mm(left, right, out=product)
 
-    copied = interleaved({"copy": lambda: target.copy_(source)}, rounds, 1, stream)["copy"]["median"]
-    multiplied = interleaved({"product": products}, rounds, 4, stream)["product"]["median"]
-    return {"copy_tb_s": 4 * elements / copied / 1e6, "fp16_tflop_s": 2 * size**3 / multiplied / 1e6}
+    copied = interleaved({"copy": lambda: target.copy_(source)}, rounds, 1, stream)["copy"]
+    multiplied = interleaved({"product": products}, rounds, 4, stream)["product"]
+    return {
+        "copy_tb_s": 4 * elements / copied["median"] / 1e6,
+        "fp16_tflop_s": 2 * size**3 / multiplied["median"] / 1e6,
+        "spread, %": max(100 * (times["p95"] / times["median"] - 1) for times in (copied, multiplied)),
+    }
+
+
+def beats_ceiling(percent: float, limits: dict[str, float]) -> bool:
+    """Whether a share of `ceilings` is above 100 % by more than they vary themselves: then one is no ceiling."""
+    return percent > 100 + limits["spread, %"]
 
 
 def _sample(call: Call, stream: Any) -> float:

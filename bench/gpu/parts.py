@@ -1,15 +1,31 @@
-"""The parts, in order: each a function of the context that gives its figures, and the seconds it may take. A part whose
-"passed" is False was wrong."""
+"""The parts of a run: in which module of this package each is a function of its name, the seconds after which it is cut
+off, and the libraries without which it is skipped.
+
+A command has ten minutes. `figures` and `engines` are a command each, and the seconds of either, with MACHINE_SECONDS
+before them, leave half a minute for what is between the parts. They are estimates until a GPU has run them.
+"""
 
 from __future__ import annotations
 
-from gpu import kernel_checks, loops
+from dataclasses import dataclass
 
+
+@dataclass(frozen=True)
+class Part:
+    module: str
+    seconds: int
+    needs: tuple[str, ...] = ()
+
+
+MACHINE_SECONDS = 45  # to import torch and say what the GPU is
+COMMAND_SECONDS = 570
 PARTS = {
-    "parity": (kernel_checks.parity, 120),
-    "kernel": (kernel_checks.kernel, 180),
-    "full_loop": (loops.full_loop, 150),
-    "demo_loop": (loops.demo_loop, 60),
-    "inductor": (loops.inductor, 150),
-    "libraries": (loops.libraries, 180),
+    "parity": Part("kernel_checks", 95),
+    "kernel": Part("kernel_checks", 160),
+    "full_loop": Part("loops", 180, ("diffusers", "transformers")),
+    "demo_loop": Part("loops", 85),
+    "inductor": Part("loops", 150, ("diffusers", "safetensors", "transformers")),
+    "libraries": Part("loops", 215, ("diffusers", "onnx", "onnx_ir", "onnxscript", "safetensors", "transformers")),
+    "tests": Part("suite", 155, ("pytest",)),
 }
+GROUPS = {"figures": ("parity", "kernel", "full_loop", "demo_loop"), "engines": ("inductor", "libraries", "tests")}

@@ -6,6 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from gpu import kernel_checks
+from gpu.cases import Context
+from gpu.clock import beats_ceiling
+from gpu.parts import COMMAND_SECONDS, GROUPS, MACHINE_SECONDS, PARTS
+from triton.runtime.errors import OutOfResources
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,7 +25,6 @@ def bench(*args, code="pass"):
 
 
 def test_without_a_gpu_it_says_so():
-    torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("found a GPU")
     ran = bench()
@@ -33,9 +38,44 @@ def test_unknown_parts_are_named():
     assert ran.returncode == 2 and "found warp_drive, expected some of parity,kernel" in ran.stderr
 
 
+def test_each_group_of_parts_fits_into_a_command_and_both_do_not():
+    for names in GROUPS.values():
+        assert MACHINE_SECONDS + sum(PARTS[name].seconds for name in names) <= COMMAND_SECONDS <= 600
+    assert sorted(name for names in GROUPS.values() for name in names) == sorted(PARTS)
+    ran = bench("--only", "figures,engines")
+    assert ran.returncode == 2 and f"expected at most {COMMAND_SECONDS} s in a command" in ran.stderr
+
+
+def test_a_part_that_cannot_be_imported_is_red_and_the_rest_runs():
+    ran = bench("--dry-run", "--only", "parity,tests", code="sys.modules['gpu.kernel_checks'] = None")
+    assert ran.returncode == 1 and "parity: failed: ModuleNotFoundError: import of gpu.kernel_checks" in ran.stdout
+    assert "tests: done" in ran.stdout and "skipped" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "key", "reason"),
+    [
+        (RuntimeError("capture failed"), "fused, 32 pixels 4 warps 1 stages", "RuntimeError: capture failed"),
+        (OutOfResources(9, 8, "shared memory"), "fused", "found no tile that runs, expected one"),
+    ],
+)
+def test_a_kernel_that_fails_is_red(error, key, reason, tmp_path, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(kernel_checks, "DTYPES", {"fp32": torch.float32})
+    monkeypatch.setattr(kernel_checks, "_launches", fail)
+    figures = kernel_checks.kernel(Context(dry=True, quick=True, folder=tmp_path))
+    assert not figures["passed"] and figures["fp32"]["failed"][key] == reason
+
+
+def test_a_share_above_the_ceiling_by_more_than_its_spread_is_told():
+    assert not beats_ceiling(102.9, {"spread, %": 3.0}) and beats_ceiling(103.1, {"spread, %": 3.0})
+
+
 @pytest.mark.slow
 def test_a_dry_run_goes_through_everything(tmp_path):
-    ran = bench("--dry-run", "--json", "--output", str(tmp_path / "figures.json"))
+    ran = bench("--dry-run", "--only", "figures,engines", "--json", "--output", str(tmp_path / "figures.json"))
     assert ran.returncode == 0, ran.stderr
     figures = json.loads(ran.stdout.splitlines()[-1])
     assert figures == json.loads((tmp_path / "figures.json").read_text()) and "dry run" in figures
@@ -46,7 +86,7 @@ def test_a_dry_run_goes_through_everything(tmp_path):
     assert len(parts["parity"]["errors"]) == 3 and parts["parity"]["passed"]
     for precision in ("fp16", "bf16", "fp32"):
         assert (
-            not parts["kernel"][precision]["left out"]
+            parts["kernel"][precision]["left out"] == parts["kernel"][precision]["failed"] == {}
             and "times faster than eager torch (10 wanted)" in parts["kernel"][precision]
         )
     assert parts["demo_loop"]["fp32"]["latents, graph, dB"] >= 60
@@ -61,7 +101,7 @@ def test_what_is_missing_is_named_and_the_rest_runs():
     ran = bench("--dry-run", "--only", "parity,full_loop,demo_loop", code=blocked)
     assert ran.returncode == 0, ran.stderr
     assert (
-        "parity: done" in ran.stdout and "full_loop: skipped: diffusers is not installed; carry its wheel" in ran.stdout
+        "parity: done" in ran.stdout and "full_loop: skipped: found no diffusers; pip install diffusers" in ran.stdout
     )
     assert (
         "demo_loop: done" in ran.stdout
@@ -71,10 +111,12 @@ def test_what_is_missing_is_named_and_the_rest_runs():
 
 
 def test_what_breaks_or_lasts_costs_no_other_part():
+    """Only what says that this machine lacks something is skipped; an error of any other kind has failed."""
     code = """
 import os, signal, sys, time
 sys.path.insert(0, "bench")
-from own_process import Skipped, apart
+from own_process import apart, require
+from trip_rt.errors import InputError
 
 def keeping(end):
     def work(keep):
@@ -82,19 +124,25 @@ def keeping(end):
         return end()
     return work
 
-def skip():
-    raise Skipped("no GPU")
+def refuse():
+    raise InputError("cuda: out of memory")
+
+def import_nothing():
+    from trip_rt.errors import NoSuchError
 
 crash = lambda: os.kill(os.getpid(), signal.SIGSEGV)
-ends = dict, skip, lambda: 1 / 0, lambda: time.sleep(9), crash, lambda: {"passed": False}
-found = [apart(keeping(end), 1) for end in ends]
-assert all(one["a"] == 1 and one["b"] == "inf" for one in found), found
-print(*(one["state"] + ": " + one.get("reason", "") for one in found), sep="\\n")
+lack = lambda: require("sys", "warp_drive")
+ends = dict, lack, refuse, import_nothing, lambda: time.sleep(9), crash, lambda: {"passed": False}
+results = [apart(keeping(end), 1) for end in ends]
+assert all(result["a"] == 1 and result["b"] == "inf" for result in results), results
+print(*(result["state"] + ": " + result.get("reason", "") for result in results), sep="\\n")
 """
-    ran = subprocess.run([sys.executable, "-c", code.replace("\\\\n", "\\n")], capture_output=True, text=True, cwd=ROOT)
-    assert ran.stdout.splitlines() == [
-        "done: ", "skipped: no GPU", "failed: ZeroDivisionError: division by zero", "failed: cut off after its 1 s",
-        "failed: its process died of SIGSEGV", "red: ",
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    lines = ran.stdout.splitlines()
+    assert lines.pop(3).startswith("failed: ImportError: cannot import name 'NoSuchError'"), ran.stderr
+    assert lines == [
+        "done: ", "skipped: found no warp_drive; pip install warp_drive", "failed: InputError: cuda: out of memory",
+        "failed: cut off after its 1 s", "failed: its process died of SIGSEGV", "red: ",
     ], ran.stderr  # fmt: skip
 
 
