@@ -5,7 +5,7 @@ beside what others would run.
     bench/results/NAME.json]
 
 Rivals take turns, so that whatever else the machine does falls on all alike. An engine that does not agree with PyTorch
-has no figures.
+has no figures, and neither has one that beats the machine's ceiling.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ceiling import Ceiling, beyond
 from PIL import Image
-from timing import interleaved, machine, matrix_peak, percentiles, ratio
+from timing import interleaved, machine, percentiles, ratio
 
 from trip_engines.check import animator_for, precision_of
 from trip_engines.parity import Parity, measure, psnr
@@ -78,6 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--clips", type=int, default=3, help="made at every speed, and cold starts; 0 for none (%(default)s)"
     )
     parser.add_argument("--threads", type=int, help="CPU threads (each library's choice)")
+    parser.add_argument(
+        "--ceiling-seconds", type=float, default=10, metavar="S", help="spent on the machine's ceiling (%(default)g)"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the guided steps")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures there too")
     add_json_flag(parser)
@@ -104,10 +108,13 @@ def run(args: argparse.Namespace) -> int:
         "reason": reason,
         "precision": precision_of(profile, backend),
     }
-    figures |= {"machine": machine(), "matrix_product_gflops": matrix_peak(args.threads), "parity": parity.to_json()}
+    figures |= {"machine": machine(), "parity": parity.to_json()}
     with Animator(bundle, backend, profile.name, options) as animator:
         figures["engine"] = animator.describe()
-        figures["components"] = _components(animator, args.rounds, figures["matrix_product_gflops"])
+        figures["components"], figures["peak"] = _components(animator, args)
+        if impossible := beyond({name: row["gflops"] for name, row in figures["components"].items()}, figures["peak"]):
+            note(f"bench/latency.py: {impossible}; there are no figures")
+            return 1
         if args.clips:
             figures["clips"] = _clips(animator, args.speeds, args.clips)
         if args.compare:
@@ -144,9 +151,9 @@ def _parity(bundle: Bundle, profile: Profile, backend: str) -> Parity:
         )
 
 
-def _components(animator: Animator, rounds: int, peak: float) -> dict[str, dict[str, float]]:
-    """Milliseconds of one call of every engine, GFLOP a call, and what share of the machine's peak that is, in
-    percent."""
+def _components(animator: Animator, args: argparse.Namespace) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+    """Milliseconds of one call of every engine, GFLOP a call and a second, and its share of the machine's peak in
+    percent; and the peak, timed before and after them."""
     calls: dict[str, Callable[[], object]] = {}
     for name in animator.profile.engines:
         if engine := animator.engine(name):
@@ -161,12 +168,18 @@ def _components(animator: Animator, rounds: int, peak: float) -> dict[str, dict[
                     buffers[tensor.name], np.ones(tensor.shape, np.int64) if tensor.dtype == "int64" else random
                 )
             calls[name] = engine.bind(buffers)
+    ceiling = Ceiling(args.threads)
+    ceiling.measure(args.ceiling_seconds / 2)
+    seconds = interleaved(calls, args.rounds, label="components")
+    ceiling.measure(args.ceiling_seconds / 2)
+    peak = ceiling.peak()
     rows = {}
-    for name, seconds in interleaved(calls, rounds, label="components").items():
+    for name, values in seconds.items():
         gflop = animator.engines[name].spec.gflop
-        share = 100 * gflop / float(np.median(seconds)) / peak
-        rows[name] = {**percentiles(seconds), "gflop": round(gflop, 3), "peak_percent": round(share, 1)}
-    return rows
+        rate = gflop / float(np.median(values))
+        share = round(100 * rate / peak["gflops"], 1)
+        rows[name] = {**percentiles(values), "gflop": round(gflop, 3), "gflops": round(rate, 2), "peak_percent": share}
+    return rows, peak
 
 
 def _clips(animator: Animator, speeds: Sequence[str], count: int) -> dict[str, dict[str, float]]:
@@ -281,11 +294,11 @@ def _child(threads: int | None, *arguments: object) -> dict[str, Any]:
 
 
 def _table(figures: dict[str, Any]) -> str:
-    cpu, peak = figures["machine"]["cpu"], figures["matrix_product_gflops"]
+    cpu, peak = figures["machine"]["cpu"], figures["peak"]
     lines = [
         (
-            f"{figures['profile']}, {figures['precision']}, {figures['backend']} on {cpu}, matrix products at {peak}"
-            " GFLOP/s"
+            f"{figures['profile']}, {figures['precision']}, {figures['backend']} on {cpu}, at most {peak['gflops']}"
+            f" GFLOP/s ({peak['library']}, {peak['shape']})"
         ),
         "",
     ]

@@ -41,17 +41,6 @@ def ratio(seconds: list[float], base: list[float]) -> dict[str, float]:
     return {name: round(float(np.percentile(ratios, q)), 3) for name, q in (("median", 50), ("p5", 5), ("p95", 95))}
 
 
-def matrix_peak(threads: int | None, size: int = 2048, rounds: int = 8) -> float:
-    """GFLOP/s of the best fp32 product of two square matrices by torch: what the machine does at most."""
-    import torch
-
-    torch.set_num_threads(threads or torch.get_num_threads())
-    left, right = torch.randn(2, size, size)
-    with torch.inference_mode():
-        seconds = interleaved({"product": lambda: left @ right}, rounds)["product"]
-    return round(2 * size**3 / min(seconds) / 1e9, 1)
-
-
 def machine() -> dict[str, Any]:
     """The CPU, its threads and what half-precision arithmetic it has, and the versions of Python and of the
     libraries."""

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 BENCH = Path(__file__).parents[2] / "bench"
 
 
+import ceiling  # noqa: E402
+import latency  # noqa: E402
 from peers import wrong  # noqa: E402
 from plots import bars, scaling  # noqa: E402
 from scaling import Point, _slopes  # noqa: E402
@@ -20,7 +23,8 @@ from timing import interleaved, percentiles, ratio  # noqa: E402
 from trip_export.export import export_bundle  # noqa: E402
 from trip_export.plan import ExportOptions  # noqa: E402
 from trip_rt.bundle import open_bundle  # noqa: E402
-from trip_rt.components import ALL
+from trip_rt.errors import EngineError  # noqa: E402
+from trip_rt.components import ALL  # noqa: E402
 from trip_rt.manifest import serialise  # noqa: E402
 
 
@@ -51,10 +55,64 @@ def test_slopes_are_of_pixels_not_of_sides():
     }
 
 
+def test_the_ceiling_is_the_best_of_every_library_and_shape(monkeypatch):
+    monkeypatch.setattr(ceiling, "PRODUCTS", ((96, 96, 96), (256, 32, 64)))
+    monkeypatch.setattr(ceiling, "CONVOLUTION", (2, 32, 8))
+    timed = ceiling.Ceiling(threads=1)
+    for _ in range(2):
+        timed.measure(0)
+    peak = timed.peak()
+    assert set(peak) == {"gflops", "library", "shape", "noise_percent", "libraries"}
+    assert set(peak["libraries"]) == {"torch", "openvino"}
+    shapes = {"96x96x96 product", "256x32x64 product", "3x3 convolution of 2x32x8x8"}
+    assert all(set(rates) == shapes for rates in peak["libraries"].values())
+    assert peak["gflops"] == max(max(rates.values()) for rates in peak["libraries"].values())
+    assert peak["gflops"] == peak["libraries"][peak["library"]][peak["shape"]] > 0
+
+
+def test_the_passes_difference_is_the_ceilings_noise():
+    passes = [{("a", "small"): 100.0, ("b", "large"): 90.0}, {("a", "small"): 80.0, ("b", "large"): 110.0}]
+    peak = ceiling.peak_of(passes)
+    assert (peak["gflops"], peak["library"], peak["shape"], peak["noise_percent"]) == (110.0, "b", "large", 22.2)
+    assert ceiling.peak_of(passes[:1])["noise_percent"] == ceiling.SPREAD_PERCENT
+
+
+def test_a_share_above_the_ceiling_is_refused_with_its_component():
+    peak = {"gflops": 200.0, "library": "torch", "shape": "8x8x8 product", "noise_percent": 3.0}
+    assert ceiling.beyond({"unet": 205.9, "tnf": 20.0}, peak) == ""
+    reason = ceiling.beyond({"unet": 348.0, "tnf": 20.0, "vae_decoder": 216.0}, peak)
+    assert reason.startswith(
+        "found unet at 174 %, vae_decoder at 108 % of the machine's ceiling (200.0 GFLOP/s, torch, 8x8x8 product),"
+        " expected at most 103 %"
+    )
+
+
+def test_what_computes_in_less_than_fp32_is_no_ceiling_of_fp32():
+    left, right = np.random.default_rng(0).standard_normal((2, 64, 64), np.float32)
+    expected = left.astype(np.float64) @ right
+    ceiling.check("fp32", left @ right, expected)
+    with pytest.raises(EngineError, match=r"^bf16: found an RMS error of .*e-03, expected fp32's, at most 1e-05"):
+        bf16 = torch.from_numpy(left).bfloat16().float() @ torch.from_numpy(right).bfloat16().float()
+        ceiling.check("bf16", bf16.numpy(), expected)
+
+
+def test_latency_has_no_figures_where_an_engine_beats_the_ceiling(tiny_bundle, tmp_path, monkeypatch, capsys):
+    peak = {"gflops": 1e-6, "library": "torch", "shape": "1x1x1 product", "noise_percent": 3.0}
+    monkeypatch.setattr(ceiling, "cases", lambda threads: [])
+    monkeypatch.setattr(ceiling, "peak_of", lambda passes: peak)
+    output = tmp_path / "figures.json"
+    arguments = [str(tiny_bundle), "--rounds", "1", "--clips", "0", "--ceiling-seconds", "0", "--output", str(output)]
+    assert latency.main(arguments) == 1 and not output.exists()
+    printed = capsys.readouterr()
+    last = printed.err.splitlines()[-1]
+    assert last.startswith("bench/latency.py: found text_encoder at ") and last.endswith("there are no figures")
+    assert printed.out == ""
+
+
 def test_latency_at_a_tiny_size(tiny_bundle, tiny_checkpoint, tmp_path):
     ran = bench(
         "latency.py", tiny_bundle, "--checkpoint", tiny_checkpoint, "--compare", "eager,onnxruntime",
-        "--speeds", "exact,fast", "--rounds", 1, "--clips", 1,
+        "--speeds", "exact,fast", "--rounds", 1, "--clips", 1, "--ceiling-seconds", 0,
         "--output", tmp_path / "figures.json", "--plot", tmp_path / "bars.png",
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
@@ -68,6 +126,7 @@ def test_latency_at_a_tiny_size(tiny_bundle, tiny_checkpoint, tmp_path):
     assert figures["guided_step"]["left_out"] == {}
     assert list(figures["cold_start"]["fast"]["seconds"]) == ["import", "open", "first step", "first frame", "clip"]
     assert figures["clips"]["exact"]["psnr"] == 200 and figures["pytorch_peak_memory_mb"] > 100
+    assert all(row["gflops"] <= figures["peak"]["gflops"] * 1.03 for row in figures["components"].values())
     assert "a guided step" in ran.stdout and "a fresh process" in ran.stdout
     assert figures["machine"]["threads"] >= 1 and "FP32" in figures["machine"]["openvino_arithmetic"]
 
@@ -110,7 +169,7 @@ def test_latency_refuses_in_one_line(tiny_bundle, arguments, says):
 
 
 def test_with_json_there_is_one_line(tiny_bundle):
-    ran = bench("latency.py", tiny_bundle, "--rounds", 1, "--clips", 0, "--json")
+    ran = bench("latency.py", tiny_bundle, "--rounds", 1, "--clips", 0, "--ceiling-seconds", 0, "--json")
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("\n") == 1 and json.loads(ran.stdout)["profile"] == "48x32-5f-b1"
 
