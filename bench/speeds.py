@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from timing import machine
 from tqdm import tqdm
 
 from trip_reference import demo_world
@@ -73,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(
                 f"found pictures of {found}, expected square ones, by which clips are judged; export the bundle so"
             )
-        figures = {"clips": args.clips, "engine": animator.describe(), "ways": measure(animator, ways, args.clips)}
+        figures = {"clips": args.clips, "machine": machine(), "engine": animator.describe()}
+        figures["ways"] = measure(animator, ways, args.clips)
     if args.output:
         args.output.write_text(json.dumps(figures, indent=1) + "\n")
     report(args, figures, table(figures["ways"]))

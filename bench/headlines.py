@@ -1,0 +1,133 @@
+"""The figures that README.md quotes, out of bench/results/, as the Markdown of its section "How fast is it".
+
+    python bench/headlines.py
+
+tests/bench/test_headlines.py holds README.md to this text, so a file measured anew changes both or neither.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+HEADING = "## How fast is it"
+SPEEDS = ("exact", "balanced", "fast")
+_RIVALS = {
+    "openvino": "the plain ONNX export on OpenVINO",
+    "onnxruntime": "the plain ONNX export on ONNX Runtime",
+    "compile": "`torch.compile`, frozen",
+    "inductor": "AOTInductor, frozen",
+    "eager": "PyTorch eager",
+}
+_LIBRARIES = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime", "torch": "PyTorch"}
+_MODELS = ("bench", "demo")
+
+
+def headlines(folder: Path = RESULTS) -> dict[str, Any]:
+    """The figures by name: milliseconds are p50; `_times` says how many times as long as trip-rt a rival takes, paired
+    round by round (median, p5 and p95)."""
+    latency = {name: json.loads((folder / f"latency_{name}.json").read_text()) for name in _MODELS}
+    if latency["bench"]["machine"] != latency["demo"]["machine"]:
+        raise ValueError(
+            "found latency_bench.json and latency_demo.json of two machines, expected one; measure both again"
+        )
+    ways = json.loads((folder / "speeds_demo.json").read_text())
+    figures: dict[str, Any] = {"machine": latency["demo"]["machine"], "speed_clips": ways["clips"]}
+    for name, file in latency.items():
+        guided = file["guided_step"]
+        milliseconds = {rival: row["p50"] for rival, row in guided["milliseconds"].items()}
+        figures[f"{name}_step_ms"] = milliseconds.pop("trip-rt")
+        figures[f"{name}_rivals_ms"] = milliseconds
+        figures[f"{name}_rivals_times"] = guided["times_as_long_as_trip_rt"]
+        figures[f"{name}_best_rival"] = min(milliseconds, key=lambda rival: milliseconds[rival])
+        figures[f"{name}_memory_mb"] = file["cold_start"]["exact"]["peak_memory_mb"]
+        figures[f"{name}_pytorch_memory_mb"] = file["pytorch_peak_memory_mb"]
+    for speed in SPEEDS:
+        figures[f"demo_clip_s_{speed}"] = latency["demo"]["clips"][speed]["p50"] / 1000
+        figures[f"demo_fresh_process_s_{speed}"] = latency["demo"]["cold_start"][speed]["seconds"]["clip"]
+        figures[f"times_faster_{speed}"] = ways["ways"][speed]["times_faster"]
+        figures[f"psnr_{speed}"] = {key: ways["ways"][speed][f"psnr_{key}"] for key in ("mean", "min")}
+    return figures
+
+
+def markdown(figures: dict[str, Any]) -> str:
+    """What README.md holds, word for word."""
+    parts = [_machine(figures["machine"]), *map(_against_best, [figures] * 2, _MODELS), _steps(figures)]
+    return "\n\n".join([*parts, _speeds(figures), _memory(figures)])
+
+
+def section(text: str, heading: str = HEADING) -> str:
+    """What stands in a Markdown file under a heading of the second level; "" where it has none."""
+    _, _, rest = f"\n{text}".partition(f"\n{heading}\n")
+    return rest.partition("\n## ")[0]
+
+
+def _machine(about: dict[str, Any]) -> str:
+    libraries = ", ".join(f"{title} {about[name]}" for name, title in _LIBRARIES.items())
+    return f"Measured in fp32 on {about['cpu']}, {about['threads']} threads, with {libraries}."
+
+
+def _against_best(figures: dict[str, Any], model: str) -> str:
+    rival = figures[f"{model}_best_rival"]
+    times = figures[f"{model}_rivals_times"][rival]
+    return (
+        f"A guided step of the `{model}` model takes **{_ms(figures[f'{model}_step_ms'])} ms** (p50). Its best rival,"
+        f" {_RIVALS[rival]}, takes {_ms(figures[f'{model}_rivals_ms'][rival])} ms, **{times['median']:.2f} times** as"
+        f" long (p5 to p95: {times['p5']:.2f} to {times['p95']:.2f})."
+    )
+
+
+def _steps(figures: dict[str, Any]) -> str:
+    lines = [
+        "| guided step, ms (p50) | `bench` model | times trip-rt | `demo` model | times trip-rt |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        f"| **trip-rt** | **{_ms(figures['bench_step_ms'])}** | | **{_ms(figures['demo_step_ms'])}** | |",
+    ]
+    for rival, title in _RIVALS.items():
+        cells = [title]
+        for model in _MODELS:
+            if rival in figures[f"{model}_rivals_ms"]:
+                times = figures[f"{model}_rivals_times"][rival]["median"]
+                cells += [_ms(figures[f"{model}_rivals_ms"][rival]), f"{times:.2f}"]
+            else:
+                cells += ["not run", ""]
+        lines.append(_row(cells))
+    return "\n".join(lines)
+
+
+def _speeds(figures: dict[str, Any]) -> str:
+    lines = [
+        f"| `--speed`, `demo` model | a clip, s | in a fresh process, s | times faster ({figures['speed_clips']} clips)"
+        " | dB to exact, mean | least |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for speed in SPEEDS:
+        likeness = figures[f"psnr_{speed}"]
+        decibels = ("", "") if speed == "exact" else (f"{likeness['mean']:.1f}", f"{likeness['min']:.1f}")
+        seconds = f"{figures[f'demo_clip_s_{speed}']:.2f}", f"{figures[f'demo_fresh_process_s_{speed}']:.2f}"
+        cells = [f"`{speed}`", *seconds, f"{figures[f'times_faster_{speed}']:.2f}", *decibels]
+        lines.append(_row(cells))
+    return "\n".join(lines)
+
+
+def _memory(figures: dict[str, Any]) -> str:
+    rows = [
+        f"{figures[f'{model}_memory_mb']:.0f} MB on the `{model}` model"
+        f" (PyTorch: {figures[f'{model}_pytorch_memory_mb']:.0f} MB)"
+        for model in _MODELS
+    ]
+    return f"Peak memory of a process that makes a clip, with PyTorch one of two steps: {' and '.join(rows)}."
+
+
+def _row(cells: list[str]) -> str:
+    return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)
+
+
+def _ms(milliseconds: float) -> str:
+    return f"{milliseconds:.0f}" if milliseconds >= 100 else f"{milliseconds:.1f}"
+
+
+if __name__ == "__main__":
+    print(markdown(headlines()))
