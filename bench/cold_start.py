@@ -49,7 +49,7 @@ def pytorch(
 
     from trip_reference import checkpoint
     from trip_reference.sampling import sample
-    from trip_rt.speed import Speed, loop_steps
+    from trip_rt.settings import Settings
 
     if threads:
         torch.set_num_threads(threads)
@@ -59,7 +59,7 @@ def pytorch(
         text = model.encode_text(torch.ones(2, config.text_length, dtype=torch.long))
         first_frame = model.encode_image(torch.zeros(1, 3, config.height, config.width))
         noise = torch.randn(1, *config.latent_shape)
-        latents = sample(model, first_frame, noise, text, loop_steps(config, Speed(num_inference_steps=int(steps))))
+        latents = sample(model, first_frame, noise, text, Settings(num_inference_steps=int(steps)).steps(config))
         model.decode(latents[0].transpose(0, 1))
     passed["clip"] = time.monotonic() - clock
 

@@ -36,7 +36,8 @@ from trip_rt.command_line import CommandParser, add_json_flag, main_of, note
 from trip_rt.errors import EngineError, InputError
 from trip_rt.manifest import Profile
 from trip_rt.sampling.loop import initial_noise
-from trip_rt.speed import SPEEDS, loop_steps
+from trip_rt.sampling.step import hold_first_frame
+from trip_rt.settings import SPEEDS, Settings
 
 _COLD_START = Path(__file__).parent / "cold_start.py"
 _PEERS = ("eager", "compile", "onnxruntime", "openvino", "inductor")
@@ -218,7 +219,7 @@ def _compared(animator: Animator, args: argparse.Namespace) -> dict[str, Any]:
     config, pipeline, batch = animator.config, animator._pipeline, animator.profile.batch
     model = checkpoint.from_pretrained(args.checkpoint)
     model.config = config
-    one = loop_steps(config)[config.num_inference_steps // 2]
+    middle = Settings().steps(config)[config.num_inference_steps // 2]
     noise = initial_noise(range(batch), config.latent_shape)
     ids = np.random.default_rng(0).integers(0, 20, (2, batch, config.text_length))
     pixels = np.random.default_rng(1).uniform(-1, 1, (batch, 3, config.height, config.width)).astype(np.float32)
@@ -227,9 +228,9 @@ def _compared(animator: Animator, args: argparse.Namespace) -> dict[str, Any]:
         text = model.encode_text(torch.from_numpy(ids.reshape(2 * batch, -1)))
         first = model.encode_image(torch.from_numpy(pixels))
         latents = torch.from_numpy(noise.copy())
-        latents[:, :, 0] = one.step.sqrt_alpha_bar * first + one.step.sqrt_one_minus_alpha_bar * latents[:, :, 0]
-        clean, timestep = torch.cat([first, first]), torch.tensor([one.step.timestep])
-        inputs = Inputs(torch.cat([latents, latents]), clean, timestep, text, one)
+        hold_first_frame(middle, latents, first, latents[:, :, 0].clone())
+        clean, timestep = torch.cat([first, first]), torch.tensor([middle.timestep])
+        inputs = Inputs(torch.cat([latents, latents]), clean, timestep, text, middle)
     device, buffers = animator.engines["unet"].device, pipeline.buffers
     engine = animator.engines["unet"]
     network = engine.bind(
@@ -237,7 +238,7 @@ def _compared(animator: Animator, args: argparse.Namespace) -> dict[str, Any]:
     )
 
     def step() -> np.ndarray:
-        pipeline.denoise(noise, [one])
+        pipeline.denoise(noise, [middle])
         return pipeline.latents()
 
     with peers(model, inputs, args.compare, args.threads) as rivals:

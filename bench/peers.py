@@ -26,7 +26,7 @@ from trip_reference.unet import with_first_frame, without_first_frame
 from trip_rt.command_line import note
 from trip_rt.config import FirstFrame
 from trip_rt.errors import InputError
-from trip_rt.speed import LoopStep
+from trip_rt.sampling.step import Step
 
 Network = Callable[[Sequence[Tensor]], Tensor]
 MAX_ERROR = 1e-3  # of a peer's latents: what is wrong is no rival
@@ -41,7 +41,7 @@ class Inputs:
     first_frame: Tensor
     timestep: Tensor
     text: Tensor
-    step: LoopStep
+    step: Step
 
     @property
     def of_unet(self) -> tuple[Tensor, ...]:
@@ -80,7 +80,7 @@ def peers(model: TripModel, inputs: Inputs, names: Sequence[str], threads: int |
         _Plain(unet, model.config.first_frame).eval().requires_grad_(False),
         model.fusion.eval().requires_grad_(False),
     )
-    sigmas = torch.tensor([inputs.step.step.sqrt_alpha_bar]), torch.tensor([inputs.step.step.sqrt_one_minus_alpha_bar])
+    sigmas = torch.tensor([inputs.step.sqrt_alpha_bar]), torch.tensor([inputs.step.sqrt_one_minus_alpha_bar])
     of_fusion = (inputs.latents, inputs.first_frame, inputs.latents, *sigmas, inputs.timestep)
     with tempfile.TemporaryDirectory(prefix="trip-bench-") as folder:
         made = {}

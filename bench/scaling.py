@@ -177,7 +177,7 @@ def _loop(bundle: Path, backend: str, rounds: int) -> dict[str, float]:
     loop."""
     from trip_rt.animator import Animator
     from trip_rt.sampling.loop import initial_noise
-    from trip_rt.speed import loop_steps
+    from trip_rt.settings import Settings
 
     with Animator(bundle, backend) as animator:
         config, pipeline, batch = animator.config, animator._pipeline, animator.profile.batch
@@ -186,7 +186,7 @@ def _loop(bundle: Path, backend: str, rounds: int) -> dict[str, float]:
             *np.ones((2, batch, config.text_length), np.int64),
             np.zeros((batch, 3, config.height, config.width), np.float32),
         )
-        steps = loop_steps(config)[:1]
+        steps = Settings().steps(config)[:1]
         seconds = interleaved({"step": lambda: pipeline.denoise(noise, steps)}, rounds, warm_ups=1)["step"]
         return {"step_ms": percentiles(seconds)["p50"], "loop_mb": peak_memory_mb()}
 

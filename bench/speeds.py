@@ -23,7 +23,7 @@ from trip_rt.animator import Animator
 from trip_rt.backends import EngineOptions
 from trip_rt.command_line import CommandParser, add_json_flag, main_of, report
 from trip_rt.errors import InputError
-from trip_rt.speed import SPEEDS, Speed
+from trip_rt.settings import SPEEDS, Speed
 
 # Each option by itself, and the settled combinations.
 WAYS = {

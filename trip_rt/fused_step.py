@@ -41,7 +41,8 @@ class KernelBuffers:
 
 
 class FusedStep:
-    """The kernel with its weights and buffers on the GPU. A call moves the latents on by the table's next row."""
+    """The kernel with its weights on the GPU and buffers of its `own`. A call moves the latents on by the table's next
+    row."""
 
     def __init__(
         self,
@@ -54,10 +55,10 @@ class FusedStep:
     ):
         cubin = spec.cubins[capability]
         self.name = f"the fused kernel for compute capability {capability}"
-        self._device, self._cubin, self._buffers = device, cubin, buffers
+        self._device, self._cubin, self.buffers = device, cubin, buffers
         batch, pixels = buffers.latents.shape[0] // 2, int(np.prod(config.frame_shape[1:]))
         rows = config.schedule.num_train_timesteps + 1
-        self._own = KernelBuffers(
+        self.own = KernelBuffers(
             first_noise=device.zeros("float32", (batch, *config.frame_shape)),
             history=device.zeros("float32", (3, batch, *config.latent_shape)),
             table=device.zeros("float32", (rows, len(COLUMNS))),
@@ -68,7 +69,7 @@ class FusedStep:
         blob = np.fromfile(folder / spec.weights, np.uint8)
         weights = device.zeros("uint8", blob.shape)
         device.write(weights, blob)
-        pointers = vars(buffers) | vars(self._own) | {"weights": weights}
+        pointers = vars(buffers) | vars(self.own) | {"weights": weights}
         known: dict[str, tuple[int, Any]] = {n: (buffer.address, ctypes.c_void_p) for n, buffer in pointers.items()}
         known |= {"batch": (batch, ctypes.c_int32), "pixels": (pixels, ctypes.c_int32), "scratch": (0, ctypes.c_void_p)}
         if unknown := [name for name in spec.parameters if name not in known]:
@@ -81,12 +82,12 @@ class FusedStep:
 
     def begin(self, noise: Array, steps: Sequence[Step]) -> None:
         """Put a run's noise [B, C, F, h, w] and steps on the GPU, and frame 1 on its path by the table's row 0."""
-        device, own = self._device, self._own
-        for half in halves(self._buffers.latents):
+        device, own = self._device, self.own
+        for half in halves(self.buffers.latents):
             device.write(half, noise)
         device.write(own.first_noise, noise[:, :, 0])
         # Row 0 multiplies these by 0, and a NaN would stay one.
-        for buffer in self._buffers.residual_noise, own.history:
+        for buffer in self.buffers.residual_noise, own.history:
             device.write(buffer, np.zeros(buffer.shape, np.float32))
         device.write(own.table[: len(steps) + 1], step_table(steps))
         device.write(own.step, np.zeros(1, np.int32))

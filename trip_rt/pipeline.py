@@ -24,7 +24,8 @@ class Pipeline:
     """Runs `profile.batch` clips at a time: `encode`, then `denoise`, then `decode` each.
 
     `open_engine` opens a component's engine; those that only some steps need are asked for when they come. `cuda_graph`
-    allows recording a step as a CUDA graph; `graph` says whether one was. `folder` is the bundle's, for the kernels.
+    allows recording a step as a CUDA graph; `graph` says whether one was. `folder` is the bundle's, for the kernels;
+    `fused_step` is the kernel that does all after the UNet, if one does.
     """
 
     def __init__(
@@ -48,8 +49,8 @@ class Pipeline:
         self._unet.kind(True, False)
         self.graph = False
         self._works: dict[tuple[bool, bool], Work] = {}
-        self._fused_step = self._open_kernel(config, folder)
-        if self._fused_step:
+        self.fused_step = self._open_kernel(config, folder)
+        if self.fused_step:
             self._work(True, False)
         else:
             self._networks = EngineNetworks(device, self.buffers, self._unet, open_engine)
@@ -57,7 +58,7 @@ class Pipeline:
     @property
     def after_unet(self) -> str:
         """What does the rest of a step, for people."""
-        return self._fused_step.name if self._fused_step else "the engine of tnf"
+        return self.fused_step.name if self.fused_step else "the engine of tnf"
 
     def _open_kernel(self, config: TripConfig, folder: Path) -> FusedStep | None:
         """The fused kernel for this GPU; None on a CPU and, with a warning, on a GPU that the bundle has none for."""
@@ -83,7 +84,7 @@ class Pipeline:
     def _work(self, guided: bool, shallow: bool) -> Work:
         """A whole step of that kind on a GPU: UNet and fused kernel, recorded as a CUDA graph where that can be."""
         if (guided, shallow) not in self._works:
-            unet, fused_step = self._unet.kind(guided, shallow), self._fused_step
+            unet, fused_step = self._unet.kind(guided, shallow), self.fused_step
             assert fused_step
 
             def step() -> None:
@@ -120,9 +121,9 @@ class Pipeline:
         device, buffers = self._device, self.buffers
         for guided, shallow in {(step.guided, step.shallow) for step in steps}:
             self._unet.kind(guided, shallow)
-        if self._fused_step:
+        if self.fused_step:
             works = {(step.guided, step.shallow): self._work(step.guided, step.shallow) for step in steps}
-            self._fused_step.begin(noise, steps)
+            self.fused_step.begin(noise, steps)
             denoise_on_gpu(device, works, steps, on_step)
         else:
             first_frame = device.read(halves(buffers.first_frame)[0])

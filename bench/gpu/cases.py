@@ -4,6 +4,7 @@ cost."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from trip_kernels.tile_choices import Tile
 from trip_reference.fusion import NoiseFusion
 from trip_reference.presets import DEMO, TRIP_256, Preset
 from trip_rt.config import TNFConfig, TripConfig
-from trip_rt.sampling.step_table import COLUMNS
-from trip_rt.speed import Speed, loop_steps, step_table
+from trip_rt.sampling.step_table import COLUMNS, step_table
+from trip_rt.settings import Settings, Speed
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 BOUNDS = {"fp16": 1e-3, "bf16": 8e-3, "fp32": 1e-5}  # RMS error over RMS; bf16 rounds 8 times as coarsely as fp16
@@ -87,9 +88,9 @@ def step_tensors(config: TripConfig, batch: int, device: str, seed: int = 0) -> 
         residual_noise=residual,
     )
     buffers["history"] = history
-    steps = loop_steps(config, Speed("unipc", 4), 2.5)
+    steps = Settings(Speed("unipc", 4), guidance_scale=2.5).steps(config)
     return {name: _guarded(tensor.to(device)) for name, tensor in buffers.items()} | {
-        "timestep": torch.tensor([steps[0].step.timestep], device=device),
+        "timestep": torch.tensor([steps[0].timestep], device=device),
         "table": torch.from_numpy(step_table(steps)).to(device),
         "step": torch.ones(1, dtype=torch.int32, device=device),
     }
@@ -99,7 +100,7 @@ def steady_table(config: TripConfig, device: str = "cpu") -> Tensor:
     """A step table of ROWS equal rows that stay at one timestep near 500; under them latents stay as large as they are,
     however often moved on."""
     step = min(
-        (loop_step.step for loop_step in loop_steps(config, Speed(num_inference_steps=2))),
+        Settings(num_inference_steps=2).steps(config),
         key=lambda step: abs(step.timestep - 500),
     )
     point = dict(
@@ -172,7 +173,7 @@ def kernel_flops(shape: TileShape, tile: Tile, batch: int, pixels: int, precisio
 def reference_flops(config: TripConfig, batch: int) -> int:
     """Floating-point operations of the reference's matrix products for both halves, as its modules define them."""
     width, channels, layers = config.tnf.hidden_size, config.latent_channels, config.tnf.num_layers
-    tokens = 2 * batch * config.num_frames * config.latent_height * config.latent_width
+    tokens = 2 * batch * math.prod(config.latent_shape[1:])
     attention = 2 * config.num_frames * width
     own = 4 * width * width + attention
     cross = 2 * width * width + 4 * channels * width + attention

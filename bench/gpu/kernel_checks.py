@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -34,11 +35,11 @@ from trip_kernels.fuse_noise import fuse_noise
 from trip_kernels.fused_step import fused_step, fused_step_kernel, fused_step_ref, step_arguments
 from trip_kernels.tile_choices import Tile, tile_choices
 from trip_reference.presets import DEMO, TRIP_256
-from trip_rt.after_unet import KernelStep
 from trip_rt.config import TripConfig
 from trip_rt.devices import open_device
+from trip_rt.fused_step import FusedStep
 from trip_rt.manifest import KernelSpec
-from trip_rt.sampling.loop import loop_buffers
+from trip_rt.networks import step_buffers
 
 # In Triton's interpreter a program costs the same however large its tile is.
 LARGE = Tile(pixels=32, warps=4, stages=1)
@@ -139,14 +140,14 @@ def fused_step_error(config: TripConfig, batch: int, precision: str, device: str
 
 
 def cubin_error(spec: KernelSpec, folder: Any, config: TripConfig, batch: int) -> float:
-    """As `fused_step_error`, of machine code launched by trip_rt's own KernelStep."""
+    """As `fused_step_error`, of machine code launched by trip_rt's own FusedStep."""
     fusion, tensors = random_fusion(config, "cuda"), step_tensors(config, batch, "cuda")
     device = open_device("cuda")
     try:
         step = kernel_step(device, folder, spec, config, tensors)
         step()
         latents = torch.from_numpy(device.read(step.buffers.latents))
-        moved = [int(device.read(buffer)[0]) for buffer in (step.buffers.timestep, step.buffers.step)]
+        moved = [int(device.read(buffer)[0]) for buffer in (step.buffers.timestep, step.own.step)]
     finally:
         device.close()
     double = {
@@ -164,14 +165,15 @@ def cubin_error(spec: KernelSpec, folder: Any, config: TripConfig, batch: int) -
 
 def kernel_step(
     device: Any, folder: Any, spec: KernelSpec, config: TripConfig, tensors: dict[str, Tensor]
-) -> KernelStep:
+) -> FusedStep:
     """The cubin's step on buffers of its own that hold what `tensors` do."""
     (capability,) = spec.cubins
-    buffers = loop_buffers(device, config, len(tensors["first_noise"]), config.text_width, (1, 1, 1, 1))
+    buffers = step_buffers(device, config, len(tensors["first_noise"]), config.text_width, (1, 1, 1, 1))
+    step = FusedStep(device, config, buffers, folder, spec, capability)
     for name, tensor in tensors.items():
-        buffer = getattr(buffers, name)
+        buffer = (vars(buffers) | vars(step.own))[name]
         device.write(buffer[: len(tensor)] if name == "table" else buffer, tensor.cpu().numpy())
-    return KernelStep(device, buffers, folder, spec, capability)
+    return step
 
 
 def kernel(context: Context) -> dict[str, Any]:
@@ -184,7 +186,8 @@ def kernel(context: Context) -> dict[str, Any]:
     config = context.full.trip
     limits = ceilings(context.dry)
     shape = (
-        f"2×{config.num_frames} frames of {config.latent_height}×{config.latent_width}, width {config.tnf.hidden_size}"
+        f"2×{config.num_frames} frames of {config.frame_shape[1]}×{config.frame_shape[2]}, width"
+        f" {config.tnf.hidden_size}"
     )
     figures: dict[str, Any] = {"shape": shape, "ceilings": limits}
     specs = (
@@ -235,7 +238,7 @@ class _Race:
         finally:
             self.device.close()
         tile = Tile(spec.cubins[next(iter(spec.cubins))].pixels, 0, 0) if isinstance(spec, KernelSpec) else choices[0]
-        flops = kernel_flops(shape, tile, 1, self.config.latent_height * self.config.latent_width, self.precision)
+        flops = kernel_flops(shape, tile, 1, math.prod(self.config.frame_shape[1:]), self.precision)
         data = sum(tensor.nbytes for name, tensor in self.sets[0].items() if name != "table") + self.start.nbytes
         floor = max(flops / limits["fp16_tflop_s"], data / limits["copy_tb_s"]) / 1e6
         share = 100 * floor / _fused(times) if _fused(times) else 0.0
@@ -270,7 +273,7 @@ class _Race:
                 calls[0]()
             if self.stream:
                 torch.cuda.synchronize()
-            buffers = getattr(calls[0], "buffers", None)  # a KernelStep has its own
+            buffers = getattr(calls[0], "buffers", None)  # a FusedStep has its own
             latents = torch.from_numpy(self.device.read(buffers.latents)) if buffers else self.sets[0]["latents"]
             error, bound = rms_ratio(latents, self.expected.to(latents.device)), leeway * BOUNDS[self.precision]
             self.about[name] = {**self.about.get(name, {}), "rms error": error}
@@ -298,7 +301,7 @@ class _Race:
             step, mode = torch.compile(reference_step), ""
         return [partial(step, half, **tensors) for tensors in self.sets], mode
 
-    def _cubins(self, spec: KernelSpec | Exception) -> list[KernelStep]:
+    def _cubins(self, spec: KernelSpec | Exception) -> list[FusedStep]:
         if isinstance(spec, Exception):
             raise spec
         return [kernel_step(self.device, self.context.folder, spec, self.config, tensors) for tensors in self.sets]

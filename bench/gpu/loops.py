@@ -22,7 +22,7 @@ from trip_rt.config import TripConfig
 from trip_rt.devices import open_device
 from trip_rt.pipeline import Pipeline
 from trip_rt.sampling.loop import initial_noise
-from trip_rt.speed import Speed, loop_steps
+from trip_rt.settings import Settings
 
 _OF_THE_MODEL = ("diffusers", "transformers")  # what trip_reference.model imports
 
@@ -121,7 +121,7 @@ def full_loop(context: Context) -> dict[str, Any]:
     )
     if isinstance(kernels.get(precision), Exception):
         raise kernels[precision]
-    steps = loop_steps(config, Speed(num_inference_steps=3 if context.dry else 50), 2.5)
+    steps = Settings(num_inference_steps=3 if context.dry else 50, guidance_scale=2.5).steps(config)
     noise = initial_noise([0], config.latent_shape)
     figures: dict[str, Any] = {"parameters, millions": parameters / 1e6, "steps": len(steps)}
     expected, figures["a step of eager torch's loop"] = _eager_loop(context, model, noise, steps)
@@ -157,10 +157,10 @@ def _shares(
     context: Context, config: TripConfig, pipeline: Pipeline, engine: Any, device: Any, stream: Any
 ) -> dict[str, Any]:
     """A step's parts by themselves and together, as graphs, over and over at one timestep."""
-    buffers, after = pipeline.buffers, pipeline.after_unet
-    device.write(buffers.table, steady_table(config).numpy())
+    buffers, after = pipeline.buffers, pipeline.fused_step
+    device.write(after.own.table, steady_table(config).numpy())
     device.write(buffers.timestep, np.array([500], np.int64))
-    device.write(buffers.step, np.zeros(1, np.int32))
+    device.write(after.own.step, np.zeros(1, np.int32))
     unet = engine.bind(
         {tensor.name: getattr(buffers, tensor.name) for tensor in (*engine.spec.inputs, *engine.spec.outputs)}
     )
@@ -193,7 +193,7 @@ def _shares(
 def _decoding(pipeline: Pipeline, device: Any) -> dict[str, Any]:
     milliseconds = []
     for _ in range(3):
-        device.read(pipeline.buffers.step)  # waits
+        device.read(pipeline.buffers.timestep)  # waits
         began = time.perf_counter()
         frames = sum(len(chunk) for chunk in pipeline.decode(0))
         milliseconds.append((time.perf_counter() - began) * 1000)
@@ -209,7 +209,7 @@ def _eager_loop(
 
     config, dtype = model.config, next(model.residual_unet.parameters()).dtype
     with torch.device(context.device), torch.no_grad():  # where the oracle makes its own tensors
-        first = torch.zeros(1, config.latent_channels, config.latent_height, config.latent_width, dtype=dtype)
+        first = torch.zeros(1, *config.frame_shape, dtype=dtype)
         text = torch.zeros(2, config.text_length, config.text_width, dtype=dtype)
         start = torch.from_numpy(noise).to(context.device, dtype)
         for _ in range(2):
@@ -227,7 +227,7 @@ def psnr(found: np.ndarray, expected: np.ndarray) -> float:
 def _loop_parity(context: Context, model: Any, precision: str, replaced: Any = None) -> dict[str, Any]:
     """PSNR of the loop's latents to the fp32 oracle's, in dB (peak: their range), with and without a graph."""
     config = model.config
-    steps = loop_steps(config, Speed(num_inference_steps=3 if context.dry else 25))
+    steps = Settings(num_inference_steps=3 if context.dry else 25).steps(config)
     picture = np.random.default_rng(0).uniform(-1, 1, (1, 3, config.height, config.width)).astype(np.float32)
     noise = initial_noise([0], config.latent_shape)
     expected, found = _oracle(model, picture, noise, steps)
@@ -254,7 +254,7 @@ def _loop_parity(context: Context, model: Any, precision: str, replaced: Any = N
         pipeline.encode(*_tokens(config), picture)
         pipeline.denoise(noise, steps)
         found[f"latents, {label}, dB"] = psnr(pipeline.latents(), expected)
-        found[f"{label}: after the UNet"] = pipeline.after_unet.name
+        found[f"{label}: after the UNet"] = pipeline.after_unet
         found[f"{label}: recorded"] = str(pipeline.graph)
         device.close()
     return found

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from trip_reference.fusion import NoiseFusion
 from trip_rt.backends import EngineOptions
 from trip_rt.backends.inductor import InductorEngine
+from trip_rt.components import REQUIRED, signatures
 from trip_rt.config import TripConfig
 from trip_rt.devices import Device
-from trip_rt.manifest import COMPONENTS, EngineSpec, KernelSpec, Profile, tensors
+from trip_rt.manifest import EngineSpec, KernelSpec, Profile
 
 # The model's method that each component is.
 METHODS = {
@@ -51,9 +52,9 @@ def torch_engines(
     """Engines of all components that run `model`, which lies on `device` already, in its own dtype."""
     dtype = next(model.residual_unet.parameters()).dtype
     engines = {}
-    signatures = tensors(model.config, batch, decode_frames, model.config.text_width, _FEATURES_SHAPE)
-    for name in COMPONENTS:
-        inputs, outputs = signatures[name]
+    graphs = signatures(model.config, batch, decode_frames, model.config.text_width, _FEATURES_SHAPE)
+    for name in REQUIRED:
+        inputs, outputs = graphs[name]
         spec = EngineSpec((f"{name} in PyTorch",), "", precision, {}, 0.0, {}, inputs, outputs)
         engines[name] = InductorEngine(
             spec, torch, _Method(model, name, dtype), device, EngineOptions(), owns_device=False

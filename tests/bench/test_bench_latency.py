@@ -23,8 +23,8 @@ from timing import interleaved, percentiles, ratio  # noqa: E402
 from trip_export.export import export_bundle  # noqa: E402
 from trip_export.plan import ExportOptions  # noqa: E402
 from trip_rt.bundle import open_bundle  # noqa: E402
-from trip_rt.errors import EngineError  # noqa: E402
 from trip_rt.components import ALL  # noqa: E402
+from trip_rt.errors import EngineError  # noqa: E402
 from trip_rt.manifest import serialise  # noqa: E402
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from fake_cuda import FakeCuda
 from tiny import TINY
-from trip_rt.after_unet import fitting
 
 from trip_export.export import export_bundle
 from trip_export.kernels import shape_of
@@ -22,6 +21,7 @@ from trip_rt.backends.onnxruntime import OnnxRuntimeEngine
 from trip_rt.bundle import open_bundle
 from trip_rt.devices import Buffer, open_device
 from trip_rt.errors import EngineError
+from trip_rt.fused_step import fitting
 from trip_rt.manifest import parse, serialise
 
 PROMPT = "a red ball rolls to the right"

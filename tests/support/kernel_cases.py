@@ -7,11 +7,12 @@ import dataclasses
 
 import torch
 from torch import Tensor
-from trip_rt.speed import Speed, loop_steps, step_table
 
 from trip_reference.fusion import NoiseFusion
 from trip_reference.presets import DEMO
 from trip_rt.config import TNFConfig
+from trip_rt.sampling.step_table import step_table
+from trip_rt.settings import Settings, Speed
 
 # The largest RMS error by what TNF's products are taken in; bf16 rounds 8 times as coarsely as fp16.
 BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -19,7 +20,7 @@ BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 # Of a solver that uses all of the history; its third step is unguided.
 STEPS = [
     dataclasses.replace(step, guidance_scale=1.0 if i == 2 else 2.5)
-    for i, step in enumerate(loop_steps(DEMO.trip, Speed("unipc", 4)))
+    for i, step in enumerate(Settings(Speed("unipc", 4)).steps(DEMO.trip))
 ]
 
 
