@@ -17,8 +17,8 @@ import numpy as np
 from timing import machine
 from tqdm import tqdm
 
-from trip_reference import demo_world
-from trip_reference.demo_judge import judge
+from trip_reference.demo_world import world
+from trip_reference.demo_world.judge import judge
 from trip_rt.animator import Animator
 from trip_rt.backends import EngineOptions
 from trip_rt.command_line import CommandParser, add_json_flag, main_of, report
@@ -89,8 +89,8 @@ def measure(animator: Animator, ways: dict[str, Speed], clips: int) -> dict[str,
     rows: dict[str, list[tuple[float, float, float, bool, bool]]] = {name: [] for name in ways}
     size = animator.config.height
     for seed in tqdm(range(-1, clips), desc="animate", unit="clip", disable=None, leave=False):
-        scene, motion, caption = demo_world.sample(max(0, seed), held_out=True)
-        picture = demo_world.render(scene, motion, 1, size)[0]
+        scene, motion, caption = world.sample(max(0, seed), held_out=True)
+        picture = world.render(scene, motion, 1, size)[0]
         exact = np.zeros(0)
         for name, speed in ways.items():
             began = time.perf_counter()

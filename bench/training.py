@@ -25,10 +25,10 @@ import torch
 from timing import interleaved, machine, percentiles, ratio
 
 from trip_reference.data.collate import Collate
-from trip_reference.data.demo_world_clips import write_demo_folder
 from trip_reference.data.folder import VideoFolder
 from trip_reference.data.loader import BatchPlan, Loader
 from trip_reference.data.sample import ClipFormat
+from trip_reference.demo_world.clips import write_demo_folder
 from trip_reference.gradient_checkpointing import checkpoint_gradients
 from trip_reference.presets import PRESETS
 from trip_reference.process_memory import peak_memory_mb

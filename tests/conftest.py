@@ -15,7 +15,7 @@ from tiny import TINY, tiny_model
 
 from trip_export.export import ExportResult, export_bundle
 from trip_reference import checkpoint
-from trip_reference.demo_text import build_tokenizer
+from trip_reference.demo_world.text import build_tokenizer
 from trip_rt import Animator
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from trip_engines.reference import Reference, Sample
 from trip_export.denoising_unet import TextProjection
-from trip_reference import demo_world
+from trip_reference.demo_world import world
 from trip_reference.feature_reuse import FeatureReuse
 from trip_reference.model import TripModel, to_pixels
 from trip_reference.sampling import sample
@@ -104,9 +104,9 @@ def held_out(height: int, width: int, count: int) -> tuple[NDArray[np.uint8], li
     """Pictures uint8 [count, height, width, 3] of the demo world that no training saw, and their sentences."""
     pictures, prompts = [], []
     for seed in range(count):
-        scene, motion, _ = demo_world.sample(seed, held_out=True)
-        square = demo_world.render(scene, motion, num_frames=1, size=max(height, width))[0]
+        scene, motion, _ = world.sample(seed, held_out=True)
+        square = world.render(scene, motion, num_frames=1, size=max(height, width))[0]
         top, left = (square.shape[0] - height) // 2, (square.shape[1] - width) // 2
         pictures.append(square[top : top + height, left : left + width])
-        prompts.append(demo_world.caption(scene, motion))
+        prompts.append(world.caption(scene, motion))
     return np.stack(pictures), prompts

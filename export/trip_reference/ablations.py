@@ -77,7 +77,7 @@ def _one_thread() -> None:
 def _cache(folder: Path, vae: Path, clips: int) -> None:
     """The latents that all runs train on."""
     from trip_reference.data.cache import INDEX, write_cache
-    from trip_reference.data.demo_world_clips import DemoWorldClips
+    from trip_reference.demo_world.clips import DemoWorldClips
     from trip_reference.training.start import start_model
 
     if not (folder / INDEX).exists():
@@ -113,8 +113,8 @@ def _config(vae: str, fusion: str, first_frame: str, seed: int, steps: int, batc
 def _variant(task: tuple[Path, str, str, str, int, int, int, int, int]) -> dict[str, Any]:
     folder, vae, fusion, first_frame, seed, steps, batch, clips, judged = task
     from trip_reference import checkpoint
+    from trip_reference.demo_world.verdicts import judge_clips
     from trip_reference.evaluation.clips import demo_cases, make_clips
-    from trip_reference.evaluation.demo import judge_clips
     from trip_reference.training.run import train_run
     from trip_rt.settings import Settings
 

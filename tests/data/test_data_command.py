@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from small_videos import write_video
 
-from trip_reference import demo_world
 from trip_reference.data.check import NAMED, check_folder
 from trip_reference.data.command import main
-from trip_reference.data.demo_world_clips import DemoWorldClips, write_demo_folder
 from trip_reference.data.folder import VideoFolder
 from trip_reference.data.sample import ClipFormat
 from trip_reference.data.shards import ShardSource
+from trip_reference.demo_world import world
+from trip_reference.demo_world.clips import DemoWorldClips, write_demo_folder
 from trip_reference.presets import DEMO
 from trip_rt.errors import EngineError, InputError
 
@@ -65,11 +65,9 @@ def flawed(tmp_path_factory):
 def test_demo_world_clips():
     config = dataclasses.replace(DEMO.trip, num_frames=3, height=32, width=32)
     clips = DemoWorldClips(config, 5, first_seed=7, held_out=True)
-    scene, motion, _ = demo_world.sample(9, held_out=True)
+    scene, motion, _ = world.sample(9, held_out=True)
     samples = [clips.clip(2, np.random.default_rng(seed)) for seed in range(12)]
-    assert len(clips) == 5 and all(
-        (sample.frames == demo_world.render(scene, motion, 3, 32)).all() for sample in samples
-    )
+    assert len(clips) == 5 and all((sample.frames == world.render(scene, motion, 3, 32)).all() for sample in samples)
     assert len({sample.text for sample in samples}) > 1 and all(scene.colour in sample.text for sample in samples)
     assert clips.clip(2, np.random.default_rng(3)).text == samples[3].text
     with pytest.raises(IndexError):
@@ -83,10 +81,10 @@ def test_demo_folder(demo):
         clips = VideoFolder(demo, CLIP, name)
         assert len(clips) == count
         for seed in range(count):
-            scene, motion, text = demo_world.sample(seed, held_out)
+            scene, motion, text = world.sample(seed, held_out)
             sample = clips.clip(seed, np.random.default_rng(0))
             assert sample.text == text
-            assert np.abs(sample.frames.astype(float) - demo_world.render(scene, motion, 4, 32)).mean() < 4
+            assert np.abs(sample.frames.astype(float) - world.render(scene, motion, 4, 32)).mean() < 4
     assert (
         len(list((demo / "videos").iterdir())) == 5
         and len(list(demo.iterdir())) == 3
@@ -95,7 +93,7 @@ def test_demo_folder(demo):
 
 
 def test_demo_folder_is_whole_or_not_at_all(tmp_path, monkeypatch):
-    from trip_reference.data import demo_world_clips
+    from trip_reference.demo_world import clips
 
     calls = []
 
@@ -105,11 +103,11 @@ def test_demo_folder_is_whole_or_not_at_all(tmp_path, monkeypatch):
         calls.append(given)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(demo_world_clips, "save", interrupted)
+        patch.setattr(clips, "save", interrupted)
         write_demo_folder(tmp_path / "x", 4, 0, 32, 2)
     assert not any(tmp_path.iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr(demo_world_clips, "save", interrupted)
+        patch.setattr(clips, "save", interrupted)
         assert main(["demo", str(tmp_path / "x"), "--shards"]) == 130
     assert not any(tmp_path.iterdir())
     write_demo_folder(tmp_path / "x", 1, 0, 32, 2)

@@ -12,7 +12,7 @@ from trip_engines.parity import NOT_A_NUMBER, Parity, psnr, relative_errors
 from trip_engines.reference import Reference
 from trip_export.command import export_main, parity_main
 from trip_reference import checkpoint
-from trip_reference.demo_text import build_tokenizer
+from trip_reference.demo_world.text import build_tokenizer
 from trip_rt import InputError
 from trip_rt.components import ALL
 

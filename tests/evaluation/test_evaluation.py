@@ -11,13 +11,13 @@ from PIL import Image
 from torchmetrics.image.fid import FrechetInceptionDistance
 from training_runs import train_tiny
 
-from trip_reference import demo_world
 from trip_reference.data.command import main as data_main
+from trip_reference.demo_world import world
+from trip_reference.demo_world.networks import SIZE, train_networks
+from trip_reference.demo_world.verdicts import judge_clips
 from trip_reference.evaluation import command
 from trip_reference.evaluation.clips import Case, Settings, config_of, demo_cases, make_clips
 from trip_reference.evaluation.consistency import ClipEncoder, consistency
-from trip_reference.evaluation.demo import judge_clips
-from trip_reference.evaluation.demo_networks import SIZE, train_networks
 from trip_reference.evaluation.frechet import Moments, distance_of, extrapolated, frechet_distance
 from trip_reference.evaluation.made_clips import read_clips
 from trip_reference.evaluation.networks import Network, fid, fvd
@@ -127,8 +127,8 @@ def test_pictures_are_prepared_as_transformers_does(networks, size):
     from transformers import CLIPImageProcessorPil
 
     encoder = ClipEncoder(networks / "clip-encoder")
-    scene, motion, _ = demo_world.sample(3)
-    picture = np.asarray(Image.fromarray(demo_world.render(scene, motion, 1, 128)[0]).resize(size))
+    scene, motion, _ = world.sample(3)
+    picture = np.asarray(Image.fromarray(world.render(scene, motion, 1, 128)[0]).resize(size))
     processor = CLIPImageProcessorPil.from_pretrained(
         networks / "clip-encoder", size={"shortest_edge": SIZE}, crop_size=SIZE
     )
@@ -214,7 +214,7 @@ def test_true_clips_pass_every_demand(trained):
     from trip_reference.checkpoint import load_config
 
     cases = demo_cases(load_config(trained), 4)
-    shown = [Case(demo_world.render(case.scene, case.motion), case.prompt, case.scene, case.motion) for case in cases]
+    shown = [Case(world.render(case.scene, case.motion), case.prompt, case.scene, case.motion) for case in cases]
     figures = judge_clips([case.clip for case in shown], shown)
     assert figures["all"]["every demand"] == 100
     assert sum(row["clips"] for row in figures["by_motion"].values()) == figures["all"]["clips"] == 4

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from trip_reference import checkpoint
+from trip_reference.demo_world.verdicts import judge_clips
 from trip_reference.evaluation.clips import Settings, demo_cases, make_clips
-from trip_reference.evaluation.demo import judge_clips
 
 DEMO = Path(__file__).parents[2] / "checkpoints" / "demo"
 

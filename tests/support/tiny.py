@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from trip_reference.demo_text import build_tokenizer, text_overrides
+from trip_reference.demo_world.text import build_tokenizer, text_overrides
 from trip_reference.model import TripModel, build_model
 from trip_reference.presets import DEMO, Preset
 

@@ -99,9 +99,9 @@ def add_demo_parser(commands: Any) -> None:
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    from trip_reference.data.demo_world_clips import write_demo_folder
     from trip_reference.data.new_folder import new_folder
     from trip_reference.data.shards import write_shards
+    from trip_reference.demo_world.clips import write_demo_folder
 
     shape = (args.clips, args.val_clips, args.size, args.frames, args.fps)
     if not args.shards:

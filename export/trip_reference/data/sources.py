@@ -6,10 +6,10 @@ from pathlib import Path
 
 from trip_reference.data.annotations import ANNOTATIONS, held_out
 from trip_reference.data.cache import INDEX, CachedClips
-from trip_reference.data.demo_world_clips import DemoWorldClips
 from trip_reference.data.folder import VideoFolder
 from trip_reference.data.sample import ClipDataset, ClipFormat
 from trip_reference.data.shards import ShardSource
+from trip_reference.demo_world.clips import DemoWorldClips
 from trip_reference.training.config import DataConfig
 from trip_rt.config import TripConfig
 from trip_rt.errors import InputError

@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from trip_reference import checkpoint, demo_world
+from trip_reference import checkpoint
 from trip_reference.data.folder import VideoFolder
 from trip_reference.data.sample import BrokenClip, ClipFormat
+from trip_reference.demo_world import world
 from trip_reference.model import TripModel, to_pixels
 from trip_reference.sampling import sample
 from trip_rt import Animator
@@ -43,7 +44,7 @@ class Case:
 
     clip: Clip
     prompt: str
-    scene: demo_world.Scene | None = None
+    scene: world.Scene | None = None
     motion: str = ""
 
 
@@ -54,9 +55,9 @@ def demo_cases(config: TripConfig, count: int) -> list[Case]:
             f"demo world: found a model of {config.width} × {config.height} pixels, expected a square one; name videos"
             " with --data"
         )
-    drawn = [demo_world.sample(seed, held_out=True) for seed in range(count)]
+    drawn = [world.sample(seed, held_out=True) for seed in range(count)]
     return [
-        Case(demo_world.render(scene, motion, config.num_frames, config.height), text, scene, motion)
+        Case(world.render(scene, motion, config.num_frames, config.height), text, scene, motion)
         for scene, motion, text in drawn
     ]
 

@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         **_measured(args, networks, clips, [case.clip for case in cases]),
     }
     if not args.data:
-        from trip_reference.evaluation.demo import judge_clips
+        from trip_reference.demo_world.verdicts import judge_clips
 
         figures["demo"] = judge_clips(clips, cases)
     figures["versions"] = _versions()
@@ -171,7 +171,7 @@ def _networks(args: argparse.Namespace) -> dict[str, Any]:
 def _measured(
     args: argparse.Namespace, networks: dict[str, Any], clips: Sequence[np.ndarray], real: Sequence[np.ndarray]
 ) -> dict[str, Any]:
-    from trip_reference.demo_judge import psnr
+    from trip_reference.demo_world.judge import psnr
     from trip_reference.evaluation.consistency import consistency
     from trip_reference.evaluation.networks import fid, fvd
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trip_reference.evaluation.demo import table
+from trip_reference.demo_world.verdicts import table
 
 # TRIP (arXiv 2403.17005), table 1: WebVid-10M.
 PAPER = {"F-Consistency4": 95.36, "F-Consistency-all": 96.41, "FVD": 38.9}

@@ -19,13 +19,14 @@ from trip_reference.data.cache import CachedClips, digest, write_cache
 from trip_reference.data.sample import ClipDataset
 from trip_reference.data.shards import ShardSource
 from trip_reference.data.sources import DEMO, clip_format, open_source
+from trip_reference.demo_world.clips import render_clips
 from trip_reference.model import TripModel
 from trip_reference.training.config import TrainConfig
 from trip_reference.training.lora import merged, save_adapters
 from trip_reference.training.stage import StageRun
 from trip_reference.training.start import start_model, trainable
 from trip_reference.training.state import read_place
-from trip_reference.training.vae import latent_scale, reconstruction_psnr, render_clips, train_vae
+from trip_reference.training.vae import latent_scale, reconstruction_psnr, train_vae
 from trip_rt.command_line import note
 from trip_rt.config import to_json
 from trip_rt.errors import InputError

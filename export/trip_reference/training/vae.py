@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,46 +11,19 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from trip_reference import demo_world
 from trip_reference.data.loader import BatchPlan
+from trip_reference.demo_world.clips import RenderedClips
 from trip_reference.model import to_pixels
 from trip_reference.training.config import TrainConfig, VaeConfig
 from trip_reference.training.log import Log
 from trip_reference.training.loop import Stretch, train
 from trip_reference.training.state import Place
-from trip_rt.config import TripConfig
 
 CROP_SHARE = 0.8  # of the steps see crops, the rest whole frames
 CROPS_PER_FRAME = 3  # in a batch: a crop costs a quarter of a frame
 WARMUP = 100
-
-
-@dataclass(frozen=True)
-class DemoClips:
-    """`frames` is uint8 [N, F, H, W, 3]; `centres` are the shapes' middles in pixels (x, y), float32 [N, F, 2]."""
-
-    frames: NDArray[np.uint8]
-    centres: NDArray[np.float32]
-
-    def __len__(self) -> int:
-        return len(self.frames)
-
-
-def render_clips(config: TripConfig, count: int, first_seed: int = 0, held_out: bool = False) -> DemoClips:
-    """The clips of seeds `first_seed` … `first_seed + count − 1`."""
-    frames, centres = [], []
-    for seed in tqdm(range(first_seed, first_seed + count), desc="render clips", unit="clip", disable=None):
-        scene, motion, _ = demo_world.sample(seed, held_out)
-        frames.append(demo_world.render(scene, motion, config.num_frames, config.height))
-        cover = demo_world.mask(scene, motion, config.num_frames, config.height)
-        pixels = np.arange(config.height, dtype=np.float32)
-        total = cover.sum((1, 2))
-        centres.append(np.stack([(cover.sum(1) @ pixels) / total, (cover.sum(2) @ pixels) / total], axis=1))
-    return DemoClips(np.stack(frames), np.stack(centres).astype(np.float32))
 
 
 class VaeLoss(nn.Module):
@@ -69,7 +41,7 @@ class VaeLoss(nn.Module):
 
 
 def train_vae(
-    vae: AutoencoderKL, clips: DemoClips, config: TrainConfig, accelerator: Accelerator, state: Path, run_id: str
+    vae: AutoencoderKL, clips: RenderedClips, config: TrainConfig, accelerator: Accelerator, state: Path, run_id: str
 ) -> None:
     """Train `vae` to give frames back and leave the averaged weights in it.
 
@@ -113,7 +85,7 @@ def train_vae(
 
 
 def frames_of_step(
-    clips: DemoClips, config: VaeConfig, plan: BatchPlan, seed: int, step: int, channels: int, factor: int
+    clips: RenderedClips, config: VaeConfig, plan: BatchPlan, seed: int, step: int, channels: int, factor: int
 ) -> dict[str, Any]:
     """This process's frames of a step and the noise of their latents, from (seed, step) and their places in the batch
     alone."""

@@ -1,17 +1,20 @@
-"""The demo world as a source of training data, and as a data set of real files."""
+"""Clips of the demo world: rendered one at a time as a source of training data, many in memory, or written as a data
+set of real files."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from trip_reference import demo_world
 from trip_reference.data.annotations import ANNOTATIONS, VALIDATION
 from trip_reference.data.new_folder import new_folder
 from trip_reference.data.sample import Sample
+from trip_reference.demo_world import world
 from trip_rt.config import TripConfig
 from trip_rt.errors import InputError
 from trip_rt.video import save
@@ -33,17 +36,41 @@ class DemoWorldClips:
 
     def clip(self, index: int, rng: np.random.Generator) -> Sample:
         seed, scene, motion = self._scene(index)
-        frames = demo_world.render(scene, motion, self._config.num_frames, self._config.height)
-        return Sample(frames, demo_world.caption(scene, motion, rng), f"demo world, seed {seed}")
+        frames = world.render(scene, motion, self._config.num_frames, self._config.height)
+        return Sample(frames, world.caption(scene, motion, rng), f"demo world, seed {seed}")
 
     def text(self, index: int, rng: np.random.Generator) -> str:
         _, scene, motion = self._scene(index)
-        return demo_world.caption(scene, motion, rng)
+        return world.caption(scene, motion, rng)
 
-    def _scene(self, index: int) -> tuple[int, demo_world.Scene, str]:
+    def _scene(self, index: int) -> tuple[int, world.Scene, str]:
         seed = self._first_seed + range(self._count)[index]
-        scene, motion, _ = demo_world.sample(seed, self._held_out)
+        scene, motion, _ = world.sample(seed, self._held_out)
         return seed, scene, motion
+
+
+@dataclass(frozen=True)
+class RenderedClips:
+    """`frames` is uint8 [N, F, H, W, 3]; `centres` are the shapes' middles in pixels (x, y), float32 [N, F, 2]."""
+
+    frames: NDArray[np.uint8]
+    centres: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+
+def render_clips(config: TripConfig, count: int, first_seed: int = 0, held_out: bool = False) -> RenderedClips:
+    """The clips of seeds `first_seed` … `first_seed + count − 1`."""
+    frames, centres = [], []
+    for seed in tqdm(range(first_seed, first_seed + count), desc="render clips", unit="clip", disable=None):
+        scene, motion, _ = world.sample(seed, held_out)
+        frames.append(world.render(scene, motion, config.num_frames, config.height))
+        cover = world.mask(scene, motion, config.num_frames, config.height)
+        pixels = np.arange(config.height, dtype=np.float32)
+        total = cover.sum((1, 2))
+        centres.append(np.stack([(cover.sum(1) @ pixels) / total, (cover.sum(2) @ pixels) / total], axis=1))
+    return RenderedClips(np.stack(frames), np.stack(centres).astype(np.float32))
 
 
 def write_demo_folder(
@@ -66,9 +93,9 @@ def write_demo_folder(
         for file, stem, clips, held_out in splits:
             entries = []
             for seed in range(clips):
-                scene, motion, text = demo_world.sample(seed, held_out)
+                scene, motion, text = world.sample(seed, held_out)
                 entries.append({"video_path": f"videos/{stem}_{seed:06d}.mp4", "text": text})
-                save(demo_world.render(scene, motion, num_frames, size), draft / entries[-1]["video_path"], fps)
+                save(world.render(scene, motion, num_frames, size), draft / entries[-1]["video_path"], fps)
                 progress.update()
             if entries:
                 (draft / file).write_text("[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n")

@@ -1,7 +1,7 @@
-"""The demo world: seeded, captioned clips of one coloured shape that does one thing on a calm background.
+"""Seeded, captioned clips of one coloured shape that does one thing on a calm background.
 
 A scene fixes everything but the motion, and each motion has one speed, so picture plus sentence determine the clip:
-`render(scene, motion)` is the ground truth that `demo_judge` judges against. Shapes are signed distance functions,
+`render(scene, motion)` is the ground truth that `judge` judges against. Shapes are signed distance functions,
 so edges are antialiased at any size.
 """
 

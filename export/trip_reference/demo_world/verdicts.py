@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from trip_reference import demo_world
-from trip_reference.demo_judge import Verdict, judge
+from trip_reference.demo_world import world
+from trip_reference.demo_world.judge import Verdict, judge
 from trip_reference.evaluation.clips import Case, Clip
 
 Judged = tuple[Verdict, dict[str, bool]]
@@ -25,7 +25,7 @@ def judge_clips(clips: Sequence[Clip], cases: Sequence[Case]) -> dict[str, Any]:
         groups[case.motion].append((verdict, verdict.checks(case.scene, case.motion)))
     return {
         "all": _summary([row for rows in groups.values() for row in rows]),
-        "by_motion": {motion: _summary(groups[motion]) for motion in demo_world.MOTIONS if groups[motion]},
+        "by_motion": {motion: _summary(groups[motion]) for motion in world.MOTIONS if groups[motion]},
     }
 
 

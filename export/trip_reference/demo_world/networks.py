@@ -1,4 +1,4 @@
-"""`python -m trip_reference.evaluation.demo_networks`: feature networks of the demo world, in the formats of the real
+"""`python -m trip_reference.demo_world.networks`: feature networks of the demo world, in the formats of the real
 ones.
 
 CLIP, I3D and Inception know nothing of the demo world, and cannot be had without a download. These small ones are
@@ -20,15 +20,15 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from trip_reference import demo_world
 from trip_reference.data.new_folder import new_folder
+from trip_reference.demo_world import world
 from trip_reference.presets import DEMO
 from trip_rt.command_line import CommandParser, add_json_flag, main_of, report
 from trip_rt.errors import InputError
 
 SIZE = DEMO.trip.height
 FRAMES = DEMO.trip.num_frames
-LABELS = {"colour": tuple(demo_world.COLOURS), "shape": demo_world.SHAPES, "motion": demo_world.MOTIONS}
+LABELS = {"colour": tuple(world.COLOURS), "shape": world.SHAPES, "motion": world.MOTIONS}
 WHITE = (0.5, 0.5, 0.5)
 BATCH = {"clip-encoder": 64, "frames": 64, "clips": 12}
 
@@ -116,9 +116,9 @@ def _clips(count: int, held_out: bool) -> tuple[Tensor, dict[str, Tensor], Tenso
     """uint8 [N, F, 3, H, W], the labels' numbers [N] each, and where and how large the shape is, [N, F, 4]."""
     frames, labels, places = [], [], []
     for seed in tqdm(range(count), desc="render clips", unit="clip", disable=None):
-        scene, motion, _ = demo_world.sample(10_000 + seed, held_out)
-        frames.append(demo_world.render(scene, motion, FRAMES, SIZE))
-        cover = demo_world.mask(scene, motion, FRAMES, SIZE)
+        scene, motion, _ = world.sample(10_000 + seed, held_out)
+        frames.append(world.render(scene, motion, FRAMES, SIZE))
+        cover = world.mask(scene, motion, FRAMES, SIZE)
         area, axis = cover.sum((1, 2)), np.linspace(-1, 1, SIZE)
         places.append(
             np.stack(
@@ -179,12 +179,12 @@ def _accuracy(
 
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
-        prog="python -m trip_reference.evaluation.demo_networks",
+        prog="python -m trip_reference.demo_world.networks",
         description=(
             "Train feature networks of the demo world for trip-evaluate, as real ones know nothing of it. Their figures"
             " compare our models."
         ),
-        epilog="example: python -m trip_reference.evaluation.demo_networks -o out/demo-networks",
+        epilog="example: python -m trip_reference.demo_world.networks -o out/demo-networks",
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder to write, new or empty")
     parser.add_argument("--steps", type=int, default=1500, help="(%(default)s)")

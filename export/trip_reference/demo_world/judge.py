@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from trip_reference import demo_world
+from trip_reference.demo_world import world
 
 Array = NDArray[np.float32]
 
@@ -39,7 +39,7 @@ class Verdict:
     frame_1_psnr: float
     truth_psnr: float
 
-    def checks(self, scene: demo_world.Scene, motion: str) -> dict[str, bool]:
+    def checks(self, scene: world.Scene, motion: str) -> dict[str, bool]:
         """Each demand on a clip of `scene` that was told to show `motion`, and whether it is met."""
         return {
             "motion": self.motion == motion,
@@ -51,15 +51,15 @@ class Verdict:
         }
 
 
-def judge(frames: NDArray[np.uint8], scene: demo_world.Scene, motion: str) -> Verdict:
+def judge(frames: NDArray[np.uint8], scene: world.Scene, motion: str) -> Verdict:
     """Look at a clip uint8 [F, size, size, 3] that should show `scene` doing `motion`."""
     num_frames, size = frames.shape[:2]
     clip = frames.astype(np.float32) / 255
 
-    def truth(of: demo_world.Scene = scene, doing: str = motion) -> Array:
-        return demo_world.render(of, doing, num_frames, size).astype(np.float32) / 255
+    def truth(of: world.Scene = scene, doing: str = motion) -> Array:
+        return world.render(of, doing, num_frames, size).astype(np.float32) / 255
 
-    empty = demo_world.background(scene, size)
+    empty = world.background(scene, size)
     seen = _distance(clip, empty)
 
     def nearest(candidates: dict[str, Array], start: int) -> str:
@@ -67,14 +67,14 @@ def judge(frames: NDArray[np.uint8], scene: demo_world.Scene, motion: str) -> Ve
 
     true = truth()
     late = num_frames // 2
-    motions = [name for name in demo_world.MOTIONS if (scene.shape, name) != ("circle", "spins")]
+    motions = [name for name in world.MOTIONS if (scene.shape, name) != ("circle", "spins")]
     seen_motion = nearest({name: truth(doing=name) for name in motions}, 1)
-    seen_shape = nearest({name: truth(replace(scene, shape=name)) for name in demo_world.SHAPES}, late)
+    seen_shape = nearest({name: truth(replace(scene, shape=name)) for name in world.SHAPES}, late)
 
-    cover = demo_world.mask(scene, motion, num_frames, size)
+    cover = world.mask(scene, motion, num_frames, size)
     inside = cover[late:] > 0.99
     colour = clip[late:][inside].mean(axis=0) if inside.any() else np.zeros(3)
-    seen_colour = min(demo_world.COLOURS, key=lambda name: float(np.square(colour - demo_world.COLOURS[name]).sum()))
+    seen_colour = min(world.COLOURS, key=lambda name: float(np.square(colour - world.COLOURS[name]).sum()))
 
     near = np.stack([_dilate(frame > 0.01, REACH * size // 64) for frame in cover])  # [F, H, W]
     path = near.any(axis=0)

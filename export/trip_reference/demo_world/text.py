@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from trip_reference.demo_world import vocabulary
+from trip_reference.demo_world.world import vocabulary
 
 _SPECIAL = ["<unk>", "<start>", "<end>"]
 
