@@ -26,10 +26,11 @@ from PIL import Image
 from timing import interleaved, machine, percentiles, ratio
 
 from trip_engines.check import animator_for, precision_of
-from trip_engines.parity import Parity, measure, psnr
+from trip_engines.parity import Parity, measure
 from trip_engines.reference import Reference
 from trip_export.recording import held_out
 from trip_rt import backends
+from trip_rt.accuracy import psnr
 from trip_rt.animator import Animator
 from trip_rt.bundle import Bundle, open_bundle
 from trip_rt.command_line import CommandParser, add_json_flag, main_of, note

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from trip_export.components import Component
 from trip_reference.model import TripModel
 from trip_reference.unet import with_first_frame, without_first_frame
+from trip_rt.accuracy import relative_errors
 from trip_rt.command_line import note
 from trip_rt.config import FirstFrame
 from trip_rt.errors import InputError
@@ -97,7 +98,7 @@ def peers(model: TripModel, inputs: Inputs, names: Sequence[str], threads: int |
 
 def wrong(found: np.ndarray, expected: np.ndarray) -> str:
     """Why a rival's latents cannot stand beside the runtime's, or "" where they can."""
-    error = float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
+    error = relative_errors(found, expected)[1]
     return (
         ""
         if error <= MAX_ERROR

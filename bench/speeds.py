@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from trip_reference.demo_world import world
 from trip_reference.demo_world.judge import judge
+from trip_rt.accuracy import psnr
 from trip_rt.animator import Animator
 from trip_rt.backends import EngineOptions
 from trip_rt.command_line import CommandParser, add_json_flag, main_of, report
@@ -98,8 +99,7 @@ def measure(animator: Animator, ways: dict[str, Speed], clips: int) -> dict[str,
             seconds = time.perf_counter() - began
             exact = frames if name == "exact" else exact
             checks = judge(frames, scene, motion).checks(scene, motion)
-            error = np.mean((frames.astype(np.float64) - exact) ** 2)
-            likeness = float(10 * np.log10(255**2 / max(error, 255**2 / 1e10)))  # 100 dB stands for equal frames
+            likeness = psnr(frames, exact, 255, most=100)
             if seed >= 0:  # the first one warms up
                 exact_seconds = seconds if name == "exact" else rows["exact"][-1][0]
                 rows[name].append((seconds, exact_seconds / seconds, likeness, checks["motion"], all(checks.values())))

@@ -18,6 +18,7 @@ from trip_kernels.packing import TileShape
 from trip_kernels.tile_choices import Tile
 from trip_reference.fusion import NoiseFusion
 from trip_reference.presets import DEMO, TRIP_256, Preset
+from trip_rt.accuracy import relative_errors
 from trip_rt.config import TNFConfig, TripConfig
 from trip_rt.sampling.step_table import COLUMNS, step_table
 from trip_rt.settings import Settings, Speed
@@ -151,12 +152,9 @@ def reference_step(
     step.add_(1)
 
 
-def rms_ratio(values: Tensor, expected: Tensor) -> float:
-    """RMS of the error over RMS of `expected`; infinite if a value is not finite."""
-    values, expected = values.detach().double(), expected.detach().double()
-    if not values.isfinite().all():
-        return float("inf")
-    return float((values - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+def rms_ratio(found: Tensor, expected: Tensor) -> float:
+    """RMS of the error over RMS of the expected; NOT_A_NUMBER where anything is not a number."""
+    return relative_errors(*(tensor.detach().double().cpu().numpy() for tensor in (found, expected)))[1]
 
 
 def kernel_flops(shape: TileShape, tile: Tile, batch: int, pixels: int, precision: str) -> int:

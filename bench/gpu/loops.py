@@ -18,6 +18,7 @@ from gpu.cases import DTYPES, FLOORS, ROOT, TINY, Context, build_kernels, random
 from gpu.clock import Marks, beats_ceiling, ceilings, interleaved
 from gpu.torch_engines import StandIn, profile_of, torch_engines
 from trip_reference.presets import DEMO
+from trip_rt.accuracy import psnr
 from trip_rt.config import TripConfig
 from trip_rt.devices import open_device
 from trip_rt.pipeline import Pipeline
@@ -137,7 +138,7 @@ def full_loop(context: Context) -> dict[str, Any]:
         for _ in range(2):  # the first warms up
             marks = Marks(stream)
             pipeline.denoise(noise, steps, lambda done, total, marks=marks: marks.mark())
-        error = psnr(pipeline.latents(), expected)
+        error = psnr(pipeline.latents(), expected, np.ptp(expected))
         figures[f"latents against eager torch's, {label}, dB"] = error
         if np.isfinite(expected).all() and not error >= FLOORS["fp16"]:
             return figures | {"passed": False}
@@ -218,12 +219,6 @@ def _eager_loop(
         return latents.float().cpu().numpy(), marks.between()
 
 
-def psnr(found: np.ndarray, expected: np.ndarray) -> float:
-    """dB; the peak is the range of what was expected."""
-    error = np.mean((found.astype(np.float64) - expected) ** 2)
-    return float(10 * np.log10(np.ptp(expected) ** 2 / max(error, 1e-30)))
-
-
 def _loop_parity(context: Context, model: Any, precision: str, replaced: Any = None) -> dict[str, Any]:
     """PSNR of the loop's latents to the fp32 oracle's, in dB (peak: their range), with and without a graph."""
     config = model.config
@@ -253,7 +248,7 @@ def _loop_parity(context: Context, model: Any, precision: str, replaced: Any = N
         )
         pipeline.encode(*_tokens(config), picture)
         pipeline.denoise(noise, steps)
-        found[f"latents, {label}, dB"] = psnr(pipeline.latents(), expected)
+        found[f"latents, {label}, dB"] = psnr(pipeline.latents(), expected, np.ptp(expected))
         found[f"{label}: after the UNet"] = pipeline.after_unet
         found[f"{label}: recorded"] = str(pipeline.graph)
         device.close()

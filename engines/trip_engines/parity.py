@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from trip_engines.reference import Reference, Sample
+from trip_rt.accuracy import psnr, relative_errors
 from trip_rt.animator import Animator
 from trip_rt.components import ALL
 
@@ -18,7 +18,6 @@ from trip_rt.components import ALL
 # well as in fp16 all the same.
 MAX_COMPONENT_RMS = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2}
 MIN_LOOP_PSNR = {"fp32": 60.0, "fp16": 40.0, "bf16": 40.0}
-NOT_A_NUMBER = 1e9  # JSON has no infinity
 
 
 @dataclass(frozen=True)
@@ -116,22 +115,5 @@ def component_parity(animator: Animator, name: str, samples: Sequence[Sample]) -
     return ComponentParity(*(float(np.max(side)) for side in zip(*errors, strict=True)))
 
 
-def relative_errors(found: NDArray[Any], expected: NDArray[Any]) -> tuple[float, float]:
-    """Maximum and RMS error relative to the RMS of `expected`; NOT_A_NUMBER where `found` holds NaN or infinity."""
-    if not np.isfinite(found).all():
-        return NOT_A_NUMBER, NOT_A_NUMBER
-    exact = expected.astype(np.float64)
-    error, scale = np.abs(found - exact), max(float(np.sqrt(np.mean(exact**2))), 1e-30)
-    return float(error.max()) / scale, float(np.sqrt(np.mean(error**2))) / scale
-
-
 def _in_order(row: tuple[str, ComponentParity]) -> int:
     return list(ALL).index(row[0])
-
-
-def psnr(found: NDArray[Any], expected: NDArray[Any], peak: float) -> float:
-    """Peak signal-to-noise ratio in dB; 200 stands for equal arrays, NaN in `found` gives −200."""
-    error = float(np.mean((found.astype(np.float64) - expected) ** 2))
-    if not np.isfinite(error):
-        return -200.0
-    return 200.0 if error == 0 else float(min(200.0, 10 * np.log10(peak**2 / error)))

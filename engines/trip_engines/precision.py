@@ -18,8 +18,9 @@ import onnx_ir as ir
 from onnxscript import version_converter
 
 from trip_engines.emulation import LARGEST, MASKED, MOVEMENT, Emulation
-from trip_engines.parity import MAX_COMPONENT_RMS, NOT_A_NUMBER, relative_errors
+from trip_engines.parity import MAX_COMPONENT_RMS
 from trip_engines.reference import Sample
+from trip_rt.accuracy import NOT_A_NUMBER, relative_errors
 from trip_rt.errors import EngineError
 
 HALF = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}

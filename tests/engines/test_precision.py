@@ -9,12 +9,13 @@ from onnx import TensorProto, helper
 
 from trip_engines.emulation import Emulation
 from trip_engines.onnx_engine import to_precision
-from trip_engines.parity import MAX_COMPONENT_RMS, relative_errors
+from trip_engines.parity import MAX_COMPONENT_RMS
 from trip_engines.precision import ALWAYS_FP32, Group, choose_precision, fold_weights, typed_graph
 from trip_engines.reference import Reference, Sample
 from trip_export.export import export_bundle
 from trip_export.plan import ExportOptions
 from trip_rt import Animator, InputError
+from trip_rt.accuracy import relative_errors
 from trip_rt.bundle import open_bundle
 from trip_rt.components import ALL, REQUIRED
 from trip_rt.errors import EngineError

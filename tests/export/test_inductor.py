@@ -32,6 +32,7 @@ from torch.fx import GraphModule
 from trip_export import inductor_export
 from trip_export.components import Call, Component, component
 from trip_export.inductor_export import export_inductor, export_program, target_for
+from trip_rt.accuracy import relative_errors
 from trip_rt.backends import EngineOptions
 from trip_rt.backends.inductor import InductorEngine
 from trip_rt.components import TensorSpec
@@ -140,10 +141,6 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     assert list(folder.iterdir()) == []
 
 
-def relative_rms(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))
-
-
 def package(path: Path, members: dict[str, bytes]) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in members.items():
@@ -183,9 +180,9 @@ def test_an_engine_agrees_with_pytorch(build, temporary, name, precision, least,
         (outputs[built.part.outputs[0]], {key: array.copy() for key, array in changed.items()}),
     ):
         assert found.dtype == np.float32 and found.flags.c_contiguous and found.flags.writeable
-        assert least <= relative_rms(found, built.expected(inputs)) <= most
+        assert least <= relative_errors(found, built.expected(inputs))[1] <= most
     assert (first == kept).all(), "the second call wrote into the first one's output"
-    assert relative_rms(outputs[built.part.outputs[0]], first) > 1e-3
+    assert relative_errors(outputs[built.part.outputs[0]], first)[1] > 1e-3
     assert engine.describe() == {"backend": "inductor", "version": torch.__version__, "device": "cpu"}
 
 
@@ -236,7 +233,7 @@ def test_threads_hold_during_a_call(build):
     engine._loader = Watched()
     (found,) = engine.run(built.inputs).values()
     assert loader and seen == [before + 1] and torch.get_num_threads() == before
-    assert relative_rms(found, built.expected(built.inputs)) <= 1e-5
+    assert relative_errors(found, built.expected(built.inputs))[1] <= 1e-5
 
 
 @compiles

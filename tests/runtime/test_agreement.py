@@ -11,6 +11,7 @@ import pytest
 from trip_export.export import export_bundle
 from trip_export.plan import ExportOptions
 from trip_rt import Animator
+from trip_rt.accuracy import psnr
 from trip_rt.bundle import open_bundle
 from trip_rt.images import to_frames
 
@@ -31,11 +32,6 @@ def bundle(tmp_path_factory):
     )
     assert set(result.parity) == set(BACKENDS) and all(parity.passed for parity in result.parity.values())
     return folder
-
-
-def psnr(one, other, peak):
-    error = np.mean((one.astype(np.float64) - other) ** 2)
-    return np.inf if error == 0 else 10 * np.log10(peak**2 / error)
 
 
 def test_three_libraries_give_one_clip(bundle):

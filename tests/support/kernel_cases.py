@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trip_reference.fusion import NoiseFusion
 from trip_reference.presets import DEMO
+from trip_rt.accuracy import relative_errors
 from trip_rt.config import TNFConfig
 from trip_rt.sampling.step_table import step_table
 from trip_rt.settings import Settings, Speed
@@ -45,11 +46,8 @@ def guarded(tensor: Tensor) -> Tensor:
 
 
 def rms_ratio(found: Tensor, expected: Tensor) -> float:
-    """RMS of the error over RMS of the expected; infinite where anything is not a number."""
-    found, expected = found.detach(), expected.detach()
-    if not found.isfinite().all():
-        return float("inf")
-    return float((found.double() - expected.double()).square().mean().sqrt() / expected.double().square().mean().sqrt())
+    """RMS of the error over RMS of the expected; NOT_A_NUMBER where anything is not a number."""
+    return relative_errors(*(tensor.detach().double().cpu().numpy() for tensor in (found, expected)))[1]
 
 
 def step_buffers(batch: int, channels: int, frames: int, height: int, width: int) -> dict[str, Tensor]:

@@ -13,11 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trip_reference.demo_world import world
+from trip_rt.accuracy import psnr
 
 Array = NDArray[np.float32]
 
 MAX_TRAIL = 0.03  # share of pixels
 VISIBLE = 0.1  # difference from the true frame, of a range of 1, that a person would see
+MOST_PSNR = 100.0  # dB, of equal pictures
 MIN_BACKGROUND_PSNR = 28.0  # dB
 MIN_FRAME_1_PSNR = 28.0  # dB
 REACH = 3  # pixels of a 64-pixel picture around the shape that its shadow and its edge may colour
@@ -81,15 +83,15 @@ def judge(frames: NDArray[np.uint8], scene: world.Scene, motion: str) -> Verdict
     left_behind = path & ~near
     visible = np.abs(clip - true).mean(axis=-1)[late:] > VISIBLE
     trail = float(visible[left_behind[late:]].mean()) if left_behind[late:].any() else 0.0
-    untouched = np.broadcast_to(~path, near.shape)
+    untouched, still = np.broadcast_to(~path, near.shape), np.broadcast_to(true[:1], true.shape)
     return Verdict(
         motion=seen_motion,
         shape=seen_shape,
         colour=seen_colour,
         trail=trail,
-        background_psnr=psnr((clip - true[:1])[untouched]),
-        frame_1_psnr=psnr(clip[0] - true[0]),
-        truth_psnr=psnr(clip - true),
+        background_psnr=psnr(clip[untouched], still[untouched], 1.0, MOST_PSNR),
+        frame_1_psnr=psnr(clip[0], true[0], 1.0, MOST_PSNR),
+        truth_psnr=psnr(clip, true, 1.0, MOST_PSNR),
     )
 
 
@@ -100,11 +102,6 @@ def _distance(clip: Array, picture: Array) -> Array:
 
 def _cosine(a: Array, b: Array) -> float:
     return float((a * b).sum() / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-12))
-
-
-def psnr(difference: Array) -> float:
-    """dB of a difference whose range is 1, at most 100."""
-    return float(-10 * np.log10(max(float(np.square(difference).mean()), 1e-10)))
 
 
 def _dilate(region: NDArray[np.bool_], reach: int) -> NDArray[np.bool_]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from trip_rt.accuracy import psnr
 from trip_rt.bundle import file_sha256
 from trip_rt.command_line import CommandParser, add_json_flag, add_settings, main_of, report, settings_of, whole_file
 from trip_rt.config import TripConfig
@@ -171,7 +172,7 @@ def _networks(args: argparse.Namespace) -> dict[str, Any]:
 def _measured(
     args: argparse.Namespace, networks: dict[str, Any], clips: Sequence[np.ndarray], real: Sequence[np.ndarray]
 ) -> dict[str, Any]:
-    from trip_reference.demo_world.judge import psnr
+    from trip_reference.demo_world.judge import MOST_PSNR
     from trip_reference.evaluation.consistency import consistency
     from trip_reference.evaluation.networks import fid, fvd
 
@@ -189,7 +190,7 @@ def _measured(
     if network := networks.get("fid_net"):
         del left_out["FID"]
         figures["FID"] = fid(network, clips, real, args.fid_size)
-    firsts = [psnr((clip[0].astype(np.float32) - true[0]) / 255) for clip, true in zip(clips, real, strict=True)]
+    firsts = [psnr(clip[0], true[0], 255, MOST_PSNR) for clip, true in zip(clips, real, strict=True)]
     return figures | {
         "frame 1, dB": round(float(np.mean(firsts)), 2),
         "frame 1 at worst, dB": round(min(firsts), 2),

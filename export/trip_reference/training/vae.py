@@ -20,6 +20,7 @@ from trip_reference.training.config import TrainConfig, VaeConfig
 from trip_reference.training.log import Log
 from trip_reference.training.loop import Stretch, train
 from trip_reference.training.state import Place
+from trip_rt.accuracy import psnr
 
 CROP_SHARE = 0.8  # of the steps see crops, the rest whole frames
 CROPS_PER_FRAME = 3  # in a batch: a crop costs a quarter of a frame
@@ -106,10 +107,11 @@ def frames_of_step(
 
 @torch.no_grad()
 def reconstruction_psnr(vae: AutoencoderKL, frames: np.ndarray) -> float:
-    """Mean PSNR in dB, on the 0 to 255 scale, of uint8 frames [N, H, W, 3] through the VAE and back."""
+    """Mean PSNR in dB of uint8 frames [N, H, W, 3] through the VAE and back."""
     pixels = to_pixels(frames)
     restored = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
-    return float((10 * torch.log10(4 / (restored - pixels).square().mean(dim=(1, 2, 3)))).mean())
+    pairs = zip(restored.numpy(), pixels.numpy(), strict=True)
+    return float(np.mean([psnr(actual, expected, 2.0) for actual, expected in pairs]))
 
 
 @torch.no_grad()
