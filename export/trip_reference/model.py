@@ -49,7 +49,12 @@ class TripModel(nn.Module):
 def to_pixels(frames: NDArray[np.uint8] | Tensor) -> Tensor:
     """uint8 [..., H, W, 3] → fp32 [..., 3, H, W] in [−1, 1], on the device that a tensor is on."""
     pixels = frames if isinstance(frames, Tensor) else torch.tensor(frames)
-    return pixels.movedim(-1, -3).float() / 127.5 - 1
+    return to_model_range(pixels.movedim(-1, -3))
+
+
+def to_model_range(levels: Tensor) -> Tensor:
+    """Levels 0 to 255 of any dtype and layout → fp32 in [−1, 1], of the same layout."""
+    return levels.float() / 127.5 - 1
 
 
 def build_unet(config: TripConfig, architecture: dict[str, Any]) -> UNet3DConditionModel:

@@ -21,6 +21,7 @@ from trip_reference.evaluation.consistency import ClipEncoder, consistency
 from trip_reference.evaluation.frechet import Moments, distance_of, extrapolated, frechet_distance
 from trip_reference.evaluation.made_clips import read_clips
 from trip_reference.evaluation.networks import Network, fid, fvd
+from trip_reference.model import to_pixels
 from trip_rt import InputError
 from trip_rt.video import save as save_clip
 
@@ -152,9 +153,7 @@ def test_fvd_is_the_distance_of_the_networks_features(networks):
     network = Network(networks / "clips.pt")
     made, real = clips_of(20, 4), clips_of(20, 4, seed=1)
     found = fvd(network, made, real, SIZE)
-    features = [
-        network(torch.from_numpy(np.stack(clips)).movedim(-1, 1).float() / 127.5 - 1).numpy() for clips in (made, real)
-    ]
+    features = [network(to_pixels(np.stack(clips)).transpose(1, 2)).numpy() for clips in (made, real)]
     assert found["value"] == pytest.approx(distance_of(*features), abs=1e-4)
     assert found | {"value": 0, "extrapolated": 0} == dict(
         value=0, extrapolated=0, clips=20, feature_width=32, biased=True, frames=4, size=SIZE

@@ -22,6 +22,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from trip_reference.data.new_folder import new_folder
 from trip_reference.demo_world import world
+from trip_reference.model import to_model_range
 from trip_reference.presets import DEMO
 from trip_rt.command_line import CommandParser, add_json_flag, main_of, report
 from trip_rt.errors import InputError
@@ -43,7 +44,7 @@ class FrameFeatures(nn.Module):
         )
 
     def forward(self, pictures: Tensor) -> Tensor:
-        return self.layers(pictures.float() / 127.5 - 1).mean((2, 3))
+        return self.layers(to_model_range(pictures)).mean((2, 3))
 
 
 class ClipFeatures(nn.Module):
@@ -145,8 +146,8 @@ def _clips(count: int, held_out: bool) -> tuple[Tensor, dict[str, Tensor], Tenso
 def _features(net: nn.Module, name: str, clips: Tensor, frames: np.ndarray) -> Tensor:
     chosen = clips[torch.arange(len(clips)), torch.from_numpy(frames)]
     if name == "clips":
-        return net(clips.transpose(1, 2).float() / 127.5 - 1)
-    return net(chosen) if name == "frames" else net(pixel_values=chosen.float() / 127.5 - 1).image_embeds
+        return net(to_model_range(clips.transpose(1, 2)))
+    return net(chosen) if name == "frames" else net(pixel_values=to_model_range(chosen)).image_embeds
 
 
 def _loss(

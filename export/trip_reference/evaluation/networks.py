@@ -15,6 +15,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
 from trip_reference.evaluation.frechet import distance_of, extrapolated
+from trip_reference.model import to_model_range
 from trip_rt.errors import InputError
 
 Clip = NDArray[np.uint8]
@@ -120,7 +121,7 @@ def _batches(clips: Sequence[Clip]) -> Iterator[Sequence[Clip]]:
 
 
 def _clips(clips: Sequence[Clip], size: int) -> Tensor:
-    return torch.stack([_resized(clip, size).movedim(0, 1) for clip in clips]) / 127.5 - 1
+    return to_model_range(torch.stack([_resized(clip, size).movedim(0, 1) for clip in clips]))
 
 
 def _frames(clip: Clip, size: int) -> Tensor:
