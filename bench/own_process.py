@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from trip_rt.files import whole_file
+
 Keep = Callable[[dict[str, Any]], None]
 
 
@@ -73,9 +75,8 @@ def _run(work: Callable[[Keep], dict[str, Any]], path: Path) -> None:
 
     def keep(figures: dict[str, Any]) -> None:
         kept.update(figures)
-        draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps(_finite(kept)))
-        os.replace(draft, path)
+        with whole_file(path) as part:
+            part.write_text(json.dumps(_finite(kept)))
 
     code = 1
     try:

@@ -27,7 +27,7 @@ from trip_rt.accuracy import relative_errors
 from trip_rt.command_line import note
 from trip_rt.config import FirstFrame
 from trip_rt.errors import InputError
-from trip_rt.sampling.step import Step
+from trip_rt.sampling.step import History, Step, advance, guide
 
 Network = Callable[[Sequence[Tensor]], Tensor]
 MAX_ERROR = 1e-3  # of a peer's latents: what is wrong is no rival
@@ -107,22 +107,20 @@ def wrong(found: np.ndarray, expected: np.ndarray) -> str:
 
 
 def _peer(unet: Network, fusion: Network, inputs: Inputs, sigmas: tuple[Tensor, Tensor], about: str) -> Peer:
-    one, half = inputs.step, len(inputs.latents) // 2
+    step, half = inputs.step, len(inputs.latents) // 2
 
     @torch.inference_mode()
-    def step() -> Tensor:
+    def whole_step() -> Tensor:
         residual = unet(inputs.of_unet)
-        unconditional, conditional = fusion(
-            (inputs.latents, inputs.first_frame, residual, *sigmas, inputs.timestep)
-        ).chunk(2)
-        guided = unconditional + one.guidance_scale * (conditional - unconditional)
-        return one.step.latents[0] * inputs.latents[:half] + one.step.latents[1] * guided
+        noise = fusion((inputs.latents, inputs.first_frame, residual, *sigmas, inputs.timestep))
+        latents, _ = advance(step, inputs.latents[:half], guide(step, noise, half), History())
+        return latents
 
     @torch.inference_mode()
     def network() -> Tensor:
         return unet(inputs.of_unet)
 
-    return Peer(network, step, about)
+    return Peer(network, whole_step, about)
 
 
 Parts = list[tuple[nn.Module, tuple[Tensor, ...]]]

@@ -20,17 +20,9 @@ from trip_rt import backends, images, video
 from trip_rt.animator import Animator
 from trip_rt.bundle import read_manifest
 from trip_rt.clip_requests import Job, check_jobs, load_pictures, read_batch
-from trip_rt.command_line import (
-    CommandParser,
-    add_json_flag,
-    add_settings,
-    main_of,
-    note,
-    report,
-    settings_of,
-    whole_file,
-)
+from trip_rt.command_line import CommandParser, add_json_flag, add_settings, main_of, note, report, settings_of
 from trip_rt.errors import InputError, printable
+from trip_rt.files import whole_file
 
 _SHEET_COLUMNS = 8
 

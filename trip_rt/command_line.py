@@ -4,14 +4,11 @@ JSON."""
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
-import secrets
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, get_args
 
 from trip_rt.errors import EngineError, InputError, printable
@@ -130,17 +127,6 @@ def size_of(text: str) -> tuple[int, int]:
     if not (cross and width.isdecimal() and height.isdecimal()):
         raise argparse.ArgumentTypeError(f"found {text!r}, expected WIDTHxHEIGHT such as 256x256")
     return int(height), int(width)
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to, moved there at the end; an error or interrupt leaves nothing."""
-    part = path.with_name(f".trip-{secrets.token_hex(8)}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def note(text: str) -> None:

@@ -7,16 +7,16 @@ import importlib.util
 import io
 import os
 import re
-import secrets
-import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trip_rt.errors import InputError, printable
+from trip_rt.files import whole_file, whole_folder
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -84,7 +84,7 @@ def save(frames: Frames, path: str | os.PathLike[str], fps: float) -> None:
     plays at most 50 a second. gif and webp store frames that do not change once, for longer. Raises InputError where
     `output_format` would, for a useless fps, and where the disk refuses.
     """
-    kind, target, name = output_format(path), os.path.realpath(os.fsdecode(path)), printable(os.fsdecode(path))
+    kind, target, name = output_format(path), Path(os.path.realpath(os.fsdecode(path))), printable(os.fsdecode(path))
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
         raise ValueError(f"frames: found {frames.dtype} {list(frames.shape)}, expected uint8 [F, H, W, 3]")
     check_fps(fps)
@@ -94,9 +94,14 @@ def save(frames: Frames, path: str | os.PathLike[str], fps: float) -> None:
     encoded = [_png(frame) for frame in frames] if kind == "png" else [encoders[kind](frames, fps)]
     try:
         if kind == "png":
-            _replace_folder(target, name, {f"frame_{i:04d}.png": data for i, data in enumerate(encoded, 1)}.items())
+            with whole_folder(target, replace=True) as part:
+                for number, data in enumerate(encoded, 1):
+                    (part / f"frame_{number:04d}.png").write_bytes(data)
+                if target.is_dir():
+                    _refuse_foreign(target, name)  # once more: encoding took a while
         else:
-            _replace_file(target, encoded[0])
+            with whole_file(target) as part:
+                part.write_bytes(encoded[0])
     except OSError as error:
         raise _cannot_write(name, error) from error
 
@@ -171,42 +176,7 @@ def _durations(count: int, fps: float, ticks_per_second: int) -> list[int]:
     return [int(ticks) for ticks in np.diff(np.rint(np.arange(count + 1) * ticks_per_second / fps))]
 
 
-def _sibling(target: str) -> str:
-    return os.path.join(os.path.dirname(target), f".trip-{secrets.token_hex(8)}.part")
-
-
-def _replace_file(target: str, data: bytes) -> None:
-    part = _sibling(target)
-    try:
-        with open(part, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
-    finally:
-        if os.path.exists(part):
-            os.unlink(part)
-
-
-def _replace_folder(target: str, name: str, files: Iterable[tuple[str, bytes]]) -> None:
-    part, old = _sibling(target), _sibling(target)
-    try:
-        os.mkdir(part)
-        for file_name, data in files:
-            with open(os.path.join(part, file_name), "xb") as file:
-                file.write(data)
-        if os.path.isdir(target):
-            _refuse_foreign(target, name)
-            os.rename(target, old)
-        os.rename(part, target)
-    finally:
-        if os.path.isdir(old) and not os.path.exists(target):
-            os.rename(old, target)
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _refuse_foreign(folder: str, name: str) -> None:
+def _refuse_foreign(folder: str | Path, name: str) -> None:
     try:
         foreign = sorted(entry for entry in os.listdir(folder) if not _FRAME_NAME.fullmatch(entry))
     except OSError as error:

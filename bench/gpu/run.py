@@ -33,6 +33,7 @@ from own_process import apart, require
 from gpu.parts import COMMAND_SECONDS, GROUPS, MACHINE_SECONDS, PARTS
 from trip_rt.command_line import CommandParser, add_json_flag, main_of, note, report
 from trip_rt.errors import InputError
+from trip_rt.files import whole_file
 
 RESULTS = Path(__file__).parents[1] / "results"
 _SAID = ("state", "reason", "seconds", "seconds_allowed")  # in the heading of a part, not among its figures
@@ -89,9 +90,8 @@ def run(args: argparse.Namespace) -> int:
             figures["parts"][name] = part
             note(f"{_heading(name, part)} ({part['seconds']:.0f} s)")
             if output:  # after every part: a run cut short keeps what it has
-                draft = output.with_suffix(".draft")
-                draft.write_text(json.dumps(figures, indent=1) + "\n")
-                os.replace(draft, output)
+                with whole_file(output) as part_file:
+                    part_file.write_text(json.dumps(figures, indent=1) + "\n")
     report(args, figures, table(figures))
     return 0 if all(part["state"] in ("done", "skipped") for part in figures["parts"].values()) else 1
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-import os
 import re
 import threading
 from collections import Counter
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from trip_engines.tensorrt_operators import contraction_precisions
 from trip_rt.backends.tensorrt import OUT_OF_MEMORY, this_machine, version_numbers
 from trip_rt.errors import InputError
+from trip_rt.files import whole_file
 
 OLDEST = (10, 13)
 _CONTRACTION = re.compile(r"conv|fprop|gemm|matmul|matrixmultiply|einsum|mha", re.IGNORECASE)
@@ -95,7 +95,8 @@ def build_engine(
         except Exception as error:  # Polygraphy's own, and pybind11's TypeError and MemoryError
             raise explain([*errors, str(error)], graph) from error
     note(check_precisions(contraction_precisions(graph), found, graph.name))
-    _save(data, plan)
+    with whole_file(plan) as part:
+        part.write_bytes(data)
     return built_for
 
 
@@ -317,12 +318,3 @@ def _builder() -> Any:
     if version_numbers(trt.__version__) < OLDEST:
         raise InputError(f"tensorrt: found {trt.__version__}, expected 10.13 or newer; pip install --upgrade tensorrt")
     return trt
-
-
-def _save(data: Any, plan: Path) -> None:
-    beside = plan.with_name(f".{plan.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(data)
-        os.replace(beside, plan)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 from trip_export.components import Component
 from trip_rt.backends.inductor import full_fp32
 from trip_rt.errors import InputError
+from trip_rt.files import whole_file
 
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -50,9 +51,8 @@ def export_inductor(component: Component, path: Path, precision: str, device: st
     ):  # freezing takes place only without gradients
         package = folder / "engine.pt2"  # its stem is the folder that all members lie in, which the runtime knows
         aoti_compile_and_package(export_program(component, precision, device), package_path=str(package))
-        stripped = folder / "stripped.pt2"
-        _strip(package, stripped)
-        os.replace(stripped, path)
+        with whole_file(path) as part:
+            _strip(package, part)
     return target
 
 

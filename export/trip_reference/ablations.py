@@ -14,9 +14,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from trip_rt.command_line import CommandParser, add_json_flag, main_of, report, whole_file
+from trip_rt.command_line import CommandParser, add_json_flag, main_of, report
 from trip_rt.config import FirstFrame, Fusion
 from trip_rt.errors import InputError
+from trip_rt.files import whole_file
 
 FUSIONS: tuple[Fusion, ...] = ("none", "linear", "tnf")
 FIRST_FRAMES: tuple[FirstFrame, ...] = ("start", "end", "channel")

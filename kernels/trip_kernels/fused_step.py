@@ -169,7 +169,7 @@ def fused_step_ref(
 
     latents, residual_noise: [2B, C, F, H, W], the unconditional half first, both halves of latents equal; first_frame
     [2B, C, H, W], clean; first_noise [B, C, H, W], frame 1's own; history [3, B, C, F, H, W], what the steps before
-    left (trip_rt/solvers.py); timestep int64 [1]; table fp32 [rows, len(COLUMNS)] and step int32 [1], the row in it
+    left (trip_rt/sampling/step.py); timestep int64 [1]; table fp32 [rows, len(COLUMNS)] and step int32 [1], the row in it
     (trip_rt/sampling/step_table.py).
     """
     row = dict(zip(COLUMNS, table[int(step)].to(latents.dtype), strict=True))

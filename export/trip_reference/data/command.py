@@ -107,7 +107,10 @@ def run_demo(args: argparse.Namespace) -> int:
     if not args.shards:
         write_demo_folder(args.folder, *shape)
     else:
-        with new_folder(args.folder) as draft, tempfile.TemporaryDirectory(dir=draft.parent) as temporary:
+        with (
+            new_folder(args.folder) as draft,
+            tempfile.TemporaryDirectory(dir=draft.parent, prefix=".trip-") as temporary,
+        ):
             videos = Path(temporary) / "videos"
             write_demo_folder(videos, *shape)
             write_shards(_files(videos, "annotations.json"), draft)

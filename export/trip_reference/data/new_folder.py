@@ -1,14 +1,14 @@
-"""Folders that appear whole or not at all."""
+"""New folders, which must not be there yet."""
 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from trip_rt.errors import InputError, printable
+from trip_rt.files import whole_folder
 
 
 @contextmanager
@@ -23,8 +23,5 @@ def new_folder(folder: Path) -> Iterator[Path]:
             f"{printable(str(folder))}: found something there, expected a new or an empty folder; choose another name"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".trip-data-") as temporary:
-        draft = Path(temporary) / "draft"  # with everyone's usual permissions, which `temporary` has not
-        draft.mkdir()
+    with whole_folder(target) as draft:
         yield draft
-        os.replace(draft, target)

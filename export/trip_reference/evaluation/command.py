@@ -14,9 +14,10 @@ import numpy as np
 
 from trip_rt.accuracy import psnr
 from trip_rt.bundle import file_sha256
-from trip_rt.command_line import CommandParser, add_json_flag, add_settings, main_of, report, settings_of, whole_file
+from trip_rt.command_line import CommandParser, add_json_flag, add_settings, main_of, report, settings_of
 from trip_rt.config import TripConfig
 from trip_rt.errors import InputError, printable
+from trip_rt.files import whole_file
 
 EPILOG = """examples:
   trip-evaluate checkpoints/demo --clips 200                       the demo world, by the PyTorch model

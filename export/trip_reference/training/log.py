@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from trip_reference.process_memory import peak_memory_mb
 from trip_rt.command_line import note
+from trip_rt.files import whole_file
 
 MOST_WARNINGS = 20
 
@@ -60,7 +61,8 @@ class Log:
         if self.accelerator.is_main_process and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            self.path.write_text("".join(kept), encoding="utf-8")
+            with whole_file(self.path) as part:
+                part.write_text("".join(kept), encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
         """One record to the file and the tracker."""

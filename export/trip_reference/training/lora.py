@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from trip_reference.training.config import LoraConfig
-from trip_rt.command_line import whole_file
 from trip_rt.errors import InputError
+from trip_rt.files import whole_file
 
 
 def add_adapters(unet: nn.Module, config: LoraConfig) -> None:

@@ -4,7 +4,6 @@ weights."""
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trip_reference.training.average import Average
-from trip_rt.command_line import whole_file
 from trip_rt.errors import InputError
+from trip_rt.files import whole_file
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,6 @@ def save_state(
     if writes:
         with whole_file(path) as part:
             save_file(gathered, part, metadata={"run": run, "place": json.dumps(place.__dict__)})
-            with open(part, "rb") as file:
-                os.fsync(file.fileno())  # what a power cut leaves is a whole file too
 
 
 def read_place(path: Path, run: str) -> Place:
