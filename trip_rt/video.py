@@ -25,6 +25,7 @@ FORMATS = {".mp4": "mp4", ".gif": "gif", ".webp": "webp", "": "png"}
 _ACCEPTED = "expected a name ending in .mp4, .gif or .webp, or a folder (no ending) for PNG frames"
 _FRAME_NAME = re.compile(r"frame_\d{4,}\.png")
 MIN_FPS, MAX_FPS = 0.1, 240.0
+_MB_TREE_WIDTH = 128  # pixels, 8 macroblocks: what x264's MB-tree takes at a time
 _PALETTE_SAMPLE = 2**15  # pixels; k-means takes about 0.4 s for these and 6 to 9 s for 2**18
 
 Frames = NDArray[np.uint8]
@@ -123,6 +124,11 @@ def _mp4(frames: Frames, fps: float) -> bytes:
         )
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         context = stream.codec_context
+        context.thread_count = 1  # x264 makes a slice a thread, so the file would depend on the number of cores
+        if frames.shape[2] % _MB_TREE_WIDTH:
+            # With B-frames x264's vectorised MB-tree reads memory beyond such rows that nothing has written, so that
+            # equal frames gave different files.
+            context.max_b_frames = 0
         context.color_range, context.colorspace = ColorRange.MPEG, Colorspace.ITU709
         context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
         for frame in frames:

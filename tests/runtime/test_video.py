@@ -259,6 +259,22 @@ def test_a_failure_keeps_the_earlier_clip(tmp_path, monkeypatch, name, call, err
     assert os.listdir(tmp_path) == [name]
 
 
+@pytest.mark.parametrize("width", [64, 96, 128])
+def test_equal_frames_give_equal_files(tmp_path, width):
+    """Whatever fresh memory holds, which glibc fills as MALLOC_PERTURB_ says: x264 reads some that it never wrote."""
+    code = f"""
+import sys
+import numpy as np
+from trip_rt.video import save
+grain = np.random.default_rng(0).normal(128, 40, (128, 256, 3)).clip(0, 255).astype(np.uint8)
+save(np.stack([grain[i : i + 64, 3 * i : 3 * i + {width}] for i in range(12)]), sys.argv[1], 8)
+"""
+    for fill in ("0", "85", "200"):
+        environment = {**os.environ, "PYTHONPATH": os.getcwd(), "MALLOC_PERTURB_": fill}
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / f"{fill}.mp4")], check=True, env=environment)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
 def test_a_write_cut_short_leaves_nothing(tmp_path):
     """The kernel itself stops the write (RLIMIT_FSIZE), as a full disk does."""
     code = """
