@@ -287,15 +287,16 @@ def _polygraphy_errors() -> Iterator[list[str]]:
     handler = logging.Handler(logging.ERROR)
     handler.emit = lambda record: errors.append(record.getMessage())  # type: ignore[method-assign]
     log = logging.getLogger("Polygraphy")
-    before, log.propagate = (polygraphy_log.use_python_logging_system, log.propagate), False
-    polygraphy_log.use_python_logging_system = True
+    before = (polygraphy_log.use_python_logging_system, polygraphy_log.colors, log.propagate)
+    polygraphy_log.use_python_logging_system, log.propagate = True, False
+    polygraphy_log.colors = False  # without the package that makes them it complains on stdout
     log.addHandler(handler)
     try:
         with polygraphy_log.verbosity(polygraphy_log.ERROR):
             yield errors
     finally:
         log.removeHandler(handler)
-        polygraphy_log.use_python_logging_system, log.propagate = before
+        polygraphy_log.use_python_logging_system, polygraphy_log.colors, log.propagate = before
 
 
 def _polygraphy() -> Any:

@@ -178,6 +178,7 @@ def test_an_error_leaves_the_former_plan_and_prints_nothing(
     on_a_gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     logger = pytest.importorskip("polygraphy.logger").G_LOGGER
+    monkeypatch.setattr("polygraphy.logger.logger.COLORED_MODULE_PRESENT", None)  # as in a new process
 
     def failing(*_: Any) -> Any:
         logger.info("spam")
