@@ -32,7 +32,7 @@ from gpu.cases import (
 )
 from gpu.clock import as_graph, beats_ceiling, ceilings, interleaved
 from trip_kernels.fuse_noise import fuse_noise
-from trip_kernels.fused_step import fused_step, fused_step_kernel, fused_step_ref, step_arguments
+from trip_kernels.fused_step import fused_step, fused_step_ref, launch_fused_step, step_arguments
 from trip_kernels.tile_choices import Tile, tile_choices
 from trip_reference.presets import DEMO, TRIP_256
 from trip_rt.config import TripConfig
@@ -65,7 +65,7 @@ def parity(context: Context) -> dict[str, Any]:
     passed = True
     for label, (config, batch) in cases.items():
         for precision in DTYPES:
-            found: dict[str, Any] = {}
+            results: dict[str, Any] = {}
             checks = {
                 "fuse_noise": partial(fuse_noise_error, config, batch, precision, context.device),
                 "fused_step": partial(fused_step_error, config, batch, precision, context.device),
@@ -79,12 +79,12 @@ def parity(context: Context) -> dict[str, Any]:
                 bound = 1e-4 if name == "gradient" else BOUNDS[precision]  # a gradient sums over all pixels in fp32
                 try:
                     error = check()
-                    found[name] = "not run: found no GPU" if error is None else error
+                    results[name] = "not run: found no GPU" if error is None else error
                     passed &= error is None or error <= bound
                 except Exception as error:
-                    found[name] = one_line(error)
+                    results[name] = one_line(error)
                     passed = False
-            errors[f"{label}, {precision}"] = found
+            errors[f"{label}, {precision}"] = results
             context.keep({"errors": errors, "passed": passed})
     return {"errors": errors, "passed": passed}
 
@@ -93,8 +93,8 @@ def fuse_noise_error(config: TripConfig, batch: int, precision: str, device: str
     """Of `fuse_noise` in `precision`, its output poisoned beforehand."""
     fusion, given = random_fusion(config, device), _noise_arguments(config, batch, device)
     with mock.patch.object(torch, "empty_like", lambda tensor, **_: torch.full_like(tensor, float("nan"))):
-        found = fuse_noise(fusion, *given, compute=DTYPES[precision], tile=_tile(device))
-    return rms_ratio(found, _double(fusion)(*_in_double(given)))
+        noise = fuse_noise(fusion, *given, compute=DTYPES[precision], tile=_tile(device))
+    return rms_ratio(noise, _double(fusion)(*_in_double(given)))
 
 
 def gradient_error(config: TripConfig, batch: int, device: str) -> float:
@@ -113,7 +113,7 @@ def gradient_error(config: TripConfig, batch: int, device: str) -> float:
         ]
         inputs[2].requires_grad_()
         gradients.append(torch.autograd.grad(op(*inputs), [inputs[2], *model.parameters()], towards.to(kind)))
-    return max(rms_ratio(found, expected) for found, expected in zip(*gradients, strict=True))
+    return max(rms_ratio(gradient, expected) for gradient, expected in zip(*gradients, strict=True))
 
 
 def fused_step_error(config: TripConfig, batch: int, precision: str, device: str) -> float:
@@ -224,13 +224,13 @@ class _Race:
         self._enter("eager torch", lambda: [partial(reference_step, half, **tensors) for tensors in self.sets], 10)
         compiled, mode = self._compiled(half)
         self._enter(f"torch.compile{mode}", lambda: compiled, 10)
-        packed = [step_arguments(self.fusion, tensors, dtype) for tensors in self.sets]
-        shape = packed[0][2]
+        arguments = [step_arguments(self.fusion, tensors, dtype) for tensors in self.sets]
+        shape = arguments[0]["SHAPE"]
         choices = [LARGE] if self.context.dry else tile_choices(shape, dtype)[: 1 if self.tuned else None]
         for tile in choices:
             name = f"fused, {tile.pixels} pixels {tile.warps} warps {tile.stages} stages"
             self.about[name] = {}
-            self._enter(name, partial(_launches, packed, tile, self.about[name]))
+            self._enter(name, partial(_launches, arguments, tile, self.about[name]))
         if spec is not None:
             self._enter("fused, from its cubin", partial(self._cubins, spec))
         try:
@@ -327,8 +327,8 @@ def _fused(times: dict[str, dict[str, float]]) -> float:
 def _sets(config: TripConfig, device: str) -> tuple[list[dict[str, Tensor]], Callable[[], object]]:
     """Sets of buffers that together are larger than the L2 cache, on the steady table, and what puts all their counters
     back."""
-    one = step_tensors(config, 1, device)
-    size = sum(tensor.nbytes for name, tensor in one.items() if name != "table")
+    tensors = step_tensors(config, 1, device)
+    size = sum(tensor.nbytes for name, tensor in tensors.items() if name != "table")
     count = 2 if device == "cpu" else min(64, 1 + torch.cuda.get_device_properties(0).L2_cache_size * 5 // 4 // size)
     table, steps = steady_table(config, device), torch.zeros(count, 16, dtype=torch.int32, device=device)
     sets = [step_tensors(config, 1, device, seed) | {"table": table, "step": steps[seed, :1]} for seed in range(count)]
@@ -344,16 +344,12 @@ def _expected(fusion: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
     return double["latents"]
 
 
-def _launches(packed: list[Any], tile: Tile, about: dict[str, Any]) -> list[Callable[[], object]]:
-    return [partial(_launch, arguments, constants, tile, about) for arguments, constants, _ in packed]
+def _launches(arguments: list[dict[str, Any]], tile: Tile, about: dict[str, Any]) -> list[Callable[[], object]]:
+    return [partial(_launch, each, tile, about) for each in arguments]
 
 
-def _launch(arguments: list[Any], constants: dict[str, int], tile: Tile, about: dict[str, Any]) -> None:
-    batch, pixels = arguments[-2:]
-    programs = batch * -(-pixels // tile.pixels)
-    compiled = fused_step_kernel[(programs,)](
-        *arguments, **constants, PIXELS=tile.pixels, num_warps=tile.warps, num_stages=tile.stages
-    )
+def _launch(arguments: dict[str, Any], tile: Tile, about: dict[str, Any]) -> None:
+    compiled = launch_fused_step(arguments, tile)
     if compiled is not None and not about:
         about.update(registers=compiled.n_regs, spilled=compiled.n_spills, shared_kib=compiled.metadata.shared / 1024)
 

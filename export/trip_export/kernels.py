@@ -1,4 +1,4 @@
-"""The fused step's machine code and weights as files of a bundle."""
+"""The machine code and the weights of the fused step as files of a bundle."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from trip_rt.manifest import Cubin, KernelSpec
 from trip_rt.sampling.step_table import COLUMNS
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_ALIGNMENT = 256  # bytes, as cudaMalloc aligns: the kernel is compiled for at least 16
 
 
 def build_kernel(
@@ -39,13 +38,13 @@ def build_kernel(
     compiled = compile_fused_step(shape, DTYPES[precision], gpus, note)
     cubins = {}
     for step in compiled:
-        file = f"fused_step-{step.capability}-{key[:16]}.cubin"
-        (folder / file).write_bytes(step.cubin)
-        cubins[step.capability] = Cubin(file, step.tile.pixels, step.tile.warps, step.shared_bytes, step.registers)
-    weights = f"fused_step-{key[:16]}.weights"
-    blob, starts = _blob(pack(fusion, shape, DTYPES[precision], torch.arange(config.schedule.num_train_timesteps)))
-    (folder / weights).write_bytes(blob)
-    return KernelSpec(key, compiled[0].entry, compiled[0].parameters, cubins, weights, starts)
+        cubin = f"fused_step-{step.capability}-{key[:16]}.cubin"
+        (folder / cubin).write_bytes(step.cubin)
+        cubins[step.capability] = Cubin(cubin, step.tile.pixels, step.tile.warps, step.shared_bytes, step.registers)
+    file = f"fused_step-{key[:16]}.weights"
+    weights = pack(fusion, shape, DTYPES[precision], torch.arange(config.schedule.num_train_timesteps))
+    (folder / file).write_bytes(weights.numpy().tobytes())
+    return KernelSpec(key, compiled[0].entry, compiled[0].parameters, cubins, file)
 
 
 def shape_of(config: TripConfig) -> TileShape:
@@ -67,13 +66,3 @@ def sources_sha256() -> str:
     files = sorted(path for folder in trip_kernels.__path__ for path in Path(folder).glob("*.py"))
     files.append(Path(trip_reference.tnf.__file__))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files) + repr(COLUMNS).encode()).hexdigest()
-
-
-def _blob(tensors: dict[str, torch.Tensor]) -> tuple[bytes, dict[str, int]]:
-    """All tensors' bytes, little-endian, one after the other, and where each begins."""
-    blob, starts = bytearray(), {}
-    for name, tensor in tensors.items():
-        blob += bytes(-len(blob) % _ALIGNMENT)
-        starts[name] = len(blob)
-        blob += tensor.contiguous().view(torch.uint8).numpy().tobytes()
-    return bytes(blob), starts

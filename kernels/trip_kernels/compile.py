@@ -1,4 +1,4 @@
-"""The fused step as machine code for GPUs that need not be here: Triton to cubin, launched later without Triton."""
+"""Triton compiles the fused step ahead of time, without a GPU; the runtime launches the machine code without Triton."""
 
 from __future__ import annotations
 
@@ -15,24 +15,30 @@ from pathlib import Path
 
 import torch
 
-from trip_kernels.packing import SINGLE, WEIGHTS, TileShape, parts_of
+from trip_kernels.packing import TileShape, weight_layout
 from trip_kernels.tile_choices import Tile, tile_choices
 
 # Compute capabilities and the shared memory that one program may have there, in bytes (CUDA C++ Programming Guide,
 # technical specifications).
 SHARED_BYTES = {"8.0": 166912, "8.6": 101376, "8.9": 101376, "9.0": 232448, "10.0": 232448, "12.0": 101376}
 CAPABILITIES = tuple(SHARED_BYTES)
+# The kernel's parameters in Triton's words; the other buffers are fp32.
 _TYPES = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp16",
-}  # an fp32 operand is two fp16 numbers
+    "p_timestep": "*i64",
+    "p_step": "*i32",
+    "p_done": "*i32",
+    "p_weights": "*u8",
+    "batch": "i32",
+    "pixels": "i32",
+}
 
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """The fused step for one compute capability. `parameters` are its own in launch order, "scratch" being a pointer
-    that stays null."""
+    """The fused step for one compute capability.
+
+    `parameters` are those of the machine code, in order; "scratch" is a pointer that stays null.
+    """
 
     capability: str
     entry: str
@@ -44,7 +50,7 @@ class CompiledStep:
     spilled_bytes: int
 
     def describe(self) -> str:
-        """One line for people."""
+        """One line for a person to read."""
         return (
             f"compute capability {self.capability}: {self.registers} registers, {self.spilled_bytes} bytes spilled,"
             f" {self.shared_bytes / 1024:.0f} KiB shared, {self.tile.warps} warps for {self.tile.pixels} pixels,"
@@ -58,15 +64,14 @@ def compile_fused_step(
     capabilities: Sequence[str] = CAPABILITIES,
     note: Callable[[str], None] = lambda text: None,
 ) -> list[CompiledStep]:
-    """Compile `fused_step_kernel` for fp32 buffers and TNF's products in `dtype`; no GPU is needed.
+    """Compile `fused_step_kernel` for fp32 buffers, with the matrix products of TNF in `dtype`. This needs no GPU.
 
-    ValueError for a capability that is not of CAPABILITIES; RuntimeError where every tile of `tile_choices` would
-    spill registers to memory or needs more shared memory than the GPU has.
+    ValueError for a capability that is not among CAPABILITIES; RuntimeError if every one of `tile_choices` would spill
+    registers to memory or need more shared memory than the GPU has.
     """
     if unknown := [capability for capability in capabilities if capability not in SHARED_BYTES]:
         raise ValueError(f"compute capability: found {', '.join(unknown)}, expected some of {', '.join(CAPABILITIES)}")
-    # In processes of their own: there are several to compile, and an interpreter of kernels in this one would be in the
-    # way.
+    # Each in a process of its own: there are several to compile, and this process may have Triton in interpreter mode.
     with ProcessPoolExecutor(min(len(capabilities), os.cpu_count() or 1), get_context("spawn"), _prepare) as workers:
         compiled = []
         for step in workers.map(_compile, [shape] * len(capabilities), [dtype] * len(capabilities), capabilities):
@@ -76,9 +81,9 @@ def compile_fused_step(
 
 
 def _prepare() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     os.environ.pop("TRITON_INTERPRET", None)
-    os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # a·b + c in one rounding, whatever a later Triton's default
+    os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # a·b + c rounds once, whatever the default of a later Triton
 
 
 def _compile(shape: TileShape, dtype: torch.dtype, capability: str) -> CompiledStep:
@@ -95,7 +100,8 @@ def _compile(shape: TileShape, dtype: torch.dtype, capability: str) -> CompiledS
             )
     raise RuntimeError(
         f"fused step for compute capability {capability}: found no tile without spills and within"
-        f" {SHARED_BYTES[capability]} bytes of shared memory ({'; '.join(refused)}); add one to trip_kernels/tile_choices.py"
+        f" {SHARED_BYTES[capability]} bytes of shared memory ({'; '.join(refused)}); add one to"
+        " trip_kernels/tile_choices.py"
     )
 
 
@@ -109,8 +115,8 @@ def _compile_tile(shape: TileShape, dtype: torch.dtype, capability: str, tile: T
     names = fused_step_kernel.arg_names
     source = ASTSource(
         fused_step_kernel,
-        {name: _type(name, dtype) for name in names},
-        shape.constants() | {"PIXELS": tile.pixels, "PARTS": parts_of(dtype)},
+        {name: parameter_type(name) for name in names},
+        {"SHAPE": shape, "LAYOUT": weight_layout(shape, dtype), "PIXELS": tile.pixels},
         {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name.startswith("p_")},
     )
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
@@ -138,17 +144,13 @@ def _compile_tile(shape: TileShape, dtype: torch.dtype, capability: str, tile: T
     )
 
 
-def _type(name: str, dtype: torch.dtype) -> str:
-    """Of a parameter, in Triton's words."""
-    if name.isupper():
-        return "constexpr"
-    integers = {"p_timestep": "*i64", "p_step": "*i32", "p_done": "*i32", "batch": "i32", "pixels": "i32"}
-    operands = {f"p_{weight}": _TYPES[dtype] for weight in WEIGHTS if weight not in SINGLE}
-    return (integers | operands).get(name, "*fp32")
+def parameter_type(name: str) -> str:
+    """The type of a parameter of `fused_step_kernel` in Triton's words."""
+    return "constexpr" if name.isupper() else _TYPES.get(name, "*fp32")
 
 
 def _resources(cubin: bytes, folder: Path) -> tuple[int, int]:
-    """Registers a thread, and the bytes of its stack: the kernel has no arrays, so what lies there was spilled."""
+    """The registers of a thread and the bytes of its stack, where only spills lie: the kernel has no arrays."""
     from triton import knobs
 
     path = folder / "kernel.cubin"
@@ -156,5 +158,5 @@ def _resources(cubin: bytes, folder: Path) -> tuple[int, int]:
     usage = subprocess.run(
         [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", path], capture_output=True, text=True, check=True
     ).stdout
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return found["REG"], found["STACK"] + found["LOCAL"]
+    used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return used["REG"], used["STACK"] + used["LOCAL"]

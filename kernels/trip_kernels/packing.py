@@ -1,27 +1,26 @@
-"""A NoiseFusion's weights as the kernels want them: folded where that saves work, padded to tensor cores' tiles, layers
-and heads stacked."""
+"""A NoiseFusion's weights as the kernels take them: folded, padded to the tile sizes of tensor cores, and laid out in
+one array of bytes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# In the order of the kernels' parameters; `modulation` comes before them all.
-WEIGHTS = (
-    "in_proj", "frame_embedding", "self_qkv", "self_out", "cross_query", "cross_out", "bias", "out_proj", "out_bias", "gate",
-)  # fmt: skip
-SINGLE = {"frame_embedding", "bias", "out_bias", "gate", "modulation"}  # added, not multiplied: always fp32
+ALIGNMENT = 256  # bytes, as cudaMalloc aligns; vectors of 16 bytes are what the kernels load
 
 
 @dataclass(frozen=True)
 class TileShape:
-    """Sizes that a kernel is compiled for; those ending in `_p` and `frames` are padded: to a power of two, and to 16
-    where a matrix product runs along them. `layers` is 0 where the fusion is linear or none."""
+    """The sizes that a kernel is compiled for.
+
+    Those that end in `_p`, and `frames`, are padded to a power of two, and to at least 16 where a matrix product runs
+    along them. `layers` is 0 if the model has no TNF.
+    """
 
     channels: int
     width: int
@@ -35,13 +34,9 @@ class TileShape:
     head_p: int
     frames: int
 
-    def constants(self) -> dict[str, int]:
-        """By the names of the kernels' constexpr parameters."""
-        return {name.upper(): int(value) for name, value in asdict(self).items()}
-
 
 def tile_shape(channels: int, num_frames: int, normalize_prior: bool, width: int, heads: int, layers: int) -> TileShape:
-    """The TileShape of a model's fusion; with no layers, of its skip alone."""
+    """The TileShape of a model's fusion; without layers, `width` and `heads` do not matter."""
     if layers == 0:
         width, heads = 16, 1
     frames = _padded(num_frames) if layers else _power_of_two(num_frames)
@@ -49,44 +44,118 @@ def tile_shape(channels: int, num_frames: int, normalize_prior: bool, width: int
     return TileShape(channels, width, heads, layers, num_frames, normalize_prior, *padded, frames)
 
 
-def pack(fusion: nn.Module, shape: TileShape, dtype: torch.dtype, timesteps: Tensor) -> dict[str, Tensor]:
-    """The kernels' weights by name, of the `trip_reference.fusion.NoiseFusion` `fusion`, folded in fp64 and rounded to
-    `dtype` once.
+@dataclass(frozen=True)
+class PackedTensor:
+    """The dtype and shape of one packed tensor."""
 
-    Matrices are [..., parts, rows, columns] of `dtype`, or where that is fp32 of fp16.
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
-    `modulation` [len(timesteps), layers, 2, 2, width_p] are the adaptive LayerNorms' (1 + scale) and shift at
-    `timesteps` int64 [n].
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+def packed_tensors(shape: TileShape, dtype: torch.dtype) -> dict[str, PackedTensor]:
+    """The packed tensors by name, in the order in which they lie in memory.
+
+    The operands of matrix products are [..., parts, rows, columns] in half precision; what is added is fp32.
+    `modulation` is that of one timestep and comes last, so no offset depends on the number of timesteps.
     """
-    state = {name: tensor.detach().double() for name, tensor in fusion.state_dict().items()}
-    gate = state["gate"].sigmoid() if "gate" in state else torch.zeros(shape.real_frames, dtype=torch.float64)
-    # Without TNF, the kernel reads the gate alone.
-    packed = {name: torch.zeros(1, 16, dtype=torch.float64, device=gate.device) for name in (*WEIGHTS, "modulation")}
-    if shape.layers:
-        time = fusion.tnf.time_features(timesteps).double()
-        packed |= _pack_tnf({name.removeprefix("tnf."): tensor for name, tensor in state.items()}, shape, time)
-    packed["gate"] = _pad(gate, shape.frames)
+    half, parts = torch.float16 if dtype == torch.float32 else dtype, parts_of(dtype)
+    per_head = shape.layers, shape.heads
     return {
-        name: _as_operand(tensor, dtype) if name not in SINGLE else tensor.float().contiguous()
-        for name, tensor in packed.items()
+        "in_proj": PackedTensor(half, (parts, shape.context_p, shape.width_p)),
+        "self_qkv": PackedTensor(half, (*per_head, 3, parts, shape.width_p, shape.head_p)),
+        "self_out": PackedTensor(half, (*per_head, parts, shape.head_p, shape.width_p)),
+        "cross_query": PackedTensor(half, (*per_head, parts, shape.width_p, shape.context_p)),
+        "cross_out": PackedTensor(half, (*per_head, parts, shape.context_p, shape.width_p)),
+        "out_proj": PackedTensor(half, (parts, shape.width_p, shape.channels_p)),
+        "frame_embedding": PackedTensor(torch.float32, (shape.frames, shape.width_p)),
+        "bias": PackedTensor(torch.float32, (shape.layers, 2, shape.width_p)),
+        "out_bias": PackedTensor(torch.float32, (shape.channels_p,)),
+        "gate": PackedTensor(torch.float32, (shape.frames,)),
+        "modulation": PackedTensor(torch.float32, (shape.layers, 2, 2, shape.width_p)),
     }
 
 
 def parts_of(dtype: torch.dtype) -> int:
-    """How many half-precision numbers stand for one operand of a matrix product in `dtype`: fp32's are the sum of two
-    fp16 numbers."""
+    """How many half-precision numbers stand for one operand of a matrix product in `dtype`: an fp32 operand is the sum
+    of two fp16 numbers."""
     return 2 if dtype == torch.float32 else 1
+
+
+@dataclass(frozen=True)
+class WeightLayout:
+    """The byte at which each packed tensor begins. The kernels take it as a compile-time constant.
+
+    `half` is the type of the operands, fp16 or bf16, and `parts` is `parts_of` the precision.
+    """
+
+    half: str
+    parts: int
+    in_proj: int
+    self_qkv: int
+    self_out: int
+    cross_query: int
+    cross_out: int
+    out_proj: int
+    frame_embedding: int
+    bias: int
+    out_bias: int
+    gate: int
+    modulation: int
+
+
+def weight_layout(shape: TileShape, dtype: torch.dtype) -> WeightLayout:
+    """The layout of the weights of a kernel that takes its matrix products in `dtype`."""
+    starts, end = {}, 0
+    for name, tensor in packed_tensors(shape, dtype).items():
+        starts[name] = math.ceil(end / ALIGNMENT) * ALIGNMENT
+        end = starts[name] + tensor.nbytes
+    return WeightLayout("bf16" if dtype == torch.bfloat16 else "fp16", parts_of(dtype), **starts)
+
+
+def pack(fusion: nn.Module, shape: TileShape, dtype: torch.dtype, timesteps: Tensor) -> Tensor:
+    """The weights of the `trip_reference.fusion.NoiseFusion` `fusion` as a uint8 array in the order of `weight_layout`.
+
+    The weights are folded in fp64 and rounded to `dtype` once. The array ends with the modulation, the (1 + scale) and
+    shift of the adaptive LayerNorms, at each of `timesteps`, int64 [n].
+    """
+    layout, tensors = weight_layout(shape, dtype), packed_tensors(shape, dtype)
+    size = layout.modulation + len(timesteps) * tensors["modulation"].nbytes
+    weights = torch.zeros(size, dtype=torch.uint8, device=timesteps.device)
+    for name, values in _folded(fusion, shape, timesteps).items():
+        tensor, start = tensors[name], getattr(layout, name)
+        rounded = values.float() if tensor.dtype == torch.float32 else _as_operand(values, dtype)
+        assert rounded.dtype == tensor.dtype and rounded.shape[-len(tensor.shape) :] == tensor.shape, name
+        weights[start : start + rounded.nbytes] = rounded.contiguous().view(torch.uint8).flatten()
+    return weights
 
 
 def _as_operand(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """[..., rows, columns] → [..., parts, rows, columns]."""
     if parts_of(dtype) == 1:
-        return matrices.to(dtype).contiguous()
+        return matrices.to(dtype).unsqueeze(-3)
     high = matrices.half()
     return torch.stack([high, (matrices - high.double()).half()], -3)
 
 
-def _pack_tnf(tnf: Mapping[str, Tensor], shape: TileShape, time: Tensor) -> dict[str, Tensor]:
+def _folded(fusion: nn.Module, shape: TileShape, timesteps: Tensor) -> dict[str, Tensor]:
+    """The packed tensors in fp64, the modulation with a first dimension of timesteps.
+
+    Without TNF, the gate is the only one: the kernels read nothing else.
+    """
+    state = {name: tensor.detach().double() for name, tensor in fusion.state_dict().items()}
+    gate = state["gate"].sigmoid() if "gate" in state else torch.zeros(shape.real_frames, dtype=torch.float64)
+    folded = {"gate": _pad(gate, shape.frames)}
+    if shape.layers:
+        time = fusion.tnf.time_features(timesteps).double()
+        folded |= _folded_tnf({name.removeprefix("tnf."): tensor for name, tensor in state.items()}, shape, time)
+    return folded
+
+
+def _folded_tnf(tnf: Mapping[str, Tensor], shape: TileShape, time: Tensor) -> dict[str, Tensor]:
     width, head, context = shape.width_p, shape.head_p, shape.context_p
     layers = [{name.removeprefix(f"layers.{i}."): tensor for name, tensor in tnf.items()} for i in range(shape.layers)]
 

@@ -12,7 +12,7 @@ from tiny import DEMO, tiny_model
 from trip_kernels.compile import CAPABILITIES, compile_fused_step
 from trip_kernels.fuse_noise import fuse_noise, shape_of
 from trip_kernels.fused_step import fused_step, fused_step_ref
-from trip_kernels.packing import pack, tile_shape
+from trip_kernels.packing import pack, packed_tensors, tile_shape, weight_layout
 from trip_kernels.tile_choices import Tile
 from trip_reference.presets import TRIP_256
 from trip_reference.training.config import load_config
@@ -67,9 +67,9 @@ def tiny_copy(fusion):
 def test_fused_noise(frames, batch, height, width, timesteps, dtype):
     fusion = fusion_of(num_frames=frames)
     arguments = inputs(batch, 8, frames, height, width, timesteps, dtype=dtype)
-    found = fuse_noise(fusion, *arguments, compute=dtype, tile=LARGE)
-    assert found.dtype == dtype and found.shape == arguments[0].shape
-    assert rms_ratio(found, in_double(fusion, arguments)) <= BOUNDS[dtype]
+    noise = fuse_noise(fusion, *arguments, compute=dtype, tile=LARGE)
+    assert noise.dtype == dtype and noise.shape == arguments[0].shape
+    assert rms_ratio(noise, in_double(fusion, arguments)) <= BOUNDS[dtype]
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
@@ -140,8 +140,8 @@ def test_the_gradient_is_the_references():
         op(latents, first, residual, *rest).square().mean().backward()
         assert latents.grad is None
         gradients.append([residual.grad, *(parameter.grad for parameter in fusion.parameters())])
-    for expected, found in zip(*gradients, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    for expected, gradient in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_a_model_trains_through_the_kernel():
@@ -197,27 +197,75 @@ def test_the_beginning_only_holds_frame_1():
     torch.testing.assert_close(buffers["latents"][:1, :, 0], expected)
 
 
+def packed_tensor(weights, shape, dtype, name):
+    """One tensor of the packed weights, the modulation that of the first timestep."""
+    tensor, start = packed_tensors(shape, dtype)[name], getattr(weight_layout(shape, dtype), name)
+    return weights[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+
+
 def test_weights_are_padded_with_zeros_and_folded():
     fusion = fusion_of(hidden_size=12, num_heads=3)
     shape = shape_of(fusion, 8, 5)
     assert (shape.width_p, shape.head_p, shape.context_p, shape.channels_p, shape.frames) == (16, 16, 16, 16, 16)
-    packed = pack(fusion, shape, torch.float16, torch.arange(2))
-    assert packed["cross_query"].shape == (2, 3, 16, 16) and packed["self_qkv"].shape == (2, 3, 3, 16, 16)
-    assert not packed["self_qkv"][..., 12:, :].any() and not packed["self_qkv"][..., 4:].any()
-    assert packed["modulation"].shape == (2, 2, 2, 2, 16) and packed["modulation"].dtype == torch.float32
-    two = pack(fusion, shape, torch.float32, torch.arange(2))["self_out"]
-    one = pack(fusion, shape, torch.float64, torch.arange(2))["self_out"]
-    assert (two.double().sum(-3) - one).abs().max() < 1e-7
+    packed = {dtype: pack(fusion, shape, dtype, torch.arange(2)) for dtype in (*BOUNDS, torch.float64)}
+    query, qkv = (
+        packed_tensor(packed[torch.float16], shape, torch.float16, name) for name in ("cross_query", "self_qkv")
+    )
+    assert query.shape == (2, 3, 1, 16, 16) and qkv.shape == (2, 3, 3, 1, 16, 16) and qkv.dtype == torch.float16
+    assert not qkv[..., 12:, :].any() and not qkv[..., 4:].any() and qkv[..., :12, :4].all()
+    two_parts, exact = (
+        packed_tensor(packed[dtype], shape, dtype, "self_out") for dtype in (torch.float32, torch.float64)
+    )
+    assert two_parts.shape == (2, 3, 2, 16, 16) and exact.shape == (2, 3, 1, 16, 16)
+    assert (two_parts.double().sum(-3) - exact[..., 0, :, :]).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("layers", [0, 3])
+def test_packed_tensors_lie_one_after_the_other(layers, dtype):
+    fusion = fusion_of(fusion="tnf" if layers else "linear", num_layers=layers)
+    shape = shape_of(fusion, 8, 5)
+    layout, end = weight_layout(shape, dtype), 0
+    for name, tensor in packed_tensors(shape, dtype).items():
+        start = getattr(layout, name)
+        assert start % 256 == 0 and end <= start < end + 256
+        end = start + tensor.nbytes
+    modulation = packed_tensors(shape, dtype)["modulation"]
+    assert name == "modulation" and modulation.dtype == torch.float32 and modulation.shape == (layers, 2, 2, 16)
+    weights = pack(fusion, shape, dtype, torch.arange(7))
+    assert weights.dtype == torch.uint8 and len(weights) == end + 6 * modulation.nbytes
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("kind", ["tnf", "linear"])
+def test_the_kernels_read_nothing_but_the_packed_tensors(monkeypatch, kind, dtype):
+    def between_nans(fusion, shape, compute, timesteps):
+        weights, layout = pack(fusion, shape, compute, timesteps), weight_layout(shape, compute)
+        tensors = packed_tensors(shape, compute)
+        whole = torch.full((len(weights) + 512,), 0xFF, dtype=torch.uint8)  # NaN as fp16, as bf16 and as fp32
+        for name, tensor in tensors.items() if kind == "tnf" else [("gate", tensors["gate"])]:
+            start = getattr(layout, name)
+            end = len(weights) if name == "modulation" else start + tensor.nbytes
+            whole[256 + start : 256 + end] = weights[start:end]
+        return whole[256:-256]
+
+    monkeypatch.setattr("trip_kernels.fuse_noise.pack", between_nans)
+    monkeypatch.setattr("trip_kernels.fused_step.pack", between_nans)
+    fusion, arguments = fusion_of(fusion=kind), inputs(2, 8, 5, 2, 3, [0, 999])
+    noise = fuse_noise(fusion, *arguments, compute=dtype, tile=LARGE)
+    assert rms_ratio(noise, in_double(fusion, arguments)) <= BOUNDS[dtype]
+    buffers = step_buffers(1, 8, 5, 2, 3)
+    fused_step(fusion, **buffers, compute=dtype, tile=LARGE)
+    assert buffers["latents"].isfinite().all() and buffers["history"].isfinite().all()
 
 
 def test_machine_code_without_a_gpu():
     said = []
-    (step,) = compile_fused_step(tile_shape(8, 5, True, 16, 4, 2), torch.float16, ["9.0"], said.append)
+    shape = tile_shape(8, 5, True, 16, 4, 2)
+    (step,) = compile_fused_step(shape, torch.float16, ["9.0"], said.append)
     assert step.cubin[:4] == b"\x7fELF" and step.spilled_bytes == 0 and 0 < step.registers <= 255
-    assert step.parameters[:3] == ("latents", "first_frame", "first_noise") and step.parameters[-2:] == (
-        "scratch",
-        "scratch",
-    )
+    assert step.parameters[:3] == ("latents", "first_frame", "first_noise")
+    assert step.parameters[-5:] == ("weights", "batch", "pixels", "scratch", "scratch")
     assert said == [f"fused step: {step.describe()}"] and "0 bytes spilled" in said[0]
 
 

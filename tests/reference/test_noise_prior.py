@@ -23,16 +23,16 @@ def test_prior_is_the_noise_plus_the_scaled_distance_to_frame_1(schedule, timest
     clean, noise, noised, signal, sigma = diffuse(timesteps, schedule)
     wide = (slice(None),) + (None,) * 4
     expected = noise.double() + (signal / sigma).double()[wide] * (clean - clean[:, :, :1]).double()
-    found = noise_prior(noised, clean[:, :, 0], signal, sigma)
+    prior = noise_prior(noised, clean[:, :, 0], signal, sigma)
     # z_t is rounded to fp32 before the division by σ_t, which reaches 100.
-    assert (found - expected).abs().max() < 1e-5 * (1 + 1 / sigma.min())
+    assert (prior - expected).abs().max() < 1e-5 * (1 + 1 / sigma.min())
 
 
 @pytest.mark.parametrize("timestep", [0, 1, 500, 999])
 def test_frame_1_gets_its_exact_noise(timestep):
     clean, noise, noised, signal, sigma = diffuse([timestep], TRIP_256.trip.schedule)
-    found = noise_prior(noised, clean[:, :, 0], signal, sigma)
-    assert (found[:, :, 0] - noise[:, :, 0]).abs().max() < 1e-4
+    prior = noise_prior(noised, clean[:, :, 0], signal, sigma)
+    assert (prior[:, :, 0] - noise[:, :, 0]).abs().max() < 1e-4
 
 
 def test_normalised_prior_is_sigma_times_the_raw_one():

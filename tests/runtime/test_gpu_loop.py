@@ -15,6 +15,7 @@ from tiny import TINY
 from trip_export.export import export_bundle
 from trip_export.kernels import shape_of
 from trip_export.plan import ExportOptions
+from trip_kernels.packing import packed_tensors, weight_layout
 from trip_rt import Animator, InputError
 from trip_rt.accuracy import psnr
 from trip_rt.backends import EngineOptions
@@ -80,20 +81,21 @@ class OnTheFake(OnnxRuntimeEngine):
 
 def interpret(fake, programs, arguments):
     """The fused kernel on the fake GPU's memory, its parameters by position alone, as the GPU takes them."""
-    from trip_kernels.compile import _type
+    from trip_kernels.compile import parameter_type
     from trip_kernels.fused_step import fused_step_kernel
 
-    dtypes = {"*fp32": torch.float32, "*fp16": torch.float16, "*i32": torch.int32, "*i64": torch.int64}
+    dtypes = {"*fp32": torch.float32, "*u8": torch.uint8, "*i32": torch.int32, "*i64": torch.int64}
     names = [name for name in fused_step_kernel.arg_names if not name.isupper()]
     assert arguments[len(names) :] == [0, 0], "two scratch pointers, null"
     values = []
     for name, value in zip(names, arguments, strict=False):
-        if (kind := _type(name, torch.float32)) == "i32":
+        if (kind := parameter_type(name)) == "i32":
             values.append(value)
         else:
             block = fake.block(value, 1)
             values.append(torch.frombuffer(block, dtype=dtypes[kind], count=len(block) // dtypes[kind].itemsize))
-    constants = shape_of(TINY.trip).constants() | {"PARTS": 2, "PIXELS": PIXELS}
+    shape = shape_of(TINY.trip)
+    constants = dict(SHAPE=shape, LAYOUT=weight_layout(shape, torch.float32), PIXELS=PIXELS)
     fused_step_kernel[(programs,)](*values, **constants)
 
 
@@ -270,13 +272,10 @@ def test_gpus_that_nothing_is_compiled_for_are_refused(tiny_checkpoint, tmp_path
     assert not (tmp_path / "bundle").exists()
 
 
-def test_weights_that_begin_beyond_their_file_are_refused(bundle):
+def test_a_bundle_holds_all_the_weights_that_its_kernel_reads(bundle):
     manifest = open_bundle(bundle).manifest
-    profile = manifest.profile()
-    kernel = profile.kernels["fp32"]
-    beyond = dataclasses.replace(
-        kernel, tensors={**kernel.tensors, "gate": manifest.files[kernel.weights].bytes + 16 & ~15}
-    )
-    changed = dataclasses.replace(manifest, profiles=(dataclasses.replace(profile, kernels={"fp32": beyond}),))
-    with pytest.raises(InputError, match="the kernel's gate begins outside of fused_step"):
-        parse(serialise(changed), "manifest.json")
+    kernel = manifest.profile().kernels["fp32"]
+    shape, timesteps = shape_of(TINY.trip), TINY.trip.schedule.num_train_timesteps
+    modulation = packed_tensors(shape, torch.float32)["modulation"]
+    expected = weight_layout(shape, torch.float32).modulation + timesteps * modulation.nbytes
+    assert "weights" in kernel.parameters and manifest.files[kernel.weights].bytes == expected
