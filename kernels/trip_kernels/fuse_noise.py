@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-@triton.jit
+# By default Triton makes a constant of an integer argument that is 1 and compiles anew for one that 16 divides.
+@triton.jit(do_not_specialize=["pixels", "shared_timestep"])
 def fuse_noise_kernel(
     p_latents,
     p_first_frame,

@@ -40,7 +40,9 @@ def combined(p_coefficients, before, noise, corrected, clean_1, clean_2):
     return x + tl.load(p_coefficients + 3) * clean_1 + tl.load(p_coefficients + 4) * clean_2
 
 
-@triton.jit
+# By default Triton makes a constant of an integer argument that is 1 and compiles anew for one that 16 divides. The
+# kernel in a bundle serves any batch and any number of pixels.
+@triton.jit(do_not_specialize=["batch", "pixels"])
 def fused_step_kernel(
     p_latents,
     p_first_frame,

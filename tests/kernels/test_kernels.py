@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jit_compile import jit_cubins
 from kernel_cases import BOUNDS, fusion_of, guarded, rms_ratio, step_buffers
 from tiny import DEMO, tiny_model
 
@@ -259,7 +260,7 @@ def test_the_kernels_read_nothing_but_the_packed_tensors(monkeypatch, kind, dtyp
     assert buffers["latents"].isfinite().all() and buffers["history"].isfinite().all()
 
 
-def test_machine_code_without_a_gpu():
+def test_machine_code_without_a_gpu(tmp_path):
     said = []
     shape = tile_shape(8, 5, True, 16, 4, 2)
     (step,) = compile_fused_step(shape, torch.float16, ["9.0"], said.append)
@@ -267,6 +268,9 @@ def test_machine_code_without_a_gpu():
     assert step.parameters[:3] == ("latents", "first_frame", "first_noise")
     assert step.parameters[-5:] == ("weights", "batch", "pixels", "scratch", "scratch")
     assert said == [f"fused step: {step.describe()}"] and "0 bytes spilled" in said[0]
+    # What Triton's JIT launches is the same code, at batch 1 and with any number of pixels.
+    cubins = jit_cubins(shape, torch.float16, step.tile, "9.0", [(1, 1), (1, 64), (16, 64), (3, 5)], tmp_path)
+    assert cubins == [step.cubin] * 4
 
 
 def test_unknown_compute_capabilities_are_named():
