@@ -277,14 +277,14 @@ def _cold_start(args: argparse.Namespace, profile: Profile, backend: str, speed:
     with tempfile.TemporaryDirectory(prefix="trip-bench-") as folder:
         path = Path(folder) / "picture.png"
         Image.fromarray(picture).save(path)
-        found = [
+        runs = [
             _child(args.threads, "runtime", args.bundle, backend, profile.name, speed, path, prompt)
             for _ in range(args.clips)
         ]
     seconds = {
-        name: round(float(np.median([one["seconds"][name] for one in found])), 3) for name in found[0]["seconds"]
+        name: round(float(np.median([child["seconds"][name] for child in runs])), 3) for name in runs[0]["seconds"]
     }
-    return {"seconds": seconds, "peak_memory_mb": float(np.median([one["peak_memory_mb"] for one in found]))}
+    return {"seconds": seconds, "peak_memory_mb": float(np.median([child["peak_memory_mb"] for child in runs]))}
 
 
 def _child(threads: int | None, *arguments: object) -> dict[str, Any]:
@@ -310,16 +310,16 @@ def _table(figures: dict[str, Any]) -> str:
             f"{name:<24}{row['p50']:>10.2f}{row['p95']:>10.2f}{row['p99']:>10.2f}{row['gflop']:>10.2f}{row['peak_percent']:>11.1f}"
         )
     if "guided_step" in figures:
-        found = figures["guided_step"]
+        guided = figures["guided_step"]
         lines += [
             "",
             f"{'a guided step':<24}{'p50 ms':>10}{'p95':>10}{'UNet p50':>10}{'times trip-rt':>15}{'p5 to p95':>16}",
         ]
-        for name, row in found["milliseconds"].items():
-            times = found["times_as_long_as_trip_rt"].get(name)
+        for name, row in guided["milliseconds"].items():
+            times = guided["times_as_long_as_trip_rt"].get(name)
             spread = f"{times['median']:>15.2f}{times['p5']:>9.2f} – {times['p95']:.2f}" if times else ""
             lines.append(
-                f"{name:<24}{row['p50']:>10.1f}{row['p95']:>10.1f}{found['unet_milliseconds'][name]['p50']:>10.1f}{spread}"
+                f"{name:<24}{row['p50']:>10.1f}{row['p95']:>10.1f}{guided['unet_milliseconds'][name]['p50']:>10.1f}{spread}"
             )
     if "clips" in figures:
         lines += ["", f"{'a clip, warm':<24}{'p50 ms':>10}{'p95':>10}{'p99':>10}{'faster':>10}{'dB to exact':>13}"]

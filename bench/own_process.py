@@ -50,16 +50,16 @@ def apart(work: Callable[[Keep], dict[str, Any]], seconds: float) -> dict[str, A
         if child == 0:
             _run(work, path)
         status = _wait(child, seconds)
-        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         if status is None:
-            found |= {"state": "failed", "reason": f"cut off after its {seconds:.0f} s"}
-        elif status != 0 or "state" not in found:
+            result |= {"state": "failed", "reason": f"cut off after its {seconds:.0f} s"}
+        elif status != 0 or "state" not in result:
             code = os.waitstatus_to_exitcode(status)
-            found |= {
+            result |= {
                 "state": "failed",
                 "reason": f"its process died of {signal.Signals(-code).name if code < 0 else f'exit code {code}'}",
             }
-        return found | {"seconds": round(time.monotonic() - began, 1)}
+        return result | {"seconds": round(time.monotonic() - began, 1)}
 
 
 def one_line(error: BaseException) -> str:
@@ -81,8 +81,8 @@ def _run(work: Callable[[Keep], dict[str, Any]], path: Path) -> None:
     code = 1
     try:
         try:
-            found = work(keep)
-            keep({**found, "state": "red" if found.get("passed") is False else "done"})
+            figures = work(keep)
+            keep({**figures, "state": "red" if figures.get("passed") is False else "done"})
         except Skipped as error:
             keep({"state": "skipped", "reason": " ".join(str(error).split())[:250]})
         except Exception as error:  # the other parts are worth having all the same
@@ -122,5 +122,5 @@ def _end(child: int) -> None:
 def _finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: they become words."""
     if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
+        return {name: _finite(item) for name, item in value.items()}
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -84,7 +84,7 @@ def peers(model: TripModel, inputs: Inputs, names: Sequence[str], threads: int |
     sigmas = torch.tensor([inputs.step.sqrt_alpha_bar]), torch.tensor([inputs.step.sqrt_one_minus_alpha_bar])
     of_fusion = (inputs.latents, inputs.first_frame, inputs.latents, *sigmas, inputs.timestep)
     with tempfile.TemporaryDirectory(prefix="trip-bench-") as folder:
-        made = {}
+        ready = {}
         for name in names:
             try:
                 note(f"{name}: preparing")
@@ -92,8 +92,8 @@ def peers(model: TripModel, inputs: Inputs, names: Sequence[str], threads: int |
             except (ImportError, InputError) as error:
                 note(f"{name}: left out: {error}")
                 continue
-            made[name] = _peer(*networks, inputs, sigmas, about)
-        yield made
+            ready[name] = _peer(*networks, inputs, sigmas, about)
+        yield ready
 
 
 def wrong(found: np.ndarray, expected: np.ndarray) -> str:

@@ -101,10 +101,10 @@ def run(args: argparse.Namespace) -> int:
             note(f"{point}: left out: {left_out[point]}")
     figures: dict[str, Any] = {"preset": args.preset, "backend": args.backend, "machine": machine()}
     for name, wanted in axes.items():
-        found = [point for point in wanted if point in rows]
+        measured = [point for point in wanted if point in rows]
         figures[name] = {
-            "points": [dataclasses.asdict(point) | rows[point] for point in found],
-            "slopes": _slopes(name, found, rows),
+            "points": [dataclasses.asdict(point) | rows[point] for point in measured],
+            "slopes": _slopes(name, measured, rows),
         }
     figures["left_out"] = [dataclasses.asdict(point) | {"reason": reason} for point, reason in left_out.items()]
     if args.output:
@@ -120,9 +120,9 @@ def run(args: argparse.Namespace) -> int:
         }
         panels = []
         for name, label in _AXES.items():
-            found = figures[name]["points"]
-            lines = {title: [max(point[key], 1) for point in found] for key, title in drawn.items()}
-            panels.append((name, label, [_value(name, point) for point in found], lines))
+            along = figures[name]["points"]
+            lines = {title: [max(point[key], 1) for point in along] for key, title in drawn.items()}
+            panels.append((name, label, [_value(name, point) for point in along], lines))
         scaling(args.plot, panels)
     print(_table(figures))
     print(json.dumps(figures))
@@ -148,11 +148,11 @@ def _in_turn(works: dict[str, Callable[[], dict[str, float]]], seconds: float) -
     `seconds` of all."""
     figures: dict[str, float] = {}
     for name, work in works.items():
-        found = apart(lambda _, work=work: work(), seconds)
-        if found.pop("state") != "done":
-            raise LeftOut(f"{name}: {found['reason']}")
-        seconds -= found.pop("seconds")
-        figures |= found
+        result = apart(lambda _, work=work: work(), seconds)
+        if result.pop("state") != "done":
+            raise LeftOut(f"{name}: {result['reason']}")
+        seconds -= result.pop("seconds")
+        figures |= result
     return figures
 
 
@@ -240,8 +240,8 @@ def _table(figures: dict[str, Any]) -> str:
             lines.append(f"{row}{slopes['decode_growth_mb']:>13.2f}")
         lines.append("")
     lines += [
-        f"left out: {Point(*(one[name] for name in ('frames', 'size', 'batch')))}: {one['reason']}"
-        for one in figures["left_out"]
+        f"left out: {Point(*(point[name] for name in ('frames', 'size', 'batch')))}: {point['reason']}"
+        for point in figures["left_out"]
     ]
     return "\n".join(lines)
 

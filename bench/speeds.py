@@ -71,9 +71,9 @@ def run(args: argparse.Namespace) -> int:
     ways = {name: WAYS[name] for name in dict.fromkeys(["exact", *names])}
     with Animator(args.bundle, args.backend, options=EngineOptions(threads=args.threads)) as animator:
         if animator.config.width != animator.config.height:
-            found = f"{animator.config.width}x{animator.config.height}"
+            size = f"{animator.config.width}x{animator.config.height}"
             raise InputError(
-                f"found pictures of {found}, expected square ones, by which clips are judged; export the bundle so"
+                f"found pictures of {size}, expected square ones, by which clips are judged; export the bundle so"
             )
         figures = {"clips": args.clips, "machine": machine(), "engine": animator.describe()}
         figures["ways"] = measure(animator, ways, args.clips)
@@ -103,7 +103,7 @@ def measure(animator: Animator, ways: dict[str, Speed], clips: int) -> dict[str,
             if seed >= 0:  # the first one warms up
                 exact_seconds = seconds if name == "exact" else rows["exact"][-1][0]
                 rows[name].append((seconds, exact_seconds / seconds, likeness, checks["motion"], all(checks.values())))
-    return {name: _summary(ways[name], found) for name, found in rows.items()}
+    return {name: _summary(ways[name], clips_of_way) for name, clips_of_way in rows.items()}
 
 
 def _summary(speed: Speed, rows: list[tuple[float, float, float, bool, bool]]) -> dict[str, Any]:

@@ -70,5 +70,5 @@ def _openvino_arithmetic() -> list[str]:
     """What OpenVINO says that this CPU computes in natively, BF16 perhaps among it."""
     import openvino
 
-    found = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    return sorted(name for name in found if name in ("FP32", "BF16", "FP16", "INT8"))
+    capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return sorted(name for name in capabilities if name in ("FP32", "BF16", "FP16", "INT8"))

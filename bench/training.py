@@ -97,8 +97,8 @@ def loader_speed(preset: str, data: Path, tokenizer_json: str, batch: int, worke
     for _ in range(skipped):
         next(loader)
     began, count = time.perf_counter(), 0
-    for found in loader:
-        count += len(found["frames"])
+    for tensors in loader:
+        count += len(tensors["frames"])
     return count / (time.perf_counter() - began)
 
 

@@ -65,7 +65,7 @@ def parity(context: Context) -> dict[str, Any]:
     passed = True
     for label, (config, batch) in cases.items():
         for precision in DTYPES:
-            results: dict[str, Any] = {}
+            row: dict[str, Any] = {}
             checks = {
                 "fuse_noise": partial(fuse_noise_error, config, batch, precision, context.device),
                 "fused_step": partial(fused_step_error, config, batch, precision, context.device),
@@ -79,12 +79,12 @@ def parity(context: Context) -> dict[str, Any]:
                 bound = 1e-4 if name == "gradient" else BOUNDS[precision]  # a gradient sums over all pixels in fp32
                 try:
                     error = check()
-                    results[name] = "not run: found no GPU" if error is None else error
+                    row[name] = "not run: found no GPU" if error is None else error
                     passed &= error is None or error <= bound
                 except Exception as error:
-                    results[name] = one_line(error)
+                    row[name] = one_line(error)
                     passed = False
-            errors[f"{label}, {precision}"] = results
+            errors[f"{label}, {precision}"] = row
             context.keep({"errors": errors, "passed": passed})
     return {"errors": errors, "passed": passed}
 

@@ -33,9 +33,9 @@ def demo_loop(context: Context) -> dict[str, Any]:
     model, name = _demo_model(context)
     figures: dict[str, Any] = {"model": name, "passed": True}
     for precision in FLOORS:
-        found = _loop_parity(context, model, precision)
-        figures[precision] = found
-        figures["passed"] &= all(value >= FLOORS[precision] for label, value in found.items() if label.endswith("dB"))
+        parity = _loop_parity(context, model, precision)
+        figures[precision] = parity
+        figures["passed"] &= all(value >= FLOORS[precision] for label, value in parity.items() if label.endswith("dB"))
         context.keep(figures)
     return figures
 
@@ -68,10 +68,10 @@ def inductor(context: Context) -> dict[str, Any]:
             name: InductorEngine.open(context.folder / spec.file, spec, options, device) for name, spec in specs.items()
         }
 
-    found = _loop_parity(context, model, "fp32", compiled)
+    parity = _loop_parity(context, model, "fp32", compiled)
     return {
-        "fp32": found,
-        "passed": all(value >= FLOORS["fp32"] for label, value in found.items() if label.endswith("dB")),
+        "fp32": parity,
+        "passed": all(value >= FLOORS["fp32"] for label, value in parity.items() if label.endswith("dB")),
     }
 
 

@@ -38,11 +38,11 @@ class _Method:
         given = [tensor.to(self.dtype) if tensor.is_floating_point() else tensor for tensor in inputs]
         if self.name == "text_projection":
             return given
-        made = [getattr(self.model, METHODS[self.name])(*given)]
+        outputs = [getattr(self.model, METHODS[self.name])(*given)]
         return (
-            [*made, torch.zeros(len(given[0]), *_FEATURES_SHAPE, device=given[0].device)]
+            [*outputs, torch.zeros(len(given[0]), *_FEATURES_SHAPE, device=given[0].device)]
             if self.name == "unet"
-            else made
+            else outputs
         )
 
 

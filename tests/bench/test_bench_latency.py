@@ -35,7 +35,7 @@ def bench(script, *arguments):
 def test_rivals_take_turns_and_the_first_rounds_only_warm_up():
     calls = []
     seconds = interleaved({name: lambda name=name: calls.append(name) for name in "abc"}, rounds=2, warm_ups=1)
-    assert "".join(calls) == "abc" + "bca" + "cab" and {name: len(found) for name, found in seconds.items()} == {
+    assert "".join(calls) == "abc" + "bca" + "cab" and {name: len(values) for name, values in seconds.items()} == {
         "a": 2,
         "b": 2,
         "c": 2,
