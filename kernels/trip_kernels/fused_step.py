@@ -14,7 +14,8 @@ from trip_kernels.fuse_noise import shape_of
 from trip_kernels.packing import pack, weight_layout
 from trip_kernels.tile_choices import Tile, tile_choices
 from trip_kernels.tnf_tile import fused_noise, load_tile
-from trip_rt.sampling.step_table import COLUMNS
+from trip_rt.sampling.step import History, advance, guide, hold_first_frame
+from trip_rt.sampling.step_table import COLUMNS, steps_of_row
 
 if TYPE_CHECKING:
     from torch import nn
@@ -201,19 +202,14 @@ def fused_step_ref(
     before left (trip_rt/sampling/step.py); timestep int64 [1]; table fp32 [rows, len(COLUMNS)]; step int32 [1], the row
     of the table to do (trip_rt/sampling/step_table.py).
     """
-    row = dict(zip(COLUMNS, table[int(step)].to(latents.dtype), strict=True))
-    signal, sigma, guidance = row["sqrt_alpha_bar"], row["sqrt_one_minus_alpha_bar"], row["guidance_scale"]
-    noise = fusion(latents, first_frame, residual_noise, signal[None], sigma[None], row["timestep"][None].long())
-    unconditional, conditional = noise.chunk(2)
-    before, guided = latents.chunk(2)[0], unconditional + guidance * (conditional - unconditional)
-    terms = torch.stack([before, guided, *history])
-    following, corrected = (
-        torch.tensordot(torch.stack([row[name] for name in COLUMNS if name.startswith(update)]), terms, 1)
-        for update in ("latents_", "corrected_")
-    )
-    history.copy_(torch.stack([corrected, (before - sigma * guided) / signal, history[1]]))
-    next_signal, next_sigma = row["next_sqrt_alpha_bar"], row["next_sqrt_one_minus_alpha_bar"]
-    following[:, :, 0] = next_signal * first_frame.chunk(2)[0] + next_sigma * first_noise
-    latents.copy_(torch.cat([following, following]))
-    timestep.fill_(int(row["next_timestep"]))
+    now, following = steps_of_row(table[int(step)].tolist())
+    values = now.sqrt_alpha_bar, now.sqrt_one_minus_alpha_bar, now.timestep
+    signal, sigma, t = (torch.tensor([value], device=latents.device) for value in values)
+    noise = fusion(latents, first_frame, residual_noise, signal.to(latents.dtype), sigma.to(latents.dtype), t)
+    batch = len(first_noise)
+    moved, left = advance(now, latents[:batch], guide(now, noise, batch), History(*history))
+    hold_first_frame(following, moved, first_frame[:batch], first_noise)
+    history.copy_(torch.stack([torch.zeros_like(moved) if kept is None else kept for kept in left]))
+    latents.copy_(torch.cat([moved, moved]))
+    timestep.fill_(following.timestep)
     step += 1

@@ -24,7 +24,6 @@ from trip_rt.bundle import open_bundle
 from trip_rt.devices import Buffer, open_device
 from trip_rt.errors import EngineError
 from trip_rt.fused_step import fitting
-from trip_rt.manifest import parse, serialise
 
 PROMPT = "a red ball rolls to the right"
 PIXELS = 16  # a program

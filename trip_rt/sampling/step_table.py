@@ -36,3 +36,16 @@ def step_table(steps: Sequence[Step]) -> NDArray[np.float32]:
     for point, step, landing in zip(points, steps, landings[1:], strict=True):
         rows.append((*point, step.guidance_scale, *step.latents, *step.corrected, *landing))
     return np.array(rows, np.float32)
+
+
+def steps_of_row(row: Sequence[float]) -> tuple[Step, Step]:
+    """The step of a table's row and the step after it, of which a row says where it starts and no more."""
+    values = dict(zip(COLUMNS, row, strict=True))
+
+    def start(prefix: str) -> tuple[int, float, float]:
+        timestep, signal, sigma = (values[f"{prefix}{name}"] for name in COLUMNS[:3])
+        return int(timestep), signal, sigma
+
+    latents, corrected = (tuple(values[f"{of}_{term}"] for term in _TERMS) for of in ("latents", "corrected"))
+    nothing = (0.0,) * 5
+    return Step(*start(""), latents, corrected, values["guidance_scale"]), Step(*start("next_"), nothing, nothing)  # type: ignore[arg-type]
