@@ -23,16 +23,6 @@ MAX_FILE_MEGABYTES = 256
 MIN_SIDE = 8
 
 Fit = Literal["crop", "letterbox"]
-# What turns a picture upright, by its EXIF orientation.
-_TRANSPOSES = {
-    2: "FLIP_LEFT_RIGHT",
-    3: "ROTATE_180",
-    4: "FLIP_TOP_BOTTOM",
-    5: "TRANSPOSE",
-    6: "ROTATE_270",
-    7: "TRANSVERSE",
-    8: "ROTATE_90",
-}
 _EXPECTED = f"expected a picture file ({', '.join(ACCEPTED_FORMATS)})"
 
 
@@ -212,42 +202,31 @@ def _damaged(name: str, error: Exception) -> InputError:
 
 
 def _fitted(image: Image.Image, name: str, height: int, width: int, fit: Fit) -> NDArray[np.uint8]:
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     _check_size(name, *image.size)
     try:
         image.load()
-        orientation = image.getexif().get(0x0112)
+        image = ImageOps.exif_transpose(image)
     except Exception as error:  # as in _open
         raise _damaged(name, error) from error
     image = _eight_bit(image, name)
-    if orientation in _TRANSPOSES:
-        image = image.transpose(Image.Transpose[_TRANSPOSES[orientation]])
-    source_width, source_height = image.size
     if fit == "crop":
-        # Sides of the largest centred box of the target's aspect; fractions of a pixel are kept, so nothing is
-        # stretched.
-        box_width, box_height = (
-            min(source_width, source_height * width / height),
-            min(source_height, source_width * height / width),
-        )
-        left, top = (source_width - box_width) / 2, (source_height - box_height) / 2
-        size, box = (width, height), (left, top, left + box_width, top + box_height)
+        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     else:
-        ratio = min(width / source_width, height / source_height)
-        size = (max(1, round(source_width * ratio)), max(1, round(source_height * ratio)))
-        box = (0.0, 0.0, float(source_width), float(source_height))
-    image = image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+        ratio = min(width / image.width, height / image.height)
+        size = max(1, round(image.width * ratio)), max(1, round(image.height * ratio))
+        image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
     if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", size, (255, 255, 255, 255)), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
     pixels = np.array(image.convert("RGB"))  # [h, w, 3]
-    if pixels.shape[:2] == (height, width):
+    if fit == "crop":
         return pixels
     border = np.concatenate([pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]])
     canvas = np.empty((height, width, 3), np.uint8)
     canvas[:] = np.rint(border.mean(0))
-    top, left = (height - size[1]) // 2, (width - size[0]) // 2
-    canvas[top : top + size[1], left : left + size[0]] = pixels
+    top, left = (height - image.height) // 2, (width - image.width) // 2
+    canvas[top : top + image.height, left : left + image.width] = pixels
     return canvas
 
 

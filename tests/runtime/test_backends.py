@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from trip_rt import InputError, backends
-from trip_rt.backends import EngineOptions, choose, engine_class
+from trip_rt.backends import EngineOptions, choose, engine_class, onnxruntime
 from trip_rt.bundle import open_bundle
 
 
@@ -123,3 +123,11 @@ except KeyboardInterrupt:
 """
     ran = subprocess.run([sys.executable, "-c", code, str(tiny_bundle)], capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (0, "interrupted\n"), ran
+
+
+def test_both_packages_of_onnxruntime_are_refused(monkeypatch, profile):
+    monkeypatch.setattr(onnxruntime, "_is_installed", lambda package: True)
+    with pytest.raises(InputError, match=r"found onnxruntime and onnxruntime-gpu installed together.*pip uninstall"):
+        choose(profile, "onnxruntime")
+    chosen, reason = choose(profile, "auto", EngineOptions(device="cpu"))
+    assert chosen == "openvino" and "installed together" in reason

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from trip_rt.devices import Buffer, Device, Kind, Work, open_device
 from trip_rt.errors import InputError
 from trip_rt.manifest import EngineSpec
 
+PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 _LONG_CALL = 100  # GFLOP, some tenths of a second on a CPU
 
 
@@ -32,6 +35,7 @@ class OnnxRuntimeEngine(Engine):
     @classmethod
     def probe(cls, spec: EngineSpec, options: EngineOptions) -> Kind:
         onnxruntime = _library()
+        _refuse_both()
         # The package may know CUDA on a machine that has none; whether a session takes it shows when it opens.
         if (
             options.device != "cpu"
@@ -121,9 +125,31 @@ def _has_gpu(onnxruntime: Any) -> bool:
     return True
 
 
+def _refuse_both() -> None:
+    """The packages for CPUs and for GPUs hold files of the same names: the later one overwrites part of the other."""
+    installed = [name for name in PACKAGES if _is_installed(name)]
+    if len(installed) > 1:
+        names = " ".join(installed)
+        raise InputError(
+            f"onnxruntime: found {' and '.join(installed)} installed together, expected one of them, as each overwrites"
+            f" the other's files; pip uninstall {names}, then pip install trip-rt[onnxruntime] or trip-rt[gpu]"
+        )
+
+
+@cache
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def _library() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise InputError("onnxruntime: the package is not installed; pip install onnxruntime") from error
+        raise InputError(
+            "onnxruntime: the package is not installed; pip install trip-rt[onnxruntime], or trip-rt[gpu] for a GPU"
+        ) from error
     return onnxruntime
