@@ -89,11 +89,12 @@ class EngineNetworks:
         self._coefficients = {
             name: device.zeros("float32", (1,)) for name in ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar")
         }
+        self._latents = halves(buffers.latents)
         self._tnf: dict[bool, tuple[Work, Buffer]] = {}
         self._fusion(True)
 
     def unet(self, step: Step, latents: Array) -> None:
-        for half in halves(self._buffers.latents):
+        for half in self._latents:
             self._device.write(half, latents)
         self._device.write(self._buffers.timestep, np.array([step.timestep]))
         self._unet.kind(step.guided, step.shallow)()

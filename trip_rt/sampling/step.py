@@ -69,5 +69,12 @@ def advance(step: Step, latents: Any, noise: Any, history: History) -> tuple[Any
 
 def _combine(coefficients: Coefficients, terms: Sequence[Any]) -> Any:
     """Σ c·x over the terms whose coefficient is not 0; None where all are."""
-    parts = [c * term for c, term in zip(coefficients, terms, strict=True) if c != 0]
-    return sum(parts[1:], start=parts[0]) if parts else None
+    total = None
+    for coefficient, term in zip(coefficients, terms, strict=True):
+        if coefficient == 0:
+            continue
+        if total is None:
+            total = coefficient * term
+        else:
+            total += coefficient * term
+    return total
