@@ -14,7 +14,18 @@ from own_process import Skipped, missing, one_line, require
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpu.cases import DTYPES, FLOORS, ROOT, TINY, Context, build_kernels, random_fusion, steady_table
+from gpu.cases import (
+    DTYPES,
+    FLOORS,
+    ROOT,
+    TINY,
+    Context,
+    build_kernels,
+    random_fusion,
+    reference_step,
+    steady_table,
+    step_tensors,
+)
 from gpu.clock import Marks, beats_ceiling, ceilings, interleaved
 from gpu.torch_engines import StandIn, profile_of, torch_engines
 from trip_reference.presets import DEMO
@@ -157,11 +168,18 @@ def full_loop(context: Context) -> dict[str, Any]:
 def _shares(
     context: Context, config: TripConfig, pipeline: Pipeline, engine: Any, device: Any, stream: Any
 ) -> dict[str, Any]:
-    """A step's parts by themselves and together, as graphs, over and over at one timestep."""
+    """A step's parts by themselves and together, as graphs, over and over at one timestep. On a host, where no fused
+    kernel runs, eager torch stands in for it."""
     buffers, after = pipeline.buffers, pipeline.fused_step
-    device.write(after.own.table, steady_table(config).numpy())
     device.write(buffers.timestep, np.array([500], np.int64))
-    device.write(after.own.step, np.zeros(1, np.int32))
+    if after:
+        device.write(after.own.table, steady_table(config).numpy())
+        device.write(after.own.step, np.zeros(1, np.int32))
+    elif context.dry:
+        tensors = step_tensors(config, 1, "cpu") | {"table": steady_table(config)}
+        after = partial(reference_step, random_fusion(config, "cpu"), **tensors)
+    else:
+        raise RuntimeError(f"found {pipeline.after_unet} after the UNet, expected the fused kernel")
     unet = engine.bind(
         {tensor.name: getattr(buffers, tensor.name) for tensor in (*engine.spec.inputs, *engine.spec.outputs)}
     )
