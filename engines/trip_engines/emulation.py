@@ -23,7 +23,7 @@ from trip_rt.backends.base import HostEngine
 from trip_rt.devices import Device, Kind, open_device
 from trip_rt.manifest import EngineSpec
 
-# Data movement has no arithmetic: it runs in whatever precision its data has, and rounds nothing.
+# Data movement has no arithmetic: it runs in the precision of its data, and rounds nothing.
 MOVEMENT = frozenset(
     [
         "Reshape",
@@ -46,13 +46,13 @@ LARGEST = {"FLOAT16": 65504.0, "BFLOAT16": 3.39e38, "FLOAT": 3.4e38}
 _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _FLOATS = (*_HALF, ir.DataType.FLOAT)
 _PEAK = "largest of "
-MASKED = 1e30  # in a constant: minus infinity is meant, and becomes it in any half precision without harm
+MASKED = 1e30  # constants beyond this stand for minus infinity, and become it in half precision without harm
 _LARGEST_MASK = 1 << 24  # bytes; weights are larger, and costly to search
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The largest absolute number that a node gave, before rounding; NaN where it gave any NaN or infinity."""
+    """The largest absolute value of a node's output, before rounding; NaN where the output holds NaN or infinity."""
 
     node: str
     dtype: str

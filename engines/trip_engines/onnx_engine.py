@@ -36,15 +36,15 @@ def to_precision(
         return graph, {}
     if like is None:
         policy = choose_precision(graph, precision, samples, note)
-        fp32, described = policy.fp32, policy.to_json()
+        fp32, policy_json = policy.fp32, policy.to_json()
     else:
-        fp32, described = tuple(map(Group.named, like["kept_fp32"])), dict(like)
+        fp32, policy_json = tuple(map(Group.named, like["kept_fp32"])), dict(like)
     model = typed_graph(ir.load(graph), precision, fp32)
     fold_weights(model)
     typed = graph.parent / precision / graph.name
     typed.parent.mkdir(exist_ok=True)
     ir.save(model, typed, external_data=typed.with_suffix(".weights").name, size_threshold_bytes=EXTERNAL_FROM)
-    return typed, described
+    return typed, policy_json
 
 
 def finish_onnx_engine(graph: Path, destination: Path, like: Path | None = None) -> tuple[str, ...]:
@@ -78,29 +78,29 @@ def finish_onnx_engine(graph: Path, destination: Path, like: Path | None = None)
 
 
 def _shared(model: onnx.ModelProto, folder: Path, like: Path) -> str | None:
-    """Have `model` refer to the weights file of the graph `like`, whose name is returned; None where that lacks some of
-    its weights."""
-    there, own = _regions(onnx.load(like, load_external_data=False), like.parent), _regions(model, folder)
-    if not own.keys() <= there.keys():
+    """Make `model` refer to the weights file of the graph `like` and return the file's name; None where that file lacks
+    some of its weights."""
+    theirs, own = _regions(onnx.load(like, load_external_data=False), like.parent), _regions(model, folder)
+    if not own.keys() <= theirs.keys():
         return None
     for digest, tensors in own.items():
         for tensor in tensors:
             del tensor.external_data[:]
-            tensor.external_data.extend(there[digest][0].external_data)
+            tensor.external_data.extend(theirs[digest][0].external_data)
     (name,) = {
-        entry.value for tensors in there.values() for entry in tensors[0].external_data if entry.key == "location"
+        entry.value for tensors in theirs.values() for entry in tensors[0].external_data if entry.key == "location"
     }
     return str(name)
 
 
 def _regions(model: onnx.ModelProto, folder: Path) -> dict[str, list[onnx.TensorProto]]:
     """The initialisers that lie in a file of `folder`, by the hash of their bytes there."""
-    found: dict[str, list[onnx.TensorProto]] = {}
+    regions: dict[str, list[onnx.TensorProto]] = {}
     for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             place = {entry.key: entry.value for entry in tensor.external_data}
             region = np.memmap(
                 folder / place["location"], np.uint8, "r", int(place.get("offset", 0)), (int(place["length"]),)
             )
-            found.setdefault(hashlib.sha256(region.data).hexdigest(), []).append(tensor)
-    return found
+            regions.setdefault(hashlib.sha256(region.data).hexdigest(), []).append(tensor)
+    return regions

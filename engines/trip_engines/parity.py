@@ -14,8 +14,8 @@ from trip_rt.accuracy import psnr, relative_errors
 from trip_rt.animator import Animator
 from trip_rt.components import ALL
 
-# A bf16 number has three bits fewer than an fp16 one, so its rounding is 8 times as coarse; a clip has to come out as
-# well as in fp16 all the same.
+# bf16 has three bits of mantissa fewer than fp16, so it rounds 8 times as coarsely. The clip must be as good all the
+# same.
 MAX_COMPONENT_RMS = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2}
 MIN_LOOP_PSNR = {"fp32": 60.0, "fp16": 40.0, "bf16": 40.0}
 
@@ -89,15 +89,15 @@ def measure(animator: Animator, reference: Reference, precision: str, measured_o
     }
     steps = reference.num_inference_steps
     with tqdm(total=steps, desc="parity", unit="step", disable=None, leave=False) as bar:
-        found = animator.latents(
+        latents = animator.latents(
             reference.pictures,
             reference.prompts,
             reference.seeds,
             num_inference_steps=steps,
             on_step=lambda done, total: bar.update(),
         )
-    frames = np.concatenate(list(animator.decode_pixels(found[0])))
-    latents_psnr = psnr(found, reference.latents, float(np.ptp(reference.latents)))
+    frames = np.concatenate(list(animator.decode_pixels(latents[0])))
+    latents_psnr = psnr(latents, reference.latents, float(np.ptp(reference.latents)))
     frames_psnr = psnr(frames, reference.frames, 2.0)
     passed = (
         all(c.rms_error <= MAX_COMPONENT_RMS[precision] for c in figures.values())

@@ -34,9 +34,9 @@ _KINDS = {
     "Softmax": "softmax",
 }
 _NORMALISATIONS = frozenset(["InstanceNormalization", "LayerNormalization", "GroupNormalization", "BatchNormalization"])
-# What tensor cores do is what half precision is for, so these go to fp32 last.
+# Half precision is for tensor cores, and these are what tensor cores do: they go back to fp32 last.
 _HEAVY = ("convolution", "matrix product")
-_CLOSE = 0.8  # of the parity bound: what is measured on a few samples has to hold on others
+_CLOSE = 0.8  # of the parity bound, since figures of a few samples must hold for others too
 _SAMPLES = 3
 
 
@@ -53,16 +53,19 @@ class Group:
 
     @staticmethod
     def named(name: str) -> Group:
-        """The group that is written so."""
+        """The group whose `str` is `name`."""
         kind, _, block = name.partition(" in ")
         return Group(kind, block or None)
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Which groups stay fp32, and the figures that say why: RMS errors relative to the reference, of all the rest in
-    half precision, and of each kind in half precision alone; `largest` is the largest number a half-precision value had
-    to hold, and where."""
+    """Which groups stay fp32, and the figures behind that choice.
+
+    `error` is the RMS error relative to the reference with all other groups in half precision, `errors_alone` the same
+    with one kind in half precision alone. `largest` names the node with the largest half-precision value, and that
+    value.
+    """
 
     fp32: tuple[Group, ...]
     error: float
@@ -148,7 +151,7 @@ def _blocks(
     graph: Path, kind: str, kinds: Sequence[str], error_of: Callable[[Sequence[Group]], Policy]
 ) -> list[tuple[Group, float]]:
     """The blocks that have nodes of a kind, and the error of each alone in half precision, the worst first."""
-    blocks = sorted({block for found, block in _groups(ir.load(graph)).values() if found == kind})
+    blocks = sorted({block for node_kind, block in _groups(ir.load(graph)).values() if node_kind == kind})
     others = [Group(other) for other in kinds if other != kind]
     errors = []
     for block in blocks:
@@ -160,18 +163,17 @@ def _blocks(
 def _measure(graph: Path, precision: str, fp32: tuple[Group, ...], samples: Sequence[Sample]) -> Policy:
     candidate = graph.with_name(f"candidate-{graph.name}")
     try:
-        ir.save(
-            typed_graph(ir.load(graph), precision, fp32), candidate
-        )  # its weights stay where they are, cast in the graph
+        # The weights stay in their file; the graph casts them.
+        ir.save(typed_graph(ir.load(graph), precision, fp32), candidate)
         emulation = Emulation(candidate)
     finally:
         candidate.unlink(missing_ok=True)
     error, largest = 0.0, ("", 0.0)
     for sample in samples:
-        (found, *_), peaks = emulation.run_watched(sample.inputs)
+        (output, *_), peaks = emulation.run_watched(sample.inputs)
         if overflow := next((peak for peak in peaks if not peak.fits), None):
             return Policy(fp32, NOT_A_NUMBER, {}, (overflow.node, overflow.value))
-        error = max(error, relative_errors(found, sample.output)[1])
+        error = max(error, relative_errors(output, sample.output)[1])
         halves = [(peak.node, peak.value) for peak in peaks if peak.dtype == HALF[precision].name]
         largest = max([largest, *halves], key=lambda row: row[1])
     return Policy(fp32, error, {}, largest)
@@ -263,13 +265,13 @@ def _cast_tensor(tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.LazyTensor
 def _groups(model: ir.Model) -> dict[ir.Node, tuple[str, str]]:
     """Kind and block of every node."""
     only_time = {value for value in model.graph.inputs if value.name == "timestep"}
-    found = {}
+    groups = {}
     for node in model.graph:
         sources = [value for value in node.inputs if value is not None and not value.is_initializer()]
         if sources and all(value in only_time for value in sources):
             only_time.update(node.outputs)
-        found[node] = (_kind(node, bool(sources) and node.outputs[0] in only_time), _block(node.name or ""))
-    return found
+        groups[node] = (_kind(node, bool(sources) and node.outputs[0] in only_time), _block(node.name or ""))
+    return groups
 
 
 def _kind(node: ir.Node, is_time: bool) -> str:

@@ -1,4 +1,4 @@
-"""A file of the PyTorch model's inputs and outputs, so that engines can be compared with it where PyTorch is not."""
+"""A file of the PyTorch model's inputs and outputs, so that engines can be compared with it without PyTorch."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ _PRECISIONS = {
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How a plan is built beyond what its graph says; InputError where a number is out of range.
+    """Options of a build, besides the graph itself; InputError where a number is out of range.
 
     `workspace_gb` (GiB) caps one layer's scratch memory: uncapped, a UNet with temporal layers can run the builder out
     of memory. `optimization_level` is 0 (quick) to 5 (thorough). `timing_cache` is a file of measured kernels, read and
@@ -81,12 +81,11 @@ def build_engine(
     with (
         tqdm(desc=f"build {plan.name}", unit="step", disable=None, leave=False) as bar,
         _polygraphy_errors() as errors,
-        # TensorRT calls back from any thread, Ctrl-C reaches only the main one: that waits here and tells the builder
-        # through `cancelled`.
+        # Ctrl-C reaches only the main thread. It waits here, and tells the builder's thread through `cancelled`.
         ThreadPoolExecutor(1) as pool,
     ):
         try:
-            data, found = pool.submit(_build, trt, graph, options, _monitor(trt, bar, cancelled)).result()
+            data, precisions = pool.submit(_build, trt, graph, options, _monitor(trt, bar, cancelled)).result()
         except KeyboardInterrupt:  # even while the thread is being started
             cancelled.set()
             raise
@@ -94,7 +93,7 @@ def build_engine(
             raise
         except Exception as error:  # Polygraphy's own, and pybind11's TypeError and MemoryError
             raise explain([*errors, str(error)], graph) from error
-    note(check_precisions(contraction_precisions(graph), found, graph.name))
+    note(check_precisions(contraction_precisions(graph), precisions, graph.name))
     with whole_file(plan) as part:
         part.write_bytes(data)
     return built_for
@@ -130,9 +129,8 @@ def layer_precisions(information: str) -> Counter[str]:
     known as one, all but reformats and constants. Empty where the JSON says nothing of types.
     """
     try:
-        layers = json.loads(information, strict=False)[
-            "Layers"
-        ]  # not strict: TensorRT parts names in Metadata by control characters
+        # Not strict: TensorRT separates the names in Metadata by control characters.
+        layers = json.loads(information, strict=False)["Layers"]
     except (ValueError, KeyError, TypeError):
         return Counter()
     detailed = [
@@ -219,10 +217,10 @@ def _loader(trt: Any, graph: Path, options: BuildOptions, monitor: Any) -> Any:
         builder_optimization_level=options.optimization_level,
         refittable=options.refittable,
         version_compatible=options.version_compatible,
-        # It is host code inside the plan, which trip_rt does not allow to run.
+        # The lean runtime is host code inside the plan, which trip_rt does not allow to run.
         exclude_lean_runtime=options.version_compatible,
         hardware_compatibility_level=None if options.hardware_compatibility == "none" else level,
-        profiling_verbosity=trt.ProfilingVerbosity.DETAILED,  # or the inspector tells no types
+        profiling_verbosity=trt.ProfilingVerbosity.DETAILED,  # without it the inspector reports no types
         load_timing_cache=str(cache) if cache and cache.exists() else None,
         progress_monitor=monitor,
     )
@@ -264,12 +262,12 @@ class _Progress:
 
 
 def _precision(layer: Mapping[str, Any]) -> str | None:
-    described = [layer.get("Weights")]
+    tensors = [layer.get("Weights")]
     for side in ("Inputs", "Outputs"):
-        described += layer.get(side) or []
+        tensors += layer.get(side) or []
         types = " ".join(
             str(item.get(key, ""))
-            for item in described
+            for item in tensors
             if isinstance(item, dict)
             for key in ("Format/Datatype", "Datatype", "Type")
         )

@@ -1,5 +1,5 @@
-"""What TensorRT's ONNX parser will make of a graph, told without TensorRT: operators and types outside its documented
-table."""
+"""Predicts, without TensorRT, what its ONNX parser will not take: operators and types that its documented table
+lacks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TYPES = {
     "FLOAT16": "FP16",
     "BFLOAT16": "BF16",
     "FLOAT8E4M3FN": "FP8",
-}  # the rest is named alike in ONNX and the table
+}  # other types have the same name in ONNX and in the table
 _CONTRACTIONS = {"Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul"}
 
 
@@ -48,13 +48,13 @@ def unsupported(graph: Path) -> list[str]:
 
 def contraction_precisions(graph: Path) -> set[str]:
     """The types among FP32, FP16 and BF16 in which the ONNX file declares its convolutions and matrix products."""
-    found = {
+    declared = {
         types.get(name)
         for node, types in _nodes(_load(graph).graph, {})
         if node.op_type in _CONTRACTIONS
         for name in node.input
     }
-    return {name for name in ("FP32", "FP16", "BF16") if name in found}
+    return {name for name in ("FP32", "FP16", "BF16") if name in declared}
 
 
 def _problems(node: Any, types: Mapping[str, str], opset: int) -> set[str]:
@@ -63,22 +63,22 @@ def _problems(node: Any, types: Mapping[str, str], opset: int) -> set[str]:
     allowed = _table().get(node.op_type)
     if allowed is None:
         return {f"{node.op_type}: not supported"}
-    found = {types[name] for name in _data(node, opset) if name in types}
-    return {f"{node.op_type} of {name}: supported for {', '.join(allowed)}" for name in found - set(allowed)}
+    used = {types[name] for name in _data(node, opset) if name in types}
+    return {f"{node.op_type} of {name}: supported for {', '.join(allowed)}" for name in used - set(allowed)}
 
 
 def _data(node: Any, opset: int) -> list[str]:
-    """The values of a node that the table's types speak of."""
+    """The values of a node whose types the table restricts."""
     try:
         schema = defs.get_schema(node.op_type, opset, "")
-    except defs.SchemaError:  # an operator of old, which the table still has
+    except defs.SchemaError:  # an operator that ONNX has dropped and the table still lists
         return [*node.input, *node.output]
     choices = {constraint.type_param_str: len(constraint.allowed_type_strs) for constraint in schema.type_constraints}
     values = [(_variable(schema.inputs, index), name) for index, name in enumerate(node.input)]
     values += [(_variable(schema.outputs, index), name) for index, name in enumerate(node.output)]
     main = next((variable for variable, _ in values if choices.get(variable, 1) > 1), None)
-    made = list(node.output) if node.op_type in ("Cast", "CastLike") else []
-    return [name for variable, name in values if variable == main] + made
+    cast_outputs = list(node.output) if node.op_type in ("Cast", "CastLike") else []
+    return [name for variable, name in values if variable == main] + cast_outputs
 
 
 def _variable(parameters: Any, index: int) -> str:

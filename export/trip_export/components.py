@@ -17,8 +17,8 @@ from trip_rt.config import TripConfig
 
 @dataclass(frozen=True)
 class Component:
-    """One graph to be: `module(*inputs)` takes the named tensors in order and gives those called `outputs`, one by
-    itself or several as a tuple."""
+    """What becomes one graph: `module(*inputs)` takes the named tensors in order and returns those named in `outputs`,
+    a single one or a tuple."""
 
     name: str
     module: nn.Module
@@ -66,11 +66,11 @@ def signatures(model: TripModel, batch: int, decode_frames: int) -> dict[str, Si
 
 
 def context_width(model: TripModel) -> int:
-    """How many numbers all cross-attentions' keys and values of a token are."""
+    """How many numbers the keys and values of one token have in all cross-attentions together."""
     return sum(
         projection.out_features
-        for one in cross_attentions(model.residual_unet.unet)
-        for projection in (one.to_k, one.to_v)
+        for attention in cross_attentions(model.residual_unet.unet)
+        for projection in (attention.to_k, attention.to_v)
     )
 
 

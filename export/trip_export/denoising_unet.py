@@ -27,7 +27,7 @@ class TextProjection(nn.Module):
     def __init__(self, unet: UNet3DConditionModel):
         super().__init__()
         self.projections = nn.ModuleList(
-            projection for one in cross_attentions(unet) for projection in (one.to_k, one.to_v)
+            projection for attention in cross_attentions(unet) for projection in (attention.to_k, attention.to_v)
         )
 
     def forward(self, text: Tensor) -> Tensor:
@@ -65,9 +65,9 @@ class DenoisingUNet(nn.Module):
         time = unet.time_embedding(unet.time_proj(timestep))  # [1, width], the same for all clips and frames
         x = with_first_frame(latents, first_frame, self.first_frame).transpose(1, 2)  # [B, F', C, h, w]
         frames = x.shape[1]
-        x = unet.transformer_in(unet.conv_in(x.flatten(0, 1)), num_frames=frames, return_dict=False)[
-            0
-        ]  # [B·F', C', h, w]
+        (x,) = unet.transformer_in(
+            unet.conv_in(x.flatten(0, 1)), num_frames=frames, return_dict=False
+        )  # [B·F', C', h, w]
         skips = [x]
         last = unet.up_blocks[-1]
         if features is None:
@@ -120,7 +120,7 @@ def _layer(block: nn.Module, i: int, x: Tensor, time: Tensor, frames: int, texts
 
 
 def _as_many(x: Tensor, count: int) -> Tensor:
-    """`x` for both of guidance's halves where it is still for one of them, so that it is `count` long."""
+    """`x` at length `count`: repeated for both halves of guidance where it is still computed for one."""
     return x if len(x) == count else torch.cat([x, x])
 
 
@@ -136,8 +136,10 @@ class _TextTransformer(Transformer2DModel):
             query, (key, value) = block.attn2.to_q(block.norm2(tokens)), texts[block.attn2]
             count = len(key) * frames
             query, tokens = _as_many(query, count), _as_many(tokens, count)
-            seen = _attention(block.attn2, query.unflatten(0, (-1, frames)).flatten(1, 2), key, value)  # [B, F'·h·w, C]
-            tokens = tokens + seen.unflatten(1, (frames, -1)).flatten(0, 1)
+            attended = _attention(
+                block.attn2, query.unflatten(0, (-1, frames)).flatten(1, 2), key, value
+            )  # [B, F'·h·w, C]
+            tokens = tokens + attended.unflatten(1, (frames, -1)).flatten(0, 1)
             tokens = tokens + block.ff(block.norm3(tokens))
         if self.use_linear_projection:
             tokens = self.proj_out(tokens)
@@ -158,7 +160,7 @@ class _SplitGEGLU(nn.Module):
 
 
 def _rows(linear: nn.Linear, start: int, count: int) -> nn.Linear:
-    """Some of a layer's outputs, on the same memory."""
+    """The layer that computes `count` of `linear`'s outputs, on the same memory."""
     part = nn.Linear(linear.in_features, count, device="meta")
     part.weight, part.bias = (
         nn.Parameter(whole[start : start + count], requires_grad=False) for whole in (linear.weight, linear.bias)
@@ -167,29 +169,32 @@ def _rows(linear: nn.Linear, start: int, count: int) -> nn.Linear:
 
 
 def _attention(attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Of projected tokens, [B, n, C] to [B, L, C], and projected out."""
+    """Attention from projected tokens [B, n, C] to [B, L, C], and the output projection."""
     heads = [tokens.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for tokens in (query, key, value)]
     return attention.to_out[0](F.scaled_dot_product_attention(*heads, scale=attention.scale).transpose(1, 2).flatten(2))
 
 
 def cross_attentions(unet: UNet3DConditionModel) -> Iterator[Attention]:
-    """Those to the text, in the order in which they are met."""
+    """The cross-attentions to the text, in the order in which the network calls them."""
     for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
         for transformer in getattr(block, "attentions", ()):
-            for one in transformer.transformer_blocks:
-                yield one.attn2
+            for transformer_block in transformer.transformer_blocks:
+                yield transformer_block.attn2
 
 
 def _split(unet: UNet3DConditionModel, context: Tensor) -> Texts:
     attentions = list(cross_attentions(unet))
     parts = iter(
-        context.split([projection.out_features for one in attentions for projection in (one.to_k, one.to_v)], dim=-1)
+        context.split(
+            [projection.out_features for attention in attentions for projection in (attention.to_k, attention.to_v)],
+            dim=-1,
+        )
     )
     return dict(zip(attentions, zip(parts, parts, strict=True), strict=True))
 
 
 def _arranged(unet: UNet3DConditionModel) -> UNet3DConditionModel:
-    """Put what this file does otherwise in its place."""
+    """Replace, in place, the modules of diffusers that this file computes in another way."""
     for module in unet.modules():
         if type(module) is Transformer2DModel:
             module.__class__ = _TextTransformer

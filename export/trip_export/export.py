@@ -58,13 +58,12 @@ def export_bundle(
     """Export checkpoint `source` to the folder `bundle`.
 
     Files are named after the hash of all they are built from, so a new one never overwrites one that the present
-    manifest speaks of: the folder is a whole bundle, the old or the new, at every moment, and a rerun takes up what a
-    cut-short one finished. Components are loaded one at a time. InputError for an unusable checkpoint, shape or folder,
-    or a backend that cannot be built for here.
-    """
+    manifest speaks of: at every moment the folder is a whole bundle, the old or the new one, and a rerun takes up the
+    files that an interrupted export finished. Components are loaded one at a time. InputError for an unusable
+    checkpoint, shape or folder, or a backend that cannot be built for here."""
     plan = Plan(source, options or ExportOptions())
-    with store(bundle) as held:
-        return _Export(plan, held, note).run()
+    with store(bundle) as locked:
+        return _Export(plan, locked, note).run()
 
 
 class _Export:
@@ -78,7 +77,7 @@ class _Export:
     def run(self) -> ExportResult:
         kept = self._kept()
         if self.options.precision != "fp32":
-            _ = self.reference  # by which it is chosen what stays fp32
+            _ = self.reference  # recorded first: the choice of what stays fp32 needs it
         engines = {
             name: {backend: self._engine(name, backend) for backend in self.options.backends}
             for name in self.plan.components

@@ -47,8 +47,8 @@ def export_inductor(component: Component, path: Path, precision: str, device: st
     with (
         _building(path.parent) as folder,
         full_fp32(torch),
-        torch.no_grad(),
-    ):  # freezing takes place only without gradients
+        torch.no_grad(),  # inductor freezes weights only without gradients
+    ):
         package = folder / "engine.pt2"  # its stem is the folder that all members lie in, which the runtime knows
         aoti_compile_and_package(export_program(component, precision, device), package_path=str(package))
         with whole_file(path) as part:
@@ -124,8 +124,8 @@ def _strip(package: Path, stripped: Path) -> None:
 
 @contextlib.contextmanager
 def _building(place: Path) -> Iterator[Path]:
-    """A folder in `place` for a build, and inductor set up to work there, in silence: it speaks of its own internals,
-    and what goes wrong is raised.
+    """A folder in `place` for a build, with inductor set up to work there. Its messages are about its own internals and
+    are not shown; errors are raised.
 
     The compiler is looked for first, as inductor would miss it only after minutes.
     """

@@ -1,5 +1,5 @@
-"""The PyTorch model's own inputs and outputs on held-out pictures: what every engine is held to, and what half
-precision is chosen by."""
+"""Records the PyTorch model's inputs and outputs on held-out pictures. Every engine is compared with them, and half
+precision is chosen by them."""
 
 from __future__ import annotations
 
@@ -45,10 +45,8 @@ def record(
         )
 
     with torch.no_grad():
-        ids, pixels = (
-            torch.from_numpy(tokenizer(prompts)),
-            to_pixels(pictures).contiguous(),
-        )  # GroupNorm of channels-last is less exact
+        ids = torch.from_numpy(tokenizer(prompts))
+        pixels = to_pixels(pictures).contiguous()  # GroupNorm of channels-last is less exact
         conditional, first_frame = model.encode_text(ids), model.encode_image(pixels)
         keep("text_encoder", {"input_ids": ids}, conditional)
         keep("vae_encoder", {"image": pixels}, first_frame)
@@ -96,7 +94,7 @@ def record(
 
 
 def _conditional(inputs: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
-    """The half that steps without guidance are given."""
+    """The conditional half, which is all that a step without guidance gets."""
     return {name: tensor if tensor.ndim == 1 else tensor[batch:] for name, tensor in inputs.items()}
 
 

@@ -55,8 +55,8 @@ class Store:
         self.files[name] = file_spec(self.bundle / name)
 
     def finish(self, spec: EngineSpec | KernelSpec) -> None:
-        """Take up a finished engine's or kernel's files, and leave word of them for the rerun, should this export be
-        cut short before its end."""
+        """Add a finished engine's or kernel's files to `files`, and leave a note of them, by which a rerun finds them
+        should this export be interrupted."""
         self.files |= {name: file_spec(self.bundle / name) for name in spec.files}
         engine, kernel = (spec, None) if isinstance(spec, EngineSpec) else (None, spec)
         finished = _Finished(engine, kernel, {name: self.files[name] for name in spec.files})
@@ -74,13 +74,13 @@ class Store:
         return None
 
     def unchanged(self, name: str) -> bool:
-        """Whether a file is what the manifest says, where it says anything of it; takes the file up."""
+        """Whether a file is as the manifest says, or not in the manifest; adds it to `files`."""
         self.files[name] = file_spec(self.bundle / name)
         return self.previous is None or self.previous.files.get(name, self.files[name]) == self.files[name]
 
     def remove_others(self, files: set[str]) -> None:
-        """Remove engines of earlier exports and the word left of finished ones; anything else in the folder is not
-        ours."""
+        """Remove the engines of earlier exports and the notes of finished ones. Anything else in the folder stays: it
+        is not ours."""
         for pattern in (
             "*.onnx",
             "*.weights",

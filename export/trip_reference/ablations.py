@@ -34,8 +34,8 @@ COLUMNS = (
 def ablate(
     folder: Path, vae: Path, seeds: int, steps: int, batch: int, clips: int, judged: int, jobs: int
 ) -> list[dict[str, Any]]:
-    """Train and judge every variant with every seed, `jobs` at a time on a thread each; what `folder` has is not done
-    again.
+    """Train and judge every variant with every seed, `jobs` at a time with one thread each. Variants whose figures are
+    in `folder` are not run again.
 
     All variants see the same clips in the same order with the same noise: those depend on the seed alone.
     """
@@ -121,8 +121,8 @@ def _variant(task: tuple[Path, str, str, str, int, int, int, int, int]) -> dict[
 
     name = f"{fusion}-{first_frame}-{seed}"
     settings = {"steps": steps, "batch": batch, "clips": clips, "judged": judged}
-    found = folder / f"{name}.json"
-    if found.exists() and settings.items() <= (done := json.loads(found.read_text(encoding="utf-8"))).items():
+    path = folder / f"{name}.json"
+    if path.exists() and settings.items() <= (done := json.loads(path.read_text(encoding="utf-8"))).items():
         return done
     run = folder / name
     train_run(_config(vae, fusion, first_frame, seed, steps, batch, str(folder / "latents")), run)
@@ -139,7 +139,7 @@ def _variant(task: tuple[Path, str, str, str, int, int, int, int, int]) -> dict[
         **settings,
         "held_out_loss": loss,
     }
-    with whole_file(found) as part:
+    with whole_file(path) as part:
         part.write_text(json.dumps(result) + "\n", encoding="utf-8")
     return result
 

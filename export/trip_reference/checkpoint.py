@@ -54,7 +54,7 @@ def save_pretrained(
         model.vae.save_pretrained(draft / "vae")
         model.residual_unet.unet.save_pretrained(draft / "unet")
         model.text_encoder.save_pretrained(draft / "text_encoder")
-        for part in ("vae", "unet"):  # diffusers writes where it once loaded them from: a path of the machine at hand
+        for part in ("vae", "unet"):  # diffusers also writes the path that it loaded them from
             path = draft / part / "config.json"
             _write_json(
                 path,
@@ -187,7 +187,7 @@ def _load_part(cls: Any, folder: Path, empty: bool = False, **dtype: torch.dtype
 
 @contextlib.contextmanager
 def _named(path: Path) -> Any:
-    """Whatever a library says of a broken file becomes one line that names it."""
+    """Turn whatever a library raises for a broken file into one line that names the file."""
     try:
         yield
     except InputError:

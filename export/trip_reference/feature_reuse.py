@@ -1,5 +1,5 @@
-"""Reuse of deep features in the untouched network, by a hook on its last layer: what the shallow graphs are held to
-(DeepCache, Ma et al. 2023)."""
+"""Reuse of deep features (DeepCache, Ma et al. 2023) in the unchanged network, by a hook on its last layer. The
+exported shallow graphs are compared with this."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from trip_reference.unet import ResidualUNet
 
 
 class FeatureReuse:
-    """A ResidualUNet that can put the deep features of the last whole call in place of this call's. A context manager:
-    its hook goes with it.
+    """A ResidualUNet that can reuse the deep features of its last whole call. A context manager, which removes its
+    hook.
 
-    `features` [n, F', C', h, w] are the last layer's input besides its skip, as the last whole call had them.
+    `features` [n, F', C', h, w] are the input of the last layer, without its skip, in the last whole call.
     """
 
     def __init__(self, residual_unet: ResidualUNet):
         self._network = residual_unet
         self._reuses = False
-        self._thread = (
-            threading.get_ident()
-        )  # others may run the same network at the same time: their calls are none of ours
+        # Other threads may run the same network at the same time; the hook must leave their calls alone.
+        self._thread = threading.get_ident()
         self.features = torch.empty(0)
 
     def __enter__(self) -> FeatureReuse:
@@ -35,8 +34,8 @@ class FeatureReuse:
         self._hook.remove()
 
     def __call__(self, latents: Tensor, first_frame: Tensor, timestep: Tensor, text: Tensor, shallow: bool) -> Tensor:
-        """As ResidualUNet; where `shallow`, on the kept features. For half as many clips as before these are the
-        conditional half's."""
+        """As ResidualUNet; with `shallow`, on the kept features. For half as many clips as before, the conditional half
+        of the features is used."""
         self._reuses, self._clips = shallow, len(latents)
         return self._network(latents, first_frame, timestep, text)  # type: ignore[no-any-return]
 

@@ -1,5 +1,5 @@
-"""Gradient checkpointing for diffusers' 3D-UNet, which has none of its own: activations are computed again in the
-backward pass."""
+"""Gradient checkpointing for diffusers' 3D-UNet, which has none of its own: the
+backward pass computes activations again."""
 
 from __future__ import annotations
 

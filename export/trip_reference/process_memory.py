@@ -1,4 +1,4 @@
-"""How much memory this process has had; light to import, as it is measured with."""
+"""The peak memory of this process. Imports little, because the process that is measured imports it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 
 def peak_memory_mb() -> float:
-    """The most memory that this process has had resident. On Linux getrusage would say its parent's, if that
-    had more."""
+    """The largest resident memory of this process so far. Not by getrusage on Linux, which counts the parent's
+    peak too."""
     status = Path("/proc/self/status")
     if status.exists():
         return round(

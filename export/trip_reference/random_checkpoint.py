@@ -1,5 +1,5 @@
-"""A checkpoint with random weights: the shapes and the cost of the full-size model, for export and benchmarks where no
-trained weights are."""
+"""A checkpoint with random weights, of the shapes and cost of a real one: for export and benchmarks without trained
+weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def random_model(preset: Preset, seed: int) -> tuple[TripModel, str]:
     other comes with a preset."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(preset.trip.text_length)
-    # A preset that says its vocabulary keeps it, for its size; this tokenizer's ids lie within.
+    # A preset's own vocabulary size is kept, because it is part of the model's size; the tokenizer's ids fit in it.
     overrides = {} if "vocab_size" in preset.text_encoder else text_overrides(tokenizer)
     return build_model(preset, overrides), tokenizer.to_str(pretty=True)
 

@@ -1,4 +1,4 @@
-"""The 3D-UNet that predicts the residual noise: diffusers' network, told of the first frame in one of three ways."""
+"""The 3D-UNet that predicts the residual noise: diffusers' network, given the first frame in one of three ways."""
 
 from __future__ import annotations
 

@@ -53,8 +53,8 @@ def read_annotations(folder: Path, name: str = ANNOTATIONS) -> list[Annotation]:
 
 
 def held_out(folder: Path) -> str:
-    """The name of the annotations that `folder` validates on: those for it, or for want of them the ones it
-    trains on."""
+    """The file of the annotations to validate on: val_annotations.json, or annotations.json where there is
+    none."""
     return VALIDATION if (Path(folder) / VALIDATION).is_file() else ANNOTATIONS
 
 
@@ -114,9 +114,9 @@ def _entries(text: str, where: str) -> Iterator[tuple[int, Any]]:
 
 
 def _skip_space(text: str, place: int) -> int:
-    found = _SPACE.match(text, place)
-    assert found is not None
-    return found.end()
+    match = _SPACE.match(text, place)
+    assert match is not None
+    return match.end()
 
 
 def _shown(text: str, place: int) -> str:
@@ -141,7 +141,7 @@ def _text_field(entry: Any, field: str) -> str:
 
 
 def _check_inside(root: str, path: str, homes: dict[str, str]) -> None:
-    """`homes` remembers where folders really are, so that a large data set costs one lstat a video."""
+    """`homes` caches the real path of each folder, so that a large data set costs one lstat a video."""
     if os.path.isabs(path) or ".." in path.split("/") or "\0" in path:
         raise ValueError(f"video_path: found {printable(path)!r}, expected a path inside the folder, without '..'")
     full = os.path.join(root, path)

@@ -105,7 +105,7 @@ def write_cache(
     """Encode every clip that is not broken, one crop and start each, into `folder`, whole or not at all; returns how
     many were broken.
 
-    `texts` also encodes each clip's sentence, which then is one.
+    With `texts`, each clip's sentence is encoded too, and each clip has only one.
     """
     tokenize = tokenizer_of(tokenizer_json)
     device = next(model.vae.parameters()).device
@@ -114,49 +114,49 @@ def write_cache(
         return model.encode_text(tokenize(sentences).to(device)).half().cpu()
 
     broken = written = 0
-    held: list[tuple[Tensor, list[str]]] = []
+    pending: list[tuple[Tensor, list[str]]] = []
 
     with new_folder(folder) as draft:
 
         def flush() -> None:
             nonlocal written
-            tensors = {"latents": torch.stack([latents for latents, _ in held])}
+            tensors = {"latents": torch.stack([latents for latents, _ in pending])}
             if texts:
-                tensors["text"] = embedded([sentences[0] for _, sentences in held])
-            metadata = {"texts": json.dumps([sentences for _, sentences in held])}
+                tensors["text"] = embedded([sentences[0] for _, sentences in pending])
+            metadata = {"texts": json.dumps([sentences for _, sentences in pending])}
             save_file(tensors, draft / _file_name(written // PER_FILE), metadata=metadata)
-            written += len(held)
-            held.clear()
+            written += len(pending)
+            pending.clear()
 
-        for index in tqdm(range(len(clips)), desc="encode clips", unit="clip", disable=None):
-            rng = np.random.default_rng([seed, index])
+        for number in tqdm(range(len(clips)), desc="encode clips", unit="clip", disable=None):
+            rng = np.random.default_rng([seed, number])
             try:
-                sample = clips.clip(index, rng)
+                sample = clips.clip(number, rng)
             except BrokenClip as error:
                 broken += 1
                 note(f"warning: left out: {error}")
                 continue
             latents = model.encode_clip(torch.tensor(sample.frames, device=device))
             sentences = list(
-                dict.fromkeys([sample.text] + [clips.text(index, rng) for _ in range(0 if texts else TEXTS - 1)])
+                dict.fromkeys([sample.text] + [clips.text(number, rng) for _ in range(0 if texts else TEXTS - 1)])
             )
-            held.append((latents.half().cpu(), sentences))
-            if len(held) == PER_FILE:
+            pending.append((latents.half().cpu(), sentences))
+            if len(pending) == PER_FILE:
                 flush()
-        if held:
+        if pending:
             flush()
         if not written:
             raise InputError("data: found no clip that could be read; `trip-data check` reports on a data set")
         if texts:
             save_file({"text": embedded([""])[0]}, draft / "empty.safetensors")
-        described = {
+        index = {
             "version": VERSION,
             "clips": written,
             "shape": list(model.config.latent_shape),
             "vae": encoder_digest(model),
             "text_encoder": digest(model.text_encoder) if texts else None,
         }
-        (draft / INDEX).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        (draft / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return broken
 
 
@@ -166,11 +166,12 @@ def encoder_digest(model: TripModel) -> str:
 
 
 def digest(module: nn.Module) -> str:
-    """A short hash of all weights, in fp16: a checkpoint's weights are stored so and must be found again."""
-    found = hashlib.sha256()
+    """A short hash of all weights, taken in fp16: a checkpoint stores them in fp16, and the hash must not change by
+    it."""
+    sha256 = hashlib.sha256()
     for tensor in module.state_dict().values():
-        found.update(tensor.detach().half().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]
+        sha256.update(tensor.detach().half().cpu().contiguous().numpy().tobytes())
+    return sha256.hexdigest()[:16]
 
 
 def _file_name(number: int) -> str:

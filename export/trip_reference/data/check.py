@@ -1,4 +1,4 @@
-"""Looking a data set over before training spends hours on it."""
+"""Checks a data set before training spends hours on it: what is there, and what is broken."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from trip_reference.data.videos import SUFFIXES, open_video, read_clip
 from trip_reference.data.workers import leave_interrupts_to_the_parent
 from trip_rt.errors import EngineError, printable
 
-NAMED = 20  # of a list of files; the rest is a number
+NAMED = 20  # files that a list names; it counts the rest
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one clip turned out to be; of a broken one `reason` alone says something. `text` is set where the video came
-    with it."""
+    """What one clip is. A broken one has its `reason` and nothing else but its `text`, which only clips of shards
+    have."""
 
     reason: str = ""
     bytes: int = 0
@@ -61,7 +61,7 @@ def check_folder(folder: Path, clip: ClipFormat, workers: int | None = None) -> 
 
 
 def broken_count(figures: dict[str, Any]) -> int:
-    """Of a report."""
+    """The number of broken clips in a report."""
     return sum(figures[split]["broken"]["count"] for split in ("train", "val") if figures[split])
 
 
@@ -78,9 +78,11 @@ def _check_videos(folder: Path, clip: ClipFormat, workers: int | None) -> dict[s
         videos = list(dict.fromkeys(str(entry.video) for entry in entries))
         used.update(map(os.path.normpath, videos))
         findings = [
-            found
-            for finds in _in_processes(partial(_find_in_video, clip=clip), videos, workers, f"check {split}")
-            for found in finds
+            finding
+            for findings_of_video in _in_processes(
+                partial(_find_in_video, clip=clip), videos, workers, f"check {split}"
+            )
+            for finding in findings_of_video
         ]
         report[split] = _summary(findings, [entry.text for entry in entries])
     unused = [os.path.relpath(path, folder) for path in _videos_in(os.path.realpath(folder)) if path not in used]
@@ -88,9 +90,11 @@ def _check_videos(folder: Path, clip: ClipFormat, workers: int | None) -> dict[s
 
 
 def _check_shards(folder: Path, clip: ClipFormat, workers: int | None) -> dict[str, Any]:
-    finds = _in_processes(partial(_find_in_shard, clip=clip), list_shards(str(folder)), workers, f"check {folder.name}")
-    findings = [found for shard in finds for found in shard]
-    return _summary(findings, [found.text for found in findings if found.text is not None])
+    per_shard = _in_processes(
+        partial(_find_in_shard, clip=clip), list_shards(str(folder)), workers, f"check {folder.name}"
+    )
+    findings = [finding for findings_of_shard in per_shard for finding in findings_of_shard]
+    return _summary(findings, [finding.text for finding in findings if finding.text is not None])
 
 
 def _find_in_video(path: str, clip: ClipFormat) -> list[Finding]:
@@ -153,23 +157,25 @@ def _videos_in(folder: str) -> Iterator[str]:
 
 
 def _summary(findings: list[Finding], captions: list[str]) -> dict[str, Any]:
-    whole = [found for found in findings if not found.reason]
-    seconds = [found.seconds for found in whole]
+    readable = [finding for finding in findings if not finding.reason]
+    seconds = [finding.seconds for finding in readable]
     return {
         "captions": len(captions),
         "videos": len(findings),
-        "bytes": sum(found.bytes for found in whole),
+        "bytes": sum(finding.bytes for finding in readable),
         "seconds": _spread(seconds) | {"total": round(sum(seconds), 2)},
-        "resolutions": dict(Counter(found.size for found in whole).most_common(NAMED)),
-        "fps": dict(Counter(f"{found.fps:.4g}" if found.fps else "single frame" for found in whole).most_common(NAMED)),
-        "broken": _named([found.reason for found in findings if found.reason]),
+        "resolutions": dict(Counter(finding.size for finding in readable).most_common(NAMED)),
+        "fps": dict(
+            Counter(f"{finding.fps:.4g}" if finding.fps else "single frame" for finding in readable).most_common(NAMED)
+        ),
+        "broken": _named([finding.reason for finding in findings if finding.reason]),
         "caption_words": _spread([len(caption.split()) for caption in captions]),
         "duplicate_captions": len(captions) - len(set(captions)),
     }
 
 
 def _spread(values: list[float] | list[int]) -> dict[str, float | None]:
-    """min, median, p95 and max; None of nothing."""
+    """min, median, p95 and max; each None where there are no values."""
     return {name: round(float(np.percentile(values, share)), 2) if values else None for name, share in _SHARES.items()}
 
 

@@ -19,7 +19,7 @@ class Collate:
     [b, L, D]."""
 
     def __init__(self, tokenizer_json: str):
-        self.tokenizer_json = tokenizer_json  # its tokenizer is made where it is used: in the processes that read ahead
+        self.tokenizer_json = tokenizer_json  # the tokenizer itself is made in the worker process that uses it
         self._tokenize: Callable[[Sequence[str]], Tensor] | None = None
 
     def __call__(self, samples: Sequence[Sample | CachedSample]) -> dict[str, Any]:

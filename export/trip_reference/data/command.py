@@ -223,7 +223,9 @@ def _files(folder: Path, annotations: str) -> Iterator[tuple[str, bytes, str]]:
 
 def _add_rate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fps", type=float, default=4.0, help="frames a second (%(default)s)")
-    parser.add_argument("--stride", type=int, default=1, help="take every so manieth of these frames (%(default)s)")
+    parser.add_argument(
+        "--stride", type=int, default=1, metavar="N", help="take every N-th of these frames (%(default)s)"
+    )
 
 
 def _table(split: str, figures: dict[str, Any]) -> str:

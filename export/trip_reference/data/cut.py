@@ -24,14 +24,12 @@ def cut_picture(picture: Any, pixel_aspect: float, clip: ClipFormat, place: tupl
     turns = round(picture.rotation / 90) % 4  # anticlockwise
     upright = np.ascontiguousarray(np.rot90(rgb, turns))
     height, width = upright.shape[:2]
-    wanted = (
-        clip.width / clip.height / (1 / pixel_aspect if turns % 2 else pixel_aspect)
-    )  # width over height, in stored pixels
-    box_width, box_height = min(width, height * wanted), min(height, width / wanted)
+    # Width over height, in stored pixels.
+    aspect = clip.width / clip.height / (1 / pixel_aspect if turns % 2 else pixel_aspect)
+    box_width, box_height = min(width, height * aspect), min(height, width / aspect)
     left, top = (width - box_width) * place[0], (height - box_height) * place[1]
     box = (left, top, min(left + box_width, width), min(top + box_height, height))
-    # A gap of 2 takes a third of the time that 3, as pictures for animation have it, takes for one of 1920 x 1080
-    # pixels.
+    # At 1920 x 1080, reducing_gap=2 takes a third of the time of 3, which trip_rt.images uses for single pictures.
     return np.asarray(
         Image.fromarray(upright).resize((clip.width, clip.height), Image.Resampling.LANCZOS, box=box, reducing_gap=2.0)
     )

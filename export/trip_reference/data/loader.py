@@ -1,5 +1,5 @@
-"""Clips in the order of a run: what a step trains on follows from (seed, step), on any number of processes and after
-any interruption."""
+"""Clips in the order of a run. (seed, step) alone says what a step trains on, whatever the number of processes and
+however often the run was interrupted."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ MOST_BROKEN = 100  # in a row
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a step's `batch` clips are dealt out: `accumulation` parts, each over `world` processes, of which this is
-    number `rank`."""
+    """How a step's `batch` clips are divided: into `accumulation` parts, and each part among `world` processes. This
+    process is number `rank`."""
 
     batch: int
     accumulation: int = 1
@@ -38,7 +38,7 @@ class BatchPlan:
 
     @property
     def clips(self) -> int:
-        """Of one part in one process."""
+        """The number of clips in one part of one process."""
         return self.batch // (self.accumulation * self.world)
 
     def positions(self, part: int) -> range:
@@ -48,8 +48,8 @@ class BatchPlan:
 
 
 class OrderedBatches(Dataset[Batch]):
-    """Part k of the run, counted from step 0: its clips come from a new permutation every epoch, their randomness from
-    (seed, epoch, clip).
+    """Item k is part k of the run, counted from step 0. Every epoch permutes the clips anew; a clip's own randomness
+    comes from (seed, epoch, clip).
 
     A clip that is broken is replaced by the next that is not.
     """
@@ -81,8 +81,8 @@ class OrderedBatches(Dataset[Batch]):
 
 
 class StreamedBatches(IterableDataset[Batch]):
-    """Parts out of shards. Every worker of every process reads shards of its own; `start` has the place of each of this
-    process's."""
+    """Parts read from shards. Every worker of every process reads its own shards; `start` is the position of each
+    worker of this process."""
 
     def __init__(
         self,
@@ -99,22 +99,22 @@ class StreamedBatches(IterableDataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
-        # DataLoader takes turns from its worker 0 on, the run from where it stopped.
+        # DataLoader begins with its worker 0; a resumed run goes on with the worker whose turn it is.
         worker = ((info.id if info else 0) + self.first) % self.workers
         stream = self.shards.stream(
             self.plan.rank * self.workers + worker, self.plan.world * self.workers, self.seed, self.start[worker]
         )
         samples: list[Sample] = []
         broken: list[str] = []
-        for position, found in stream:
-            if isinstance(found, BrokenClip):
-                broken.append(str(found))
+        for position, sample in stream:
+            if isinstance(sample, BrokenClip):
+                broken.append(str(sample))
                 if len(broken) >= MOST_BROKEN and not samples:
                     raise InputError(
                         f"{broken[-1]}: {MOST_BROKEN} broken clips in a row; `trip-data check` reports on a data set"
                     )
             else:
-                samples.append(found)
+                samples.append(sample)
             if len(samples) == self.plan.clips:
                 yield self.collate(samples) | {"broken": broken, "worker": worker, "position": position}
                 samples, broken = [], []
@@ -163,6 +163,6 @@ class Loader:
             yield batch
 
     def state(self) -> list[int]:
-        """The place of every worker in its stream of shards; of no meaning for other sources, whose place is
-        the step."""
+        """The position of every worker in its stream of shards. Other sources need none: the step is their
+        position."""
         return list(self._places)

@@ -63,22 +63,22 @@ def decode_sample(raw: RawSample, clip: ClipFormat, rng: np.random.Generator) ->
 
 
 def read_shard(shard: str, clip: ClipFormat, contents: bool = True) -> Iterator[RawSample | BrokenClip]:
-    """The shard's samples in order; a BrokenClip that names the shard stands for all that damage hides, and for samples
-    where there are none.
+    """The shard's samples in order. Where the tar is damaged, one BrokenClip that names the shard stands for all
+    samples after the damage; it also stands for a shard without samples.
 
-    Without `contents` their fields are empty: a local shard's samples are counted at the cost of their headers.
+    Without `contents` the samples' fields are empty, and of a local shard only the headers are read: enough to count.
     """
     from webdataset.tariterators import base_plus_ext
 
     name = printable(os.path.basename(shard))
-    key, sample, found = None, None, False
+    key, sample, any_sample = None, None, False
     try:
         with (
             closing(_open(shard)) as file,
             tarfile.open(fileobj=file, mode="r:" if file.seekable() else "r|", tarinfo=_StrictHeader) as archive,
         ):
             while (member := archive.next()) is not None:
-                archive.members.clear()  # or a tar remembers all its headers
+                archive.members.clear()  # tarfile would keep all headers in memory
                 prefix, suffix = base_plus_ext(member.name)
                 suffix = f".{(suffix or '').lower()}"
                 if not member.isreg() or suffix not in SUFFIXES + _TEXTS:
@@ -86,7 +86,7 @@ def read_shard(shard: str, clip: ClipFormat, contents: bool = True) -> Iterator[
                 if prefix != key:
                     if sample:
                         yield sample
-                    key, sample, found = prefix, RawSample(f"{name}: {printable(prefix)}"), True
+                    key, sample, any_sample = prefix, RawSample(f"{name}: {printable(prefix)}"), True
                 most = clip.max_bytes if suffix in SUFFIXES else _MOST_TEXT
                 if member.size > most:
                     sample.problem = (
@@ -96,7 +96,7 @@ def read_shard(shard: str, clip: ClipFormat, contents: bool = True) -> Iterator[
                     sample.fields[suffix] = archive.extractfile(member).read()
             if sample:
                 yield sample
-            if not found:
+            if not any_sample:
                 yield BrokenClip(f"{name}: found no samples, expected members such as 000.mp4 and 000.txt")
     except (tarfile.TarError, OSError, ValueError, ArithmeticError) as error:
         reason = printable(getattr(error, "strerror", None) or str(error))[:120]
@@ -106,8 +106,8 @@ def read_shard(shard: str, clip: ClipFormat, contents: bool = True) -> Iterator[
 
 
 class _StrictHeader(tarfile.TarInfo):
-    """Takes a garbled header, or a file that ends without the mark for it, for damage; tarfile takes both for
-    the end."""
+    """Reports a garbled header, and a file without its end mark, as damage; tarfile takes both for the end of
+    the tar."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> Any:

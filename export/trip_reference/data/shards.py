@@ -1,5 +1,5 @@
-"""Data sets too large for single files: an endless, shuffled, resumable stream out of tar shards, and how shards are
-written."""
+"""Data sets too large for single files: reading tar shards as an endless, shuffled, resumable stream, and writing
+them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _MOST_HELD = 2**28  # bytes of a shuffle buffer, of which there is one for every
 
 
 class ShardSource:
-    """Clips out of shards: of a folder's *.tar, or a pattern such as data/shard-{000000..000099}.tar. Samples are
-    shuffled among `shuffle`."""
+    """Clips from the *.tar of a folder, or of a pattern such as data/shard-{000000..000099}.tar. Samples are shuffled
+    in a buffer of `shuffle`."""
 
     def __init__(self, pattern_or_folder: str, clip: ClipFormat, shuffle: int = 1000):
         self.shards = list_shards(pattern_or_folder)
@@ -29,12 +29,12 @@ class ShardSource:
         self._lengths: dict[str, int] = {}
 
     def stream(self, part: int, parts: int, seed: int, start: int = 0) -> Iterator[tuple[int, Sample | BrokenClip]]:
-        """(position, sample) without end: in every epoch all shards are permuted and dealt to `parts` parts, of which
-        this is number `part`.
+        """(position, sample) without end: every epoch permutes all shards and deals them out to `parts` readers; this
+        reader is number `part`.
 
-        `position` counts the part's samples, broken ones too, over all epochs; the stream with `start=position` gives
-        what comes after. Whole epochs before `start` cost the headers of their shards, the rest of the way is read but
-        not decoded. Raises InputError where there are more parts than shards.
+        `position` counts this reader's samples over all epochs, broken ones included. A stream with `start=position`
+        continues after that sample: of whole epochs before it only the shards' headers are read, of the epoch it lies
+        in the samples before it are read but not decoded. Raises InputError where there are more readers than shards.
         """
         if parts > len(self.shards):
             expected = f"at least one for each of {parts} loading processes"
@@ -46,8 +46,8 @@ class ShardSource:
     def _stream(self, part: int, parts: int, seed: int, start: int) -> Iterator[tuple[int, Sample | BrokenClip]]:
         position = 0
         for epoch in count():
-            dealt = np.random.default_rng([seed, epoch]).permutation(len(self.shards))[part::parts]
-            shards = [self.shards[i] for i in dealt]
+            order = np.random.default_rng([seed, epoch]).permutation(len(self.shards))[part::parts]
+            shards = [self.shards[i] for i in order]
             if position < start and position + (length := sum(map(self._length, shards))) <= start:
                 position += length
                 continue
@@ -62,16 +62,16 @@ class ShardSource:
         return self._lengths[shard]
 
     def _shuffled(self, shards: list[str], rng: np.random.Generator) -> Iterator[RawSample | BrokenClip]:
-        held: list[RawSample | BrokenClip] = []
+        buffer: list[RawSample | BrokenClip] = []
         size = 0
         for raw in chain.from_iterable(read_shard(shard, self.clip) for shard in shards):
-            held.append(raw)
+            buffer.append(raw)
             size += _size(raw)
-            while len(held) > self.shuffle or size > _MOST_HELD:
-                size -= _size(drawn := _draw(held, rng))
+            while len(buffer) > self.shuffle or size > _MOST_HELD:
+                size -= _size(drawn := _draw(buffer, rng))
                 yield drawn
-        while held:
-            yield _draw(held, rng)
+        while buffer:
+            yield _draw(buffer, rng)
 
     def _decoded(self, raw: RawSample | BrokenClip, rng: np.random.Generator) -> Sample | BrokenClip:
         if isinstance(raw, BrokenClip):
@@ -142,7 +142,8 @@ def _size(raw: RawSample | BrokenClip) -> int:
     return 0 if isinstance(raw, BrokenClip) else raw.size
 
 
-def _draw(held: list[RawSample | BrokenClip], rng: np.random.Generator) -> RawSample | BrokenClip:
-    i = int(rng.integers(len(held)))
-    held[i], held[-1] = held[-1], held[i]
-    return held.pop()
+def _draw(buffer: list[RawSample | BrokenClip], rng: np.random.Generator) -> RawSample | BrokenClip:
+    """Remove a random sample from the buffer and return it."""
+    i = int(rng.integers(len(buffer)))
+    buffer[i], buffer[-1] = buffer[-1], buffer[i]
+    return buffer.pop()

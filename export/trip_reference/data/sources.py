@@ -1,4 +1,4 @@
-"""From the words of a recipe to clips: the demo world, a folder of videos, shards, or a cache."""
+"""Opens what a recipe names as its data: the demo world, a folder of videos, shards, or a cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sentences to token ids, as training needs them: by the batch, and cut without a word."""
+"""Sentences to token ids for training: in batches, and truncated without a warning."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from torch import Tensor
 
 
 def tokenizer_of(tokenizer_json: str) -> Callable[[Sequence[str]], Tensor]:
-    """Sentences to ids, int64 [N, L], cut and padded as the tokenizer itself says."""
+    """A function from sentences to ids, int64 [N, L], truncated and padded as tokenizer.json says."""
     tokenizer = Tokenizer.from_str(tokenizer_json)
     return lambda sentences: torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(list(sentences))])

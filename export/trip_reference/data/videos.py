@@ -1,4 +1,5 @@
-"""Clips out of video files: pictures by presentation time, cut to the wanted shape and never squashed."""
+"""Clips from video files: frames are chosen by presentation time, and cropped to the wanted shape without
+distortion."""
 
 from __future__ import annotations
 
@@ -57,8 +58,8 @@ class Video:
 
 
 def decode_clip(source: Path | BinaryIO, name: str, clip: ClipFormat, rng: np.random.Generator) -> Frames:
-    """uint8 [F, H, W, 3] out of the video `source`, which `name` stands for in messages. A video too short repeats its
-    last frame.
+    """One clip, uint8 [F, H, W, 3], of the video `source`, which messages call `name`. Where the video is too short,
+    its last frame is repeated.
 
     Raises BrokenClip. Memory holds one decoded picture beside the result.
     """
@@ -83,7 +84,7 @@ def read_clip(video: Video, clip: ClipFormat, rng: np.random.Generator) -> Frame
     """One clip of the opened video, uint8 [F, H, W, 3]."""
     times = (video.ticks - video.ticks[0]) * video.tick
     grid = np.arange(clip.num_frames) * (clip.stride / clip.fps)
-    # How many frames there are for a whole clip to begin at; a shorter video begins at its first.
+    # The number of frames at which a whole clip can begin; a video shorter than a clip begins at its first frame.
     starts = int(np.searchsorted(times, times[-1] - grid[-1] + _LATE, "right"))
     if starts == 0 and video.cut_off:
         raise BrokenClip(
@@ -121,7 +122,7 @@ def _examine(file: BinaryIO, clip: ClipFormat) -> Video:
         width, height = stream.codec_context.width, stream.codec_context.height
         check_pixels(width, height, clip)
         tick, pixel_aspect = float(stream.time_base), float(stream.sample_aspect_ratio or 1)
-        # A container without lengths of streams has that of the longest, which may be sound.
+        # Where streams have no length, the container has that of the longest, which may be the sound's: allow 1 s.
         promised = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / 1e6 - 1
         for packet in _packets(container, stream):
             if packet.pts is not None and not packet.is_discard:
@@ -162,7 +163,7 @@ def _opened(file: BinaryIO, clip: ClipFormat) -> Iterator[tuple[Any, Any]]:
 
 
 def _packets(container: Any, stream: Any) -> Iterator[Any]:
-    """As many whole packets as the file has."""
+    """The packets up to the end of the file or the first damaged one."""
     import av
 
     with suppress(av.FFmpegError):
@@ -174,7 +175,7 @@ def _packets(container: Any, stream: Any) -> Iterator[Any]:
 
 
 def _pictures(video: Video, clip: ClipFormat, ticks: list[int]) -> Iterator[Any]:
-    """The decoded picture shown at each of the ascending `ticks`; where damage cost a few, the one before them."""
+    """The decoded picture shown at each of the ascending `ticks`; where pictures are lost to damage, the one before."""
     done, before = 0, None
     for picture in _decoded(video, clip, ticks[0]):
         while done < len(ticks) and picture.pts >= ticks[done]:
@@ -198,8 +199,8 @@ def _fresh(picture: Any, tick: int, video: Video, clip: ClipFormat) -> Any:
 
 
 def _decoded(video: Video, clip: ClipFormat, tick: int) -> Iterator[Any]:
-    """Pictures in order of presentation from one at or before `tick` on: from its keyframe where seeking finds that,
-    else from the first."""
+    """The pictures in order of presentation, beginning at or before `tick`: at its keyframe where seeking finds it,
+    else at the first picture."""
     import av
 
     earlier = video.keys[video.keys <= tick]
@@ -217,7 +218,7 @@ def _decoded(video: Video, clip: ClipFormat, tick: int) -> Iterator[Any]:
 
 
 def _decode_packets(container: Any, stream: Any) -> Iterator[Any]:
-    """Whole pictures; a packet that the decoder refuses costs its own alone."""
+    """The decoded pictures; a packet that the decoder refuses is skipped."""
     import av
 
     for packet in chain(_packets(container, stream), [None]):  # None: the pictures that the decoder still holds back

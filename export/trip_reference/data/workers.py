@@ -1,4 +1,4 @@
-"""Processes that read data for another."""
+"""What worker processes that read data have in common."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import signal
 
 
 def leave_interrupts_to_the_parent(*_: object) -> None:
-    """Set up such a process: on Ctrl-C the parent decides, and ends it."""
+    """Ignore Ctrl-C in a worker: the parent process gets it too, and ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

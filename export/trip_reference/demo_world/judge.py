@@ -1,8 +1,8 @@
-"""Judges a clip against the demo world: did the object do as it was told, and did everything else stay?
+"""Judges a clip of the demo world: did the shape move as the sentence says, and did everything else stay?
 
-Each motion and shape is a hypothesis that the world can render from the same scene. Where the clip differs from its
-background is compared with where each hypothesis does, by their cosine: that tells motions and shapes apart whatever
-the colour.
+Each motion and shape is a hypothesis that the world can render from the same scene. The map of where the
+clip differs from its background is compared with the same map of each hypothesis, by their cosine: that tells motions
+and shapes apart whatever the colour.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from trip_rt.accuracy import psnr
 Array = NDArray[np.float32]
 
 MAX_TRAIL = 0.03  # share of pixels
-VISIBLE = 0.1  # difference from the true frame, of a range of 1, that a person would see
+VISIBLE = 0.1  # a difference from the true frame that a person would see; levels range from 0 to 1
 MOST_PSNR = 100.0  # dB, of equal pictures
 MIN_BACKGROUND_PSNR = 28.0  # dB
 MIN_FRAME_1_PSNR = 28.0  # dB
@@ -29,8 +29,8 @@ REACH = 3  # pixels of a 64-pixel picture around the shape that its shadow and i
 class Verdict:
     """What was seen (`motion`, `shape`, `colour`), and how well the rest was kept.
 
-    `trail` is the share of the pixels that the shape has left, or has yet to reach, in the clip's second half that
-    differ visibly from the truth.
+    `trail` looks at the clip's second half and at the pixels that the shape has left or has not reached yet: it is the
+    share of them that differ visibly from the truth.
     """
 
     motion: str

@@ -94,8 +94,8 @@ def train_networks(folder: Path, steps: int, clips: int, seed: int) -> dict[str,
     accuracies = {name: _accuracy(net.eval(), heads[name], name, test) for name, net in nets.items()}
     with new_folder(folder) as draft:
         encoder.save_pretrained(draft / "clip-encoder")
-        described = {"image_mean": WHITE, "image_std": WHITE, "size": {"shortest_edge": SIZE}, "crop_size": SIZE}
-        (draft / "clip-encoder" / "preprocessor_config.json").write_text(json.dumps(described) + "\n", encoding="utf-8")
+        processor = {"image_mean": WHITE, "image_std": WHITE, "size": {"shortest_edge": SIZE}, "crop_size": SIZE}
+        (draft / "clip-encoder" / "preprocessor_config.json").write_text(json.dumps(processor) + "\n", encoding="utf-8")
         for name in ("frames", "clips"):
             torch.jit.save(torch.jit.script(nets[name]), str(draft / f"{name}.pt"))
     return accuracies
@@ -151,20 +151,20 @@ def _features(net: nn.Module, name: str, clips: Tensor, frames: np.ndarray) -> T
 
 
 def _loss(
-    said: Tensor, name: str, data: tuple[Tensor, dict[str, Tensor], Tensor], rows: np.ndarray, frames: np.ndarray
+    logits: Tensor, name: str, data: tuple[Tensor, dict[str, Tensor], Tensor], rows: np.ndarray, frames: np.ndarray
 ) -> Tensor:
     _, labels, places = data
     chosen = torch.from_numpy(rows)
     place = places[chosen, -1] - places[chosen, 0] if name == "clips" else places[chosen, torch.from_numpy(frames)]
-    loss = F.mse_loss(said[:, :4], place)
-    for key, part in _split(said, name):
+    loss = F.mse_loss(logits[:, :4], place)
+    for key, part in _split(logits, name):
         loss = loss + F.cross_entropy(part, labels[key][chosen])
     return loss
 
 
-def _split(said: Tensor, name: str) -> list[tuple[str, Tensor]]:
+def _split(logits: Tensor, name: str) -> list[tuple[str, Tensor]]:
     names = _labels_of(name)
-    return list(zip(names, said[:, 4:].split([len(values) for values in names.values()], dim=1), strict=True))
+    return list(zip(names, logits[:, 4:].split([len(values) for values in names.values()], dim=1), strict=True))
 
 
 @torch.no_grad()
@@ -172,9 +172,9 @@ def _accuracy(
     net: nn.Module, head: nn.Module, name: str, data: tuple[Tensor, dict[str, Tensor], Tensor]
 ) -> dict[str, float]:
     pixels, labels, _ = data
-    said = torch.cat([head(_features(net, name, part, np.zeros(len(part), int))) for part in pixels.split(32)])
+    logits = torch.cat([head(_features(net, name, part, np.zeros(len(part), int))) for part in pixels.split(32)])
     return {
-        key: round(100 * float((part.argmax(1) == labels[key]).float().mean()), 1) for key, part in _split(said, name)
+        key: round(100 * float((part.argmax(1) == labels[key]).float().mean()), 1) for key, part in _split(logits, name)
     }
 
 
@@ -201,8 +201,8 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"{name}: found {getattr(args, name)}, expected at least 1")
     accuracies = train_networks(args.output, args.steps, args.clips, args.seed)
     lines = [
-        f"{name}: " + ", ".join(f"{key} {value} %" for key, value in found.items())
-        for name, found in accuracies.items()
+        f"{name}: " + ", ".join(f"{label} {percent} %" for label, percent in by_label.items())
+        for name, by_label in accuracies.items()
     ]
     report(args, accuracies, "\n".join([f"{args.output}: on held-out clips", *lines]))
     return 0

@@ -29,9 +29,9 @@ SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
 MOTIONS = ("left", "right", "up", "down", "grows", "shrinks", "spins", "still")
 BACKGROUNDS = ("gradient", "radial", "stripes", "hills", "blobs")
 
-SPEED = 1.2 / 64  # of the picture's side, a frame
-GROWTH, SHRINKAGE = 1.8, 0.5  # size after the last frame, of the first
-TURN = np.deg2rad(12.0)  # clockwise, a frame
+SPEED = 1.2 / 64  # fraction of the picture's side per frame
+GROWTH, SHRINKAGE = 1.8, 0.5  # size in the last frame over size in the first
+TURN = np.deg2rad(12.0)  # clockwise per frame
 
 _NOUNS = {"circle": ("circle", "ball"), "cross": ("cross", "plus")}
 _PHRASES = {
@@ -81,11 +81,11 @@ def combinations(held_out: bool) -> list[tuple[str, str, str]]:
 
     A spinning circle looks like a resting one, so there is none.
     """
-    chosen = []
+    triples = []
     for (c, colour), (s, shape), (m, motion) in product(enumerate(COLOURS), enumerate(SHAPES), enumerate(MOTIONS)):
         if (shape, motion) != ("circle", "spins") and ((c + 2 * s + 3 * m) % 8 == 0) == held_out:
-            chosen.append((colour, shape, motion))
-    return chosen
+            triples.append((colour, shape, motion))
+    return triples
 
 
 def sample(seed: int, held_out: bool = False) -> tuple[Scene, str, str]:
@@ -149,7 +149,7 @@ def background(scene: Scene, size: int = 64) -> Array:
     """The picture without its shape, float32 [size, size, 3] in 0 to 1. Muted, so that every shape's colour
     stands out."""
     rng = np.random.default_rng(scene.seed)
-    one, two = _muted(rng), _muted(rng)
+    near, far = _muted(rng), _muted(rng)
     y, x = (np.mgrid[:size, :size].astype(np.float32) + 0.5) / size
     angle = rng.uniform(0, 2 * np.pi)
     along = (x - 0.5) * np.cos(angle) + (y - 0.5) * np.sin(angle)
@@ -159,7 +159,7 @@ def background(scene: Scene, size: int = 64) -> Array:
         case "radial":
             mix = np.hypot(x - rng.uniform(0.2, 0.8), y - rng.uniform(0.2, 0.8)) / 1.1
         case "stripes":
-            two = one + 0.45 * (two - one)
+            far = near + 0.45 * (far - near)
             mix = 0.5 + 0.5 * np.sin(2 * np.pi * along * rng.uniform(2.0, 3.5) + rng.uniform(0, 6.28))
         case "hills":
             ridge = rng.uniform(0.45, 0.75) + 0.07 * np.sin(
@@ -174,7 +174,7 @@ def background(scene: Scene, size: int = 64) -> Array:
         case kind:
             raise ValueError(f"background: found {kind!r}, expected one of {', '.join(BACKGROUNDS)}")
     mix = np.clip(mix, 0, 1)[..., None]
-    return (one * (1 - mix) + two * mix).astype(np.float32)
+    return (near * (1 - mix) + far * mix).astype(np.float32)
 
 
 def _muted(rng: np.random.Generator) -> Array:

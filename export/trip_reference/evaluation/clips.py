@@ -72,8 +72,8 @@ def folder_cases(folder: Path, annotations: str, config: TripConfig, fps: float,
         if len(cases) == count:
             break
         try:
-            found = clips.clip(index, np.random.default_rng(index))
-            cases.append(Case(found.frames, found.text))
+            sample = clips.clip(index, np.random.default_rng(index))
+            cases.append(Case(sample.frames, sample.text))
         except BrokenClip as error:
             note(f"warning: left out: {error}")
     if not cases:
@@ -113,7 +113,7 @@ def make_clips(source: Path, cases: Sequence[Case], settings: Settings, seed: in
         )
 
     starts = range(0, len(cases), BATCH)
-    # A thread a core, each running whole batches: tensors as small as the demo's do not keep several cores busy.
+    # One thread per core, each with whole batches: the demo's tensors are too small to keep several cores busy.
     with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         groups = tqdm(pool.map(animate, starts), total=len(starts), desc="animate", unit="batch", disable=None)
         return [clip for group in groups for clip in group]
@@ -144,11 +144,11 @@ def _by_engines(source: Path, cases: Sequence[Case], settings: Settings, seeds: 
             bar.total = total
             bar.update(done - bar.n)
 
-        made = animator.batch(
+        animations = animator.batch(
             [case.clip[0] for case in cases],
             [case.prompt for case in cases],
             seeds=seeds,
             settings=settings,
             on_step=on_step,
         )
-    return [animation.frames for animation in made]
+    return [animation.frames for animation in animations]

@@ -183,7 +183,7 @@ def _measured(
         del left_out["F-Consistency"]
         embedded = [encoder.embed(clip) for clip in clips]
         for name, frames in (("F-Consistency4", 4), ("F-Consistency-all", None)):
-            figures[name] = round(float(np.mean([consistency(one, frames, args.pairs) for one in embedded])), 3)
+            figures[name] = round(float(np.mean([consistency(vectors, frames, args.pairs) for vectors in embedded])), 3)
         figures["F-Consistency pairs"] = args.pairs
     if network := networks.get("i3d"):
         del left_out["FVD"]

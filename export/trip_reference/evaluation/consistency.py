@@ -58,9 +58,8 @@ class ClipEncoder:
         normalised."""
         images = torch.tensor(frames, device=self.mean.device).movedim(-1, 1).float()
         height, width = images.shape[2:]
-        scaled = [
-            side * self.size // min(height, width) for side in (height, width)
-        ]  # rounded down, as transformers does
+        # Rounded down, as transformers does.
+        scaled = [side * self.size // min(height, width) for side in (height, width)]
         resized = F.interpolate(images, scaled, mode="bicubic", antialias=True).round().clamp(0, 255)
         top, left = ((side - self.size) // 2 for side in resized.shape[2:])
         return (resized[:, :, top : top + self.size, left : left + self.size] / 255 - self.mean) / self.std
@@ -69,11 +68,10 @@ class ClipEncoder:
 def consistency(embeddings: Tensor, frames: int | None = None, pairs: Pairs = "consecutive") -> float:
     """100 × the mean cosine similarity of a clip's unit vectors [F, D], over its first `frames` or all.
 
-    The paper gives F-Consistency4 and -all without saying which pairs it takes: those of neighbours, or each frame with
-    the first.
+    The paper does not say which pairs its F-Consistency4 and -all take: neighbours, or each frame and the first.
     """
-    chosen = embeddings[:frames]
-    if len(chosen) < 2:
-        raise ValueError(f"consistency: found {len(chosen)} frames, expected at least 2")
-    others = chosen[:-1] if pairs == "consecutive" else chosen[:1]
-    return 100 * float((chosen[1:] * others).sum(-1).mean())
+    vectors = embeddings[:frames]
+    if len(vectors) < 2:
+        raise ValueError(f"consistency: found {len(vectors)} frames, expected at least 2")
+    others = vectors[:-1] if pairs == "consecutive" else vectors[:1]
+    return 100 * float((vectors[1:] * others).sum(-1).mean())

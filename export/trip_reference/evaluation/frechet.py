@@ -19,7 +19,7 @@ class Moments:
         self._scatter: Array = np.zeros((width, width))
 
     def update(self, features: NDArray[np.floating]) -> Moments:
-        """Take in features [N, D]; Chan et al.'s pairwise update, so that large means cost no digits."""
+        """Add features [N, D], by Chan et al.'s pairwise update, which keeps its precision where means are large."""
         batch = np.asarray(features, np.float64)
         if batch.ndim != 2 or batch.shape[1] != len(self.mean):
             raise ValueError(f"features: found shape {list(batch.shape)}, expected [N, {len(self.mean)}]")
@@ -29,11 +29,11 @@ class Moments:
             )
         if len(batch):
             centre = batch.mean(0)
-            apart, total = centre - self.mean, self.count + len(batch)
-            self._scatter += (batch - centre).T @ (batch - centre) + np.outer(apart, apart) * (
+            shift, total = centre - self.mean, self.count + len(batch)
+            self._scatter += (batch - centre).T @ (batch - centre) + np.outer(shift, shift) * (
                 self.count * len(batch) / total
             )
-            self.mean = self.mean + apart * (len(batch) / total)
+            self.mean = self.mean + shift * (len(batch) / total)
             self.count = total
         return self
 
@@ -51,14 +51,14 @@ def frechet_distance(mean_1: Array, covariance_1: Array, mean_2: Array, covarian
     """
     root = _square_root(covariance_1)
     overlap = np.sqrt(np.clip(np.linalg.eigvalsh(root @ covariance_2 @ root), 0, None)).sum()
-    apart = np.square(mean_1 - mean_2).sum()
-    return max(0.0, float(apart + np.trace(covariance_1) + np.trace(covariance_2) - 2 * overlap))
+    of_means = np.square(mean_1 - mean_2).sum()
+    return max(0.0, float(of_means + np.trace(covariance_1) + np.trace(covariance_2) - 2 * overlap))
 
 
 def distance_of(features_1: NDArray[np.floating], features_2: NDArray[np.floating]) -> float:
     """The Fréchet distance between two sets of features [N, D] and [M, D]."""
-    one, other = Moments(features_1.shape[1]).update(features_1), Moments(features_2.shape[1]).update(features_2)
-    return frechet_distance(one.mean, one.covariance, other.mean, other.covariance)
+    first, second = (Moments(features.shape[1]).update(features) for features in (features_1, features_2))
+    return frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
 
 
 def extrapolated(features_1: NDArray[np.floating], features_2: NDArray[np.floating], seed: int = 0) -> float | None:
@@ -76,8 +76,8 @@ def extrapolated(features_1: NDArray[np.floating], features_2: NDArray[np.floati
     sizes = np.unique(np.linspace(count // 2, count, MOST_SUBSETS).astype(int))
     distances = []
     for size in sizes:
-        chosen = [features[rng.permutation(len(features))[:size]] for features in (features_1, features_2)]
-        distances.append(distance_of(*chosen))
+        subsets = [features[rng.permutation(len(features))[:size]] for features in (features_1, features_2)]
+        distances.append(distance_of(*subsets))
     return float(np.polynomial.Polynomial.fit(1 / sizes, distances, 1)(0.0))
 
 

@@ -1,5 +1,4 @@
-"""Clips that were made earlier, by whatever model: a folder of .mp4, .gif or .webp files or of folders of PNG
-frames."""
+"""Clips that some model made earlier: a folder of .mp4, .gif or .webp files, or of folders of PNG frames."""
 
 from __future__ import annotations
 
@@ -19,20 +18,19 @@ ENDINGS = (".mp4", ".gif", ".webp")
 def read_clips(folder: Path, config: TripConfig, count: int) -> list[NDArray[np.uint8]]:
     """The first `count` clips in order of their names, uint8 [F, H, W, 3]: the n-th is of the n-th picture.
 
-    InputError where one is not `config`'s in frames and size: scaled or cut, its figures would not be its own.
+    InputError for a clip whose frames or size are not `config`'s: scaled or cut, it would be measured as another clip.
     """
     if not folder.is_dir():
         raise InputError(f"{_name(folder)}: found no such folder, expected one of clips")
-    found = [path for path in sorted(folder.iterdir()) if path.is_dir() or path.suffix.lower() in ENDINGS]
-    if not found:
+    paths = [path for path in sorted(folder.iterdir()) if path.is_dir() or path.suffix.lower() in ENDINGS]
+    if not paths:
         raise InputError(
             f"{_name(folder)}: found no clips, expected files ending in {', '.join(ENDINGS)} or folders of PNG frames"
         )
     clips, expected = [], (config.num_frames, config.height, config.width, 3)
-    for path in found[:count]:
-        pictures = (
-            _pngs(path) if path.is_dir() else _video(path, config.num_frames + 1)
-        )  # one more shows that there are too many
+    for path in paths[:count]:
+        # One frame more than expected, to see that there are too many.
+        pictures = _pngs(path) if path.is_dir() else _video(path, config.num_frames + 1)
         shapes = {picture.shape for picture in pictures}
         if len(pictures) != config.num_frames or shapes != {expected[1:]}:
             sizes = ", ".join(f"{width} × {height}" for height, width, _ in sorted(shapes)) or "no size"

@@ -21,7 +21,7 @@ from trip_rt.errors import InputError
 Clip = NDArray[np.uint8]
 
 BATCH = 8
-# What the widespread i3d_torchscript.pt wants to be told: features, of clips that are ready.
+# Arguments of the widespread i3d_torchscript.pt: return features, and leave the clips as they are.
 I3D_WORDS = {"rescale": False, "resize": False, "return_features": True}
 
 
@@ -44,17 +44,17 @@ class Network:
     def __call__(self, inputs: Tensor) -> Tensor:
         """Features fp32 [B, D] on the host; InputError where the network gives something else."""
         try:
-            found: Any = self.module(inputs.to(self.device), **self.words)
+            features: Any = self.module(inputs.to(self.device), **self.words)
         except RuntimeError as error:
             line = " ".join(str(error).split())[-200:]
             raise InputError(
                 f"{self.path}: does not take a batch of shape {list(inputs.shape)} ({line}); give its picture size"
             ) from error
-        if not isinstance(found, Tensor) or found.ndim < 2 or len(found) != len(inputs):
+        if not isinstance(features, Tensor) or features.ndim < 2 or len(features) != len(inputs):
             raise InputError(
                 f"{self.path}: found no features [B, D] for a batch of {len(inputs)}, expected a feature network"
             )
-        return found.flatten(1).float().cpu()
+        return features.flatten(1).float().cpu()
 
 
 def fvd(network: Network, made: Sequence[Clip], real: Sequence[Clip], size: int) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class _Module(nn.Module):
 
 
 def _described(features: list[NDArray[np.float32]]) -> dict[str, Any]:
-    """The distance, what endless data would give, and the counts that its bias comes from."""
+    """The distance, its value extrapolated to endless data, and the counts that its bias depends on."""
     count, width = min(map(len, features)), features[0].shape[1]
     limit = extrapolated(*features)
     return {
@@ -105,8 +105,8 @@ def _described(features: list[NDArray[np.float32]]) -> dict[str, Any]:
         "extrapolated": None if limit is None else round(limit, 4),
         "clips": count,
         "feature_width": width,
-        "biased": count
-        <= 10 * width,  # below D + 1 the covariance is singular, and c/N is still large for some way above
+        # Up to D samples the covariance is singular, and c/N stays large for some way above.
+        "biased": count <= 10 * width,
     }
 
 

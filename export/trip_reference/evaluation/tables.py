@@ -17,8 +17,8 @@ def tables(figures: dict[str, Any]) -> str:
         name: figures.get(name)
         for name in ("F-Consistency4", "F-Consistency-all", "FVD", "FID", "frame 1, dB", "frame 1 at worst, dB")
     }
-    for name, found in rows.items():
-        value = found["value"] if isinstance(found, dict) else found
+    for name, figure in rows.items():
+        value = figure["value"] if isinstance(figure, dict) else figure
         lines.append(f"| {name} | {'not measured' if value is None else f'{value:.2f}'} | {PAPER.get(name, '')} |")
     how = f"{figures['steps']} steps, guidance {figures['guidance_scale']:g}" if "steps" in figures else "made earlier"
     about = (
@@ -27,16 +27,17 @@ def tables(figures: dict[str, Any]) -> str:
     )
     notes = [about, "Figures of other data, networks or clip counts cannot be compared with the paper's."]
     for name in ("FVD", "FID"):
-        if found := figures.get(name):
+        if figure := figures.get(name):
             limit = (
-                f", {found['extrapolated']:.2f} when continued to endless data"
-                if found.get("extrapolated") is not None
+                f", {figure['extrapolated']:.2f} when continued to endless data"
+                if figure.get("extrapolated") is not None
                 else ""
             )
-            bias = "; so few for that width that it is biased upwards" if found["biased"] else ""
-            count = f"{found['clips']} clips" if "clips" in found else f"{found['frames']} frames"
+            bias = "; so few for that width that it is biased upwards" if figure["biased"] else ""
+            count = f"{figure['clips']} clips" if "clips" in figure else f"{figure['frames']} frames"
             notes.append(
-                f"{name}: {found['feature_width']} features of {count} at {found['size']}×{found['size']}{bias}{limit}."
+                f"{name}: {figure['feature_width']} features of {count} at {figure['size']}×{figure['size']}"
+                f"{bias}{limit}."
             )
     for name, option in figures["left_out"].items():
         notes.append(f"{name} needs {option}.")

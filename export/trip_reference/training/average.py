@@ -13,7 +13,8 @@ class Average:
     """ā ← ā + (1 − d)·(θ − ā) for every parameter θ, d rising from 0.1 to `decay` so that the first weights are soon
     forgotten.
 
-    It holds tensors like the parameters' own: shards where those are sharded.
+    Its tensors are like the parameters: sharded where those are. torch's AveragedModel does not fit: it copies the
+    whole module, frozen parts included, and its first update takes the weights as they are instead of averaging them.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float):
@@ -23,14 +24,14 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after step `step`, counted from 0."""
+        """Average in the weights after step `step`, counted from 0."""
         decay = min(self.decay, (step + 1) / (step + 10))
         for name, parameter in self.parameters.items():
             self.tensors[name].lerp_(parameter.detach(), 1 - decay)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within, the model has the averaged weights."""
+        """Inside this context the model has the averaged weights."""
         self._swap()
         try:
             yield

@@ -1,4 +1,4 @@
-"""What a training run is told: a recipe of this package, a TOML file over it, and single settings over that."""
+"""The settings of a training run: a recipe of this package, changed by a TOML file, then by single settings."""
 
 from __future__ import annotations
 

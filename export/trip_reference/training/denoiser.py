@@ -14,7 +14,7 @@ from trip_rt.sampling.schedule import alpha_bars
 
 
 class Denoiser(nn.Module):
-    """A TripModel without its VAE. Its forward pass is the loss, so that what wraps modules for many GPUs can wrap it.
+    """A TripModel without its VAE. Its forward pass is the loss, because DDP and FSDP wrap a module's forward pass.
 
     Parameter names are the TripModel's: text_encoder.*, residual_unet.*, fusion.*.
     """

@@ -1,7 +1,7 @@
-"""The randomness of a training step: every clip's timestep, noise and dropped text follow from (seed, step, place in
-the batch) alone.
+"""The randomness of a training step. A clip's timestep, its noise and whether its text is dropped depend on (seed,
+step, place in the batch) alone.
 
-So a resumed run draws what an undisturbed one would, and many processes draw together what one would alone.
+So a resumed run draws what an uninterrupted run draws, and several processes draw together what one process draws.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ def draw(
 ) -> Draws:
     """What the clips at `positions` of a step's `batch` get; `shape` is one clip's latents [C, F, h, w].
 
-    Timesteps come one from each of `batch` equal parts of their distribution, as the loss varies more with t than with
-    the clip.
+    Timesteps are stratified: one comes from each of `batch` equal parts of their distribution, because the loss depends
+    on t more than on the clip.
     """
     whole = np.random.default_rng([seed, step])
     quantile = (whole.permutation(batch) + whole.random(batch)) / batch
     timestep = (np.sqrt(quantile) if config.timesteps == "high" else quantile) * num_train_timesteps
     dropped = whole.random(batch) < config.text_dropout * drop
-    chosen = list(positions)
-    noise = [torch.randn(tuple(shape), generator=_generator(seed, step, position)) for position in chosen]
-    return Draws(torch.stack(noise), torch.from_numpy(timestep[chosen]).long(), torch.from_numpy(dropped[chosen]))
+    places = list(positions)
+    noise = [torch.randn(tuple(shape), generator=_generator(seed, step, position)) for position in places]
+    return Draws(torch.stack(noise), torch.from_numpy(timestep[places]).long(), torch.from_numpy(dropped[places]))
 
 
 def seed_torch(seed: int, step: int, part: int, rank: int) -> None:

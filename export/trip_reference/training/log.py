@@ -1,5 +1,5 @@
-"""What a run says while it goes: a line of JSON every few steps, the same to a tracker, the bar, and warnings of broken
-clips."""
+"""What a run reports: a line of JSON every few steps, the same figures to a tracker and the progress bar, and warnings
+about broken clips."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Log:
     def step(
         self, done: int, loss: float, norm: float, groups: Sequence[dict[str, Any]], waited: float, last: bool, bar: Any
     ) -> None:
-        """Take in a step; every `every`th, and after the last, say how it goes."""
+        """Record a step; report at every `every`-th step and at the last."""
         self._losses.append(loss)
         if done % self.every and not last:
             return
@@ -57,7 +57,7 @@ class Log:
         self._losses, self._since, self._waited = [], time.monotonic(), waited
 
     def rewind(self, step: int) -> None:
-        """Forget what was written of later steps: they are to be taken again."""
+        """Remove the records of later steps, which are going to be repeated."""
         if self.accelerator.is_main_process and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
@@ -72,7 +72,7 @@ class Log:
                 file.write(json.dumps(record) + "\n")
 
     def warn_of(self, broken: Iterable[str]) -> None:
-        """Name clips that could not be read, the first ones each and then only their number."""
+        """Warn of each clip that could not be read, up to MOST_WARNINGS; further ones are counted only."""
         for message in broken:
             self.broken += 1
             if self.broken <= MOST_WARNINGS:
@@ -82,5 +82,5 @@ class Log:
 
 
 def peak_memory() -> float:
-    """The most megabytes this process has had: of the GPU where there is one, else of the machine."""
+    """The peak memory of this process in MB: GPU memory where there is a GPU, else the machine's."""
     return torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else peak_memory_mb()

@@ -97,14 +97,14 @@ def train(
     place = Place(stretch.first)
     if state.exists():
         place = read_place(state, run_id)
-        # At its first step a stretch's optimiser is new; one that is over has nothing more to do.
+        # A stretch at its first step has a new optimiser, and one that is over needs none.
         load_state(
             state, kept, average, optimizer.optimizer if stretch.first < place.step <= stretch.last else None, names
         )
         if accelerator.scaler is not None and place.loss_scale:
             accelerator.scaler.load_state_dict(place.loss_scale)
     log.rewind(place.step)
-    everyone = [p for group in optimizer.param_groups for p in group["params"]]
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
     began = time.monotonic() - place.seconds
 
     def save(done: int) -> None:
@@ -134,26 +134,26 @@ def train(
                     share = model(**inputs) / run.accumulation
                     accelerator.backward(share)
                 loss += share.detach()
-            norm = float(whole(accelerator.clip_grad_norm_(everyone, optimizer_config.clip)))
-            # One message for both: whoever got a signal, everyone stops after the same step.
-            told = accelerator.reduce(
+            norm = float(whole(accelerator.clip_grad_norm_(trained, optimizer_config.clip)))
+            # One reduction for loss and signal: if any process got a signal, all stop after the same step.
+            mean_loss, stopping = accelerator.reduce(
                 torch.stack([loss, torch.tensor(float(bool(caught)), device=loss.device)]), "mean"
             ).tolist()
-            finite = math.isfinite(told[0]) and (math.isfinite(norm) or accelerator.scaler is not None)
-            if finite:  # an fp16 scaler looks at the gradients itself, and lowers its scale where they overflow
+            finite = math.isfinite(mean_loss) and (math.isfinite(norm) or accelerator.scaler is not None)
+            if finite:  # an fp16 scaler checks the gradients itself, and lowers its scale where they overflow
                 optimizer.step()
                 average.update(step)
             optimizer.zero_grad()
             bad = 0 if finite else bad + 1
             done, last = step + 1, step + 1 == stretch.last
             bar.update()
-            log.step(done, told[0], norm, optimizer.param_groups, parts.waited, last, bar)
+            log.step(done, mean_loss, norm, optimizer.param_groups, parts.waited, last, bar)
             if bad >= run.max_bad_steps:
                 raise InputError(
-                    f"{stretch.name}, step {done}: the loss is {told[0]}, its gradient's norm {norm}, for {bad} steps"
+                    f"{stretch.name}, step {done}: the loss is {mean_loss}, its gradient's norm {norm}, for {bad} steps"
                     f" in a row; go on from {state} with a lower learning rate"
                 )
-            stop = told[1] > 0
+            stop = stopping > 0
             if done % run.save_every == 0 or last or stop:
                 save(done)
             if stop:
@@ -167,7 +167,7 @@ def train(
 
 
 class _Timed:
-    """An iterator that knows how long its caller has waited for it, in seconds."""
+    """An iterator that measures how long its caller has waited for it, in seconds."""
 
     def __init__(self, parts: Iterable[Batch]):
         self.parts, self.waited = iter(parts), 0.0
@@ -194,7 +194,7 @@ def _signals() -> Iterator[list[int]]:
 
     try:
         before = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not the main thread: whoever runs us answers signals
+    except ValueError:  # not the main thread: there the caller handles signals
         before = {}
     try:
         yield caught

@@ -51,10 +51,10 @@ def save_adapters(unet: nn.Module, config: LoraConfig, folder: Path) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(unet).items()}
     with whole_file(folder / "adapter_model.safetensors") as part:
         save_file(tensors, part)
-    described = {
+    peft_config = {
         "peft_type": "LORA",
         "r": config.rank,
         "lora_alpha": config.alpha,
         "target_modules": list(config.targets),
     }
-    (folder / "adapter_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    (folder / "adapter_config.json").write_text(json.dumps(peft_config, indent=2) + "\n", encoding="utf-8")

@@ -31,9 +31,9 @@ from trip_rt.command_line import note
 from trip_rt.config import to_json
 from trip_rt.errors import InputError
 
-SCALE_CLIPS = 64  # that the latents' scale is measured on
+SCALE_CLIPS = 64  # clips on which the latents' scale is measured
 
-# What may differ between a run's sittings: nothing of it touches a weight.
+# Settings that may differ when a run is resumed: no weight depends on them.
 _FREE = {
     "run": (
         "save_every",
@@ -61,7 +61,7 @@ class _Run:
     def __init__(self, config: TrainConfig, folder: Path):
         self.config, self.folder, self.work = config, folder, folder / "training"
         self.accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),  # or several processes on CPUs would not find each other
+            cpu=not torch.accelerator.is_available(),  # without it, several processes on CPUs do not form a group
             mixed_precision=config.run.mixed_precision,
             log_with=None if config.run.tracker == "none" else config.run.tracker,
             project_dir=self.work,
@@ -71,7 +71,7 @@ class _Run:
         self.run_id = _run_id(config, model)
         for state in (self._state, self._vae_state):
             if state.exists():
-                read_place(state, self.run_id)  # or raise, before any work
+                read_place(state, self.run_id)  # raises before any work where the state is another run's
 
     @property
     def _state(self) -> Path:

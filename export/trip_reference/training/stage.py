@@ -1,4 +1,4 @@
-"""One stage of a run: a stretch of steps over the parameters that it trains, on a model built for it."""
+"""One stage of a run: a number of steps that train some parameters, on a model built for this stage."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class StageRun:
             )
         model.vae.to(device).eval().requires_grad_(False)
         denoiser.to(device)
-        everything = [pattern for stage in config.stages for pattern in stage.trains]
+        patterns_of_all = [pattern for stage in config.stages for pattern in stage.trains]
         return train(
             self.accelerator,
             denoiser,
@@ -89,7 +89,7 @@ class StageRun:
             config.run,
             config.optimizer,
             self.log,
-            keeps=lambda name: learns(name, everything, config.lora.rank > 0),
+            keeps=lambda name: learns(name, patterns_of_all, config.lora.rank > 0),
             hooks=self._hooks,
             data_state=lambda: self.loader.state() if self.loader else [],
         )
@@ -115,8 +115,8 @@ class StageRun:
         return iter(self.loader)
 
     def _inputs_of(self, cached_text: bool) -> Callable[[int, int, dict[str, Any]], dict[str, Tensor]]:
-        """What the Denoiser takes, of a batch: its latents, noise and timesteps, and its sentences but those that are
-        dropped."""
+        """A function from a batch to the Denoiser's inputs: latents, noise, timesteps, and the sentences, some of which
+        are dropped."""
         run, device, shape = self.config.run, self.accelerator.device, self.model.config.latent_shape
         num_train_timesteps = self.model.config.schedule.num_train_timesteps
         kind = "text" if cached_text else "ids"
@@ -159,9 +159,8 @@ class StageRun:
             hooks.append(Hook(run.checkpoint_every, write))
         if run.validate_every and run.validation_clips and self.config.data.validation:
             validation = self._validation()
-            samples = (
-                self.accelerator.distributed_type != DistributedType.FSDP
-            )  # whose shards only the whole denoiser gathers
+            # Under FSDP only a call of the whole denoiser gathers the shards, and sampling calls its parts.
+            samples = self.accelerator.distributed_type != DistributedType.FSDP
             hooks.append(Hook(run.validate_every, lambda step: validation.look(denoiser, average, step, samples)))
         return hooks
 

@@ -66,7 +66,8 @@ def trainable(model: TripModel, config: TrainConfig) -> Denoiser:
 
 
 def learns(name: str, patterns: Sequence[str], adapters: bool) -> bool:
-    """Whether a Denoiser's parameter fits one of the patterns; where there are adapters, of the UNet only they do."""
+    """Whether a Denoiser's parameter matches one of the patterns; with adapters, the UNet's other parameters never
+    do."""
     frozen = adapters and name.startswith("residual_unet.") and ".lora_" not in name
     return not frozen and any(fnmatchcase(name, pattern) for pattern in patterns)
 
@@ -76,7 +77,7 @@ def train_only(module: nn.Module, patterns: Sequence[str], adapters: bool = Fals
     names = [name for name, _ in module.named_parameters()]
     parts = {name.split(".")[0] for name in names}
     for pattern in patterns:
-        # A part without any parameter, as `none`'s fusion, may be named all the same.
+        # A pattern may name a part without parameters, such as the fusion of `none`.
         absent = pattern.split(".")[0] in dict(module.named_children()).keys() - parts
         if not absent and not any(fnmatchcase(name, pattern) for name in names):
             raise InputError(

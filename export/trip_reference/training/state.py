@@ -1,5 +1,5 @@
-"""The state of a run in one safetensors file, the same whatever number of processes and however they share the
-weights."""
+"""The state of a run in one safetensors file, which depends neither on the number of processes nor on how they shard
+the weights."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def save_state(
 ) -> None:
     """Write weights (`tensors`), their average and the optimiser's moments to `path`, whole or not at all.
 
-    `run` stands for everything the run depends on. Every process calls this; the one that `writes` does.
+    `run` is the hash of all that the run depends on. Every process calls this, only the one with `writes` writes.
     """
-    found = {f"weights.{name}": tensor for name, tensor in tensors.items()}
-    found |= {f"average.{name}": tensor for name, tensor in average.tensors.items()}
+    entries = {f"weights.{name}": tensor for name, tensor in tensors.items()}
+    entries |= {f"average.{name}": tensor for name, tensor in average.tensors.items()}
     for parameter, moments in optimizer.state.items():
-        found |= {f"optimizer.{names[parameter]}.{name}": value for name, value in moments.items()}
-    # A copy each, of plain layout: safetensors stores neither shared nor channels-last tensors.
-    gathered = {name: whole(tensor).contiguous().clone() for name, tensor in found.items()}
+        entries |= {f"optimizer.{names[parameter]}.{name}": value for name, value in moments.items()}
+    # safetensors stores neither shared nor channels-last tensors, so each is copied to plain layout.
+    gathered = {name: whole(tensor).contiguous().clone() for name, tensor in entries.items()}
     if writes:
         with whole_file(path) as part:
             save_file(gathered, part, metadata={"run": run, "place": json.dumps(place.__dict__)})
@@ -91,14 +91,14 @@ def load_state(
             for parameter, name in names.items():
                 prefix = f"optimizer.{name}."
                 moments = {key.removeprefix(prefix): file.get_tensor(key) for key in stored if key.startswith(prefix)}
-                if moments:  # "step" is a scalar on the host, moments lie as their parameter does
+                if moments:  # "step" is a scalar on the host; moments have their parameter's device and layout
                     optimizer.state[parameter] = {
                         key: _like(value, parameter) if value.ndim else value for key, value in moments.items()
                     }
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor on the host, gathered where it is shared among processes."""
+    """The whole tensor on the host, gathered where it is sharded among processes."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
 

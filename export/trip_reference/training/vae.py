@@ -22,13 +22,13 @@ from trip_reference.training.loop import Stretch, train
 from trip_reference.training.state import Place
 from trip_rt.accuracy import psnr
 
-CROP_SHARE = 0.8  # of the steps see crops, the rest whole frames
+CROP_SHARE = 0.8  # the first 80 % of the steps see crops, the rest whole frames
 CROPS_PER_FRAME = 3  # in a batch: a crop costs a quarter of a frame
 WARMUP = 100
 
 
 class VaeLoss(nn.Module):
-    """Mean squared error of frames given back, and a trace of KL."""
+    """Mean squared error of the reconstructed frames plus `kl_weight` times the KL divergence."""
 
     def __init__(self, vae: AutoencoderKL, kl_weight: float):
         super().__init__()
@@ -46,11 +46,10 @@ def train_vae(
 ) -> None:
     """Train `vae` to give frames back and leave the averaged weights in it.
 
-    Most steps see half-size crops around the shape: on whole frames a shape is a twentieth of the pixels, and the
-    network spends its first thousands of steps on backgrounds alone.
+    Most steps see half-size crops around the shape. On whole frames a shape is a twentieth of the pixels, and the
+    network would learn only backgrounds for thousands of steps.
     """
-    # Steady codes from the first step: with its usual start (σ = 1) the posterior drowns what the encoder has yet to
-    # learn to say.
+    # The posterior begins with σ = exp(−3.5): with the usual σ = 1 its noise would hide what the encoder has learned.
     channels = vae.config["latent_channels"]
     with torch.no_grad():
         vae.quant_conv.weight[channels:] = 0
@@ -93,16 +92,16 @@ def frames_of_step(
     cropped = step < CROP_SHARE * config.steps
     size = clips.frames.shape[2]
     side = size // 2 if cropped else size
-    chosen, noise = [], []
+    frames, noise = [], []
     for position in plan.positions(0):
         for piece in range(CROPS_PER_FRAME if cropped else 1):
             rng = np.random.default_rng([seed, step, position, piece])
             clip, frame = rng.integers(len(clips)), rng.integers(clips.frames.shape[1])
             corner = np.rint(clips.centres[clip, frame] - side / 2 + rng.uniform(-0.19 * size, 0.19 * size, 2))
             x, y = np.clip(corner, 0, size - side).astype(int)
-            chosen.append(clips.frames[clip, frame, y : y + side, x : x + side])
+            frames.append(clips.frames[clip, frame, y : y + side, x : x + side])
             noise.append(rng.standard_normal((channels, side // factor, side // factor), np.float32))
-    return {"pixels": to_pixels(np.stack(chosen)), "noise": torch.from_numpy(np.stack(noise))}
+    return {"pixels": to_pixels(np.stack(frames)), "noise": torch.from_numpy(np.stack(noise))}
 
 
 @torch.no_grad()

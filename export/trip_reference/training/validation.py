@@ -1,4 +1,4 @@
-"""A look at a run on its way: the loss on clips it does not train on, and a sheet of samples beside them."""
+"""Validation during a run: the loss on clips that it does not train on, and a sheet of samples beside those clips."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from trip_rt.images import contact_sheet, to_frames
 from trip_rt.sampling.loop import initial_noise
 from trip_rt.settings import Settings
 
-SHOWN = 4  # clips of the sheet
-ROUNDS = 4  # draws of timestep and noise a clip
-SEED = 20240617  # the same draws at every look and in every run
+SHOWN = 4  # clips on the sheet
+ROUNDS = 4  # draws of timestep and noise for each clip
+SEED = 20240617  # the same draws at every validation and in every run
 
 
 class Validation:
@@ -80,14 +80,14 @@ class Validation:
         latents = self.latents[:shown]
         text = model.encode_text(torch.cat([self.ids[-1:].expand(shown, -1), self.ids[:shown]]))
         noise = torch.from_numpy(initial_noise(list(range(shown)), model.config.latent_shape)).to(latents.device)
-        made = sample(
+        sampled = sample(
             model,
             latents[:, :, 0],
             noise,
             text,
             Settings(speed="balanced").steps(model.config),
         )
-        pairs = [(self._decoded(one), self._decoded(other)) for one, other in zip(made, latents, strict=True)]
+        pairs = [(self._decoded(clip), self._decoded(true)) for clip, true in zip(sampled, latents, strict=True)]
         labels = [label for caption in self.captions[:shown] for label in (caption, "(the true clip)")]
         return [clip for pair in pairs for clip in pair], labels
 
