@@ -153,9 +153,9 @@ def check_precisions(declared: set[str], found: Mapping[str, int], name: str) ->
             " and parity only"
         )
     if lost := sorted(declared - {"FP32"} - {precision for precision, count in found.items() if count}):
-        there = ", ".join(sorted(found))
+        used = ", ".join(sorted(found))
         raise InputError(
-            f"{name}: found an engine silently built in {there}, expected {', '.join(lost)} as declared; use another"
+            f"{name}: found an engine silently built in {used}, expected {', '.join(lost)} as declared; use another"
             " TensorRT or export fp32"
         )
     return f"{name}: convolutions and matrix products: " + ", ".join(

@@ -52,11 +52,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--fps", type=float, default=4.0, help="frames a second that are taken from the videos of --data (%(default)s)"
     )
     parser.add_argument("--clips", type=int, default=200, help="(%(default)s)")
-    made = (
+    generated_help = (
         "measure the clips in there, .mp4, .gif, .webp or folders of PNGs, the n-th by name as the n-th picture's, and"
         " make none"
     )
-    parser.add_argument("--generated", type=Path, metavar="DIR", help=made)
+    parser.add_argument("--generated", type=Path, metavar="DIR", help=generated_help)
     add_settings(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the first clip; the next has the next (%(default)s)")
     parser.add_argument("--clip-encoder", type=Path, metavar="DIR", help="a CLIP image encoder, for F-Consistency")
