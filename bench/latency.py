@@ -27,8 +27,8 @@ from timing import interleaved, machine, percentiles, ratio
 
 from trip_engines.check import animator_for, precision_of
 from trip_engines.parity import Parity, measure
-from trip_engines.reference import Reference
-from trip_export.recording import held_out
+from trip_engines.recording import Reference
+from trip_export.record import held_out
 from trip_rt import backends
 from trip_rt.accuracy import psnr
 from trip_rt.animator import Animator

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trip_engines.emulation import EmulatedEngine
 from trip_engines.parity import Parity, measure
-from trip_engines.reference import Reference
+from trip_engines.recording import Reference
 from trip_rt.animator import Animator
 from trip_rt.bundle import Bundle, open_bundle
 from trip_rt.components import REQUIRED

@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from trip_engines.precision import Group, choose_precision, fold_weights, typed_graph
-from trip_engines.reference import Sample
+from trip_engines.recording import Sample
 from trip_rt.bundle import file_sha256
 
 EXTERNAL_FROM = 1024  # bytes: tensors of that size go into the weights file

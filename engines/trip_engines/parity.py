@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from trip_engines.reference import Reference, Sample
+from trip_engines.recording import Reference, Sample
 from trip_rt.accuracy import psnr, relative_errors
 from trip_rt.animator import Animator
 from trip_rt.components import ALL

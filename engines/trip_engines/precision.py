@@ -19,7 +19,7 @@ from onnxscript import version_converter
 
 from trip_engines.emulation import LARGEST, MASKED, MOVEMENT, Emulation
 from trip_engines.parity import MAX_COMPONENT_RMS
-from trip_engines.reference import Sample
+from trip_engines.recording import Sample
 from trip_rt.accuracy import NOT_A_NUMBER, relative_errors
 from trip_rt.errors import EngineError
 

@@ -217,7 +217,7 @@ def build_parity_parser() -> argparse.ArgumentParser:
 def run_parity(args: argparse.Namespace) -> int:
     from trip_engines.check import animator_for, precision_of
     from trip_engines.parity import measure
-    from trip_export.recording import record
+    from trip_export.record import record
     from trip_reference import checkpoint
     from trip_rt.bundle import open_bundle
 

@@ -22,14 +22,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from trip_engines.check import animator_for
 from trip_engines.onnx_engine import finish_onnx_engine, to_precision
 from trip_engines.parity import Parity, measure
-from trip_engines.reference import Reference, Sample
+from trip_engines.recording import Reference, Sample
 from trip_engines.tensorrt_build import build_engine
 from trip_engines.tensorrt_operators import unsupported
 from trip_export.components import Component, component
 from trip_export.kernels import build_kernel
 from trip_export.onnx_export import OPSET, export_onnx
 from trip_export.plan import ExportOptions, Plan
-from trip_export.recording import record
+from trip_export.record import record
 from trip_export.store import Store, store
 from trip_reference import checkpoint
 from trip_rt.bundle import MANIFEST, TOKENIZER, Bundle

@@ -8,7 +8,7 @@ import pytest
 from tiny import tiny_model
 
 from trip_engines.parity import Parity
-from trip_engines.reference import Reference
+from trip_engines.recording import Reference
 from trip_export.command import export_main, parity_main
 from trip_reference import checkpoint
 from trip_reference.demo_world.text import build_tokenizer

@@ -11,7 +11,7 @@ from trip_engines.emulation import Emulation
 from trip_engines.onnx_engine import to_precision
 from trip_engines.parity import MAX_COMPONENT_RMS
 from trip_engines.precision import ALWAYS_FP32, Group, choose_precision, fold_weights, typed_graph
-from trip_engines.reference import Reference, Sample
+from trip_engines.recording import Reference, Sample
 from trip_export.export import export_bundle
 from trip_export.plan import ExportOptions
 from trip_rt import Animator, InputError

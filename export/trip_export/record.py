@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from trip_engines.reference import Reference, Sample
+from trip_engines.recording import Reference, Sample
 from trip_export.denoising_unet import TextProjection
 from trip_reference.demo_world import world
 from trip_reference.feature_reuse import FeatureReuse
