@@ -21,8 +21,8 @@ MAX_THREADS = 256
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How engines are opened: on `device` (`auto` takes a GPU where there is one) and with so many CPU `threads` (None:
-    the library's own choice).
+    """How engines are opened: on `device` (`auto` takes a GPU where there is one) and with that number of CPU `threads`
+    (None: the library's own choice).
 
     `cuda_graph`: on a GPU, whether a denoising step is recorded once as a CUDA graph and replayed, for those engines
     that let themselves be recorded.

@@ -108,8 +108,8 @@ class InductorEngine(Engine):
                 raise self.closed_error()
             try:
                 with torch.no_grad(), _threads(torch, self._threads), self._on_stream():
-                    for output, made in zip(outputs, self._loader.run(inputs), strict=True):
-                        output.copy_(made)
+                    for output, result in zip(outputs, self._loader.run(inputs), strict=True):
+                        output.copy_(result)
             except RuntimeError as error:
                 raise EngineError(
                     f"{self.spec.file}: failed while it ran ({' '.join(str(error).split())[:200]}); export the bundle"

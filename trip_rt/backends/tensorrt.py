@@ -110,9 +110,9 @@ class TensorRTEngine(Engine):
         }
         for name in sorted(found.keys() | expected.keys()):
             if found.get(name) != expected.get(name):
-                there, wanted = found.get(name, f"no {name}"), expected.get(name, f"no {name}")
+                actual, wanted = found.get(name, f"no {name}"), expected.get(name, f"no {name}")
                 raise InputError(
-                    f"{self.spec.file}: found {there}, expected {wanted}; the plan is not this manifest's, export the"
+                    f"{self.spec.file}: found {actual}, expected {wanted}; the plan is not this manifest's, export the"
                     " bundle again"
                 )
 
@@ -137,13 +137,13 @@ class TensorRTEngine(Engine):
         return kind(f"{self.spec.file}: TensorRT {what} ({reason}); export the bundle again on this machine")
 
     def describe(self) -> dict[str, Any]:
-        there = {"gpu": self._machine.gpu, "compute_capability": self._machine.compute_capability}
         return {
             "backend": self.backend,
             "version": self._machine.tensorrt,
             "library": self._trt.__name__,
             "device": "cuda",
-            **there,
+            "gpu": self._machine.gpu,
+            "compute_capability": self._machine.compute_capability,
         }
 
     def close(self) -> None:
@@ -185,14 +185,14 @@ def check_target(file: str, target: Mapping[str, str], machine: Machine) -> None
             f"{file}: found TensorRT's lean runtime, expected the full one, as the plan is not version-compatible;"
             f" {remedy}"
         )
-    there, wanted = machine.compute_capability, target["compute_capability"]
+    actual, wanted = machine.compute_capability, target["compute_capability"]
     if target.get("hardware_compatibility") == "ampere_plus":
-        fits, wanted = version_numbers(there) >= (8, 0), "8.0 or above"
+        fits, wanted = version_numbers(actual) >= (8, 0), "8.0 or above"
     else:  # "same_compute_capability" frees a plan from the GPU's model, not from this
-        fits = version_numbers(there) == version_numbers(wanted)
+        fits = version_numbers(actual) == version_numbers(wanted)
     if not fits:
         raise InputError(
-            f"{file}: found compute capability {there} ({machine.gpu}), expected {wanted}; export the bundle again on"
+            f"{file}: found compute capability {actual} ({machine.gpu}), expected {wanted}; export the bundle again on"
             " this machine"
         )
 

@@ -123,7 +123,7 @@ class CudaDevice(Device):
         call("cudaStreamSynchronize", self._stream)
 
     def pinned(self, size: int) -> int:
-        """The address of so many bytes of page-locked host memory, freed with the device."""
+        """The address of `size` bytes of page-locked host memory, freed with the device."""
         address: int = call("cudaMallocHost", size)
         self._pinned.append(address)
         return address
@@ -151,7 +151,7 @@ class CudaDevice(Device):
         arguments: Sequence[int],
         types: Sequence[Any],
     ) -> None:
-        """Queue a kernel of so many one-dimensional programs; `types` are ctypes of the arguments' exact widths."""
+        """Queue a kernel of `programs` programs in one dimension; `types` are ctypes of the arguments' exact widths."""
         call(
             "cuLaunchKernel",
             function,
