@@ -1,18 +1,23 @@
-"""The figures that README.md quotes, out of bench/results/, as the Markdown of its section "How fast is it".
+"""The figures that README.md and docs/speed.md quote, out of bench/results/, as Markdown.
 
-    python bench/headlines.py
+    python bench/headlines.py             # README.md, under "How fast is it"
+    python bench/headlines.py --tables    # docs/speed.md, under "Beside other ways to run the model"
 
-tests/bench/test_headlines.py holds README.md to this text, so a file measured anew changes both or neither.
+tests/bench/test_headlines.py compares both files with this text. Paste it again after every new measurement.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 HEADING = "## How fast is it"
+TABLES_HEADING = "## Beside other ways to run the model"
+WIDTH = 110  # columns of a line
 SPEEDS = ("exact", "balanced", "fast")
 _RIVALS = {
     "openvino": "the plain ONNX export on OpenVINO",
@@ -44,18 +49,27 @@ def headlines(folder: Path = RESULTS) -> dict[str, Any]:
         figures[f"{name}_best_rival"] = min(milliseconds, key=lambda rival: milliseconds[rival])
         figures[f"{name}_memory_mb"] = file["cold_start"]["exact"]["peak_memory_mb"]
         figures[f"{name}_pytorch_memory_mb"] = file["pytorch_peak_memory_mb"]
+        for speed in SPEEDS:
+            figures[f"{name}_clip_s_{speed}"] = file["clips"][speed]["p50"] / 1000
+            figures[f"{name}_clip_times_faster_{speed}"] = file["clips"][speed]["times_faster"]
+            figures[f"{name}_fresh_process_{speed}"] = file["cold_start"][speed]
     for speed in SPEEDS:
-        figures[f"demo_clip_s_{speed}"] = latency["demo"]["clips"][speed]["p50"] / 1000
-        figures[f"demo_fresh_process_s_{speed}"] = latency["demo"]["cold_start"][speed]["seconds"]["clip"]
         figures[f"times_faster_{speed}"] = ways["ways"][speed]["times_faster"]
         figures[f"psnr_{speed}"] = {key: ways["ways"][speed][f"psnr_{key}"] for key in ("mean", "min")}
     return figures
 
 
 def markdown(figures: dict[str, Any]) -> str:
-    """What README.md holds, word for word."""
-    parts = [_machine(figures["machine"]), *map(_against_best, [figures] * 2, _MODELS), _steps(figures)]
-    return "\n\n".join([*parts, _speeds(figures), _memory(figures)])
+    """What README.md holds, word for word: three headline figures and a table of the speeds."""
+    items = [*map(_against_best, [figures] * 2, _MODELS), _clip(figures)]
+    bullets = "\n".join(_wrapped(f"- {item}", "  ") for item in items)
+    return "\n\n".join([_machine(figures["machine"]), bullets, _speeds(figures)])
+
+
+def tables(figures: dict[str, Any]) -> str:
+    """What docs/speed.md holds, word for word: all ways to run a guided step, and whole processes."""
+    parts = [_machine(figures["machine"]), _steps(figures), _processes(figures), _bench_speeds(figures)]
+    return "\n\n".join([*parts, _memory(figures)])
 
 
 def section(text: str, heading: str = HEADING) -> str:
@@ -66,7 +80,7 @@ def section(text: str, heading: str = HEADING) -> str:
 
 def _machine(about: dict[str, Any]) -> str:
     libraries = ", ".join(f"{title} {about[name]}" for name, title in _LIBRARIES.items())
-    return f"Measured in fp32 on {about['cpu']}, {about['threads']} threads, with {libraries}."
+    return _wrapped(f"Measured in fp32 on {about['cpu']}, {about['threads']} threads, with {libraries}.")
 
 
 def _against_best(figures: dict[str, Any], model: str) -> str:
@@ -77,6 +91,11 @@ def _against_best(figures: dict[str, Any], model: str) -> str:
         f" {_RIVALS[rival]}, takes {_ms(figures[f'{model}_rivals_ms'][rival])} ms, **{times['median']:.2f} times** as"
         f" long (p5 to p95: {times['p5']:.2f} to {times['p95']:.2f})."
     )
+
+
+def _clip(figures: dict[str, Any]) -> str:
+    exact, fast = (f"{figures[f'demo_clip_s_{speed}']:.2f}" for speed in ("exact", "fast"))
+    return f"A clip of the `demo` model takes **{exact} s** at speed `exact` and **{fast} s** at speed `fast` (p50)."
 
 
 def _steps(figures: dict[str, Any]) -> str:
@@ -98,18 +117,39 @@ def _steps(figures: dict[str, Any]) -> str:
 
 
 def _speeds(figures: dict[str, Any]) -> str:
+    clips = figures["speed_clips"]
     lines = [
-        f"| `--speed`, `demo` model | a clip, s | in a fresh process, s | times faster ({figures['speed_clips']} clips)"
-        " | dB to exact, mean | least |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        f"| `demo` model | a clip, s | times faster ({clips} clips) | dB to `exact`, mean | least |",
+        "| --- | ---: | ---: | ---: | ---: |",
     ]
     for speed in SPEEDS:
         likeness = figures[f"psnr_{speed}"]
         decibels = ("", "") if speed == "exact" else (f"{likeness['mean']:.1f}", f"{likeness['min']:.1f}")
-        seconds = f"{figures[f'demo_clip_s_{speed}']:.2f}", f"{figures[f'demo_fresh_process_s_{speed}']:.2f}"
-        cells = [f"`{speed}`", *seconds, f"{figures[f'times_faster_{speed}']:.2f}", *decibels]
-        lines.append(_row(cells))
+        seconds, times = f"{figures[f'demo_clip_s_{speed}']:.2f}", f"{figures[f'times_faster_{speed}']:.2f}"
+        lines.append(_row([f"`{speed}`", seconds, times, *decibels]))
     return "\n".join(lines)
+
+
+def _processes(figures: dict[str, Any]) -> str:
+    lines = [
+        "| model, speed | a clip, s | fresh process: import, s | open, s | first step, s | clip, s | peak MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for model in _MODELS:
+        for speed in SPEEDS:
+            process = figures[f"{model}_fresh_process_{speed}"]
+            moments = [f"{process['seconds'][name]:.2f}" for name in ("import", "open", "first step", "clip")]
+            cells = [f"{figures[f'{model}_clip_s_{speed}']:.2f}", *moments, f"{process['peak_memory_mb']:.0f}"]
+            lines.append(_row([f"`{model}`, `{speed}`", *cells]))
+    return "\n".join(lines)
+
+
+def _bench_speeds(figures: dict[str, Any]) -> str:
+    times = " and ".join(f"{figures[f'bench_clip_times_faster_{speed}']:.1f}" for speed in ("balanced", "fast"))
+    return _wrapped(
+        "The seconds of a fresh process count from its start. On the `bench` model `balanced` and `fast` are"
+        f" {times} times as fast as `exact`."
+    )
 
 
 def _memory(figures: dict[str, Any]) -> str:
@@ -118,7 +158,13 @@ def _memory(figures: dict[str, Any]) -> str:
         f" (PyTorch: {figures[f'{model}_pytorch_memory_mb']:.0f} MB)"
         for model in _MODELS
     ]
-    return f"Peak memory of a process that makes a clip, with PyTorch one of two steps: {' and '.join(rows)}."
+    return _wrapped(
+        f"Peak memory of a process that makes a clip: {' and '.join(rows)}. PyTorch's clip is one of two steps."
+    )
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _row(cells: list[str]) -> str:
@@ -130,4 +176,6 @@ def _ms(milliseconds: float) -> str:
 
 
 if __name__ == "__main__":
-    print(markdown(headlines()))
+    parser = argparse.ArgumentParser(description="Print the figures that README.md quotes.")
+    parser.add_argument("--tables", action="store_true", help="print those of docs/speed.md instead")
+    print((tables if parser.parse_args().tables else markdown)(headlines()))

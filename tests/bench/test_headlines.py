@@ -1,11 +1,11 @@
-"""README.md quotes what bench/results/ holds, and nothing else."""
+"""README.md and docs/speed.md quote what bench/results/ holds."""
 
 import json
 import shutil
 from pathlib import Path
 
 import pytest
-from headlines import HEADING, RESULTS, headlines, markdown, section
+from headlines import HEADING, RESULTS, TABLES_HEADING, WIDTH, headlines, markdown, section, tables
 from latency import _PEERS
 
 ROOT = Path(__file__).parents[2]
@@ -24,11 +24,20 @@ def changed(path, change):
     path.write_text(json.dumps(figures))
 
 
-def test_the_readme_quotes_the_measured_figures():
-    text = markdown(headlines())
-    quoted = section((ROOT / "README.md").read_text(encoding="utf-8"))
+@pytest.mark.parametrize(
+    ("page", "heading", "printed", "option"),
+    [("README.md", HEADING, markdown, ""), ("docs/speed.md", TABLES_HEADING, tables, " --tables")],
+)
+def test_the_pages_quote_the_measured_figures(page, heading, printed, option):
+    text = printed(headlines())
+    quoted = section((ROOT / page).read_text(encoding="utf-8"), heading)
     absent = [line for line in text.splitlines() if line not in quoted.splitlines()]
-    assert text in quoted, f"put what bench/headlines.py prints under {HEADING!r}; not there: {absent}"
+    assert text in quoted, f"{page}: put what bench/headlines.py{option} prints under {heading!r}; not there: {absent}"
+
+
+def test_lines_are_short_enough_for_the_readme():
+    figures = headlines()
+    assert max(map(len, (markdown(figures) + "\n" + tables(figures)).splitlines())) <= WIDTH
 
 
 def test_a_section_ends_where_the_next_begins():
@@ -48,9 +57,9 @@ def test_the_best_rival_is_the_fastest_one_that_ran(results):
     changed(results / "latency_bench.json", change)
     figures = headlines(results)
     assert (figures["bench_step_ms"], figures["bench_best_rival"]) == (90.0, "compile")
-    text = markdown(figures)
+    text = " ".join(markdown(figures).split())  # without line breaks
     assert "takes **90.0 ms** (p50). Its best rival, `torch.compile`, frozen, takes 99.0 ms, **1.10 times**" in text
-    assert "| the plain ONNX export on OpenVINO | not run | |" in text
+    assert "| the plain ONNX export on OpenVINO | not run | |" in tables(figures)
 
 
 def test_figures_of_two_machines_stand_in_no_table(results):
@@ -66,4 +75,4 @@ def test_every_rival_of_latency_has_a_name_in_the_table(results):
         guided["times_as_long_as_trip_rt"] |= {name: {"median": 5.35, "p5": 5.0, "p95": 6.0} for name in _PEERS}
 
     changed(results / "latency_bench.json", change)
-    assert markdown(headlines(results)).count("| 5000 | 5.35 |") == len(_PEERS)
+    assert tables(headlines(results)).count("| 5000 | 5.35 |") == len(_PEERS)
