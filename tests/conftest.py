@@ -1,36 +1,78 @@
-"""Fixtures: the tiny model as a checkpoint and as a bundle, each made once a test run."""
+"""How the tests are run, and fixtures: the tiny model as a checkpoint and as bundles, each made once a test run.
+
+Nothing heavy is imported before a test runs: the process that only deals tests out to workers needs none of it.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
+from once import made_once
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, which some of the following do
+if TYPE_CHECKING:
+    from trip_export.export import ExportResult
+    from trip_rt import Animator
 
-from tiny import TINY, tiny_model
+WORKERS = 2  # what the tests' time is counted on
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker; torch reads it when it is imported
 
-from trip_export.export import ExportResult, export_bundle
-from trip_reference import checkpoint
-from trip_reference.demo_world.text import build_tokenizer
-from trip_rt import Animator
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Two workers, unless -n, --pdb or --collect-only says otherwise or single files or tests are named, for which a
+    second start would not pay."""
+    option = config.option
+    if (
+        config.pluginmanager.hasplugin("xdist")
+        and not hasattr(config, "workerinput")
+        and option.numprocesses is None
+        and not (option.usepdb or option.collectonly)
+        and not any(".py" in argument for argument in config.args)
+    ):
+        option.numprocesses, option.dist = WORKERS, "worksteal"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not getattr(config.option, "tx", None):  # else the workers run the tests
+        from torch import cuda
+
+        if not cuda.is_available():
+            os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes an export comes first: of two workers one makes it while the other begins with the rest."""
+    items.sort(key=lambda item: "tiny_checkpoint" not in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    tokenizer = build_tokenizer(TINY.trip.text_length)
-    checkpoint.save_pretrained(tiny_model(), tokenizer.to_str(pretty=True), folder)
-    return folder
+    from tiny import save_tiny
+
+    return made_once(tmp_path_factory, "tiny-checkpoint", save_tiny)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A square tiny model after a step of training that moves nothing."""
+    from training_runs import train_start
+
+    return made_once(tmp_path_factory, "trained", train_start)
 
 
 @pytest.fixture(scope="session")
 def tiny_export(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
     """The export of `tiny_checkpoint`; its `bundle` must not be changed by a test."""
-    return export_bundle(tiny_checkpoint, tmp_path_factory.mktemp("bundle") / "tiny")
+
+    def make(folder: Path) -> ExportResult:
+        from trip_export.export import export_bundle
+
+        return export_bundle(tiny_checkpoint, folder)
+
+    return made_once(tmp_path_factory, "tiny-bundle", make)
 
 
 @pytest.fixture(scope="session")
@@ -40,4 +82,6 @@ def tiny_bundle(tiny_export: ExportResult) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_animator(tiny_bundle: Path) -> Animator:
+    from trip_rt import Animator
+
     return Animator(tiny_bundle)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import torch
 
+from trip_reference import checkpoint
 from trip_reference.demo_world.text import build_tokenizer, text_overrides
 from trip_reference.model import TripModel, build_model
 from trip_reference.presets import DEMO, Preset
@@ -36,3 +38,9 @@ def tiny_model(seed: int = 0, **changes: object) -> TripModel:
             if not parameter.any():
                 parameter.normal_(std=0.05)
     return model.eval()
+
+
+def save_tiny(folder: Path) -> Path:
+    """A tiny model and its tokenizer as a checkpoint."""
+    checkpoint.save_pretrained(tiny_model(), build_tokenizer(TINY.trip.text_length).to_str(pretty=True), folder)
+    return folder

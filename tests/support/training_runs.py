@@ -55,6 +55,12 @@ def train_tiny(folder: Path, *settings: str) -> dict[str, Any]:
     return train_run(load_config("demo", None, [*SETTINGS, *settings]), folder)
 
 
+def train_start(folder: Path) -> Path:
+    """A checkpoint of the weights that every run begins with."""
+    train_tiny(folder, "stages.0.steps=1", "stages.0.unet_lr=1e-12", "stages.0.tnf_lr=1e-12")
+    return folder
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """All weights of a checkpoint folder."""
     files = [path for path in sorted(folder.glob("*/*.safetensors")) if path.parent.name not in ("training", "lora")]
