@@ -1,31 +1,33 @@
+import contextlib
 import fcntl
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import onnx
 import pytest
 import torch
+import untraced
+from export_server import ExportServer
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
 from trip_engines.onnx_engine import finish_onnx_engine
 from trip_export import export as export_module
-from trip_export.components import component, signatures
+from trip_export.components import VARIANT_OF, component, signatures
 from trip_export.export import export_bundle
 from trip_export.onnx_export import DYNAMIC_SHAPE_OPERATORS, export_onnx
 from trip_export.plan import ExportOptions
 from trip_rt import Animator, InputError
 from trip_rt.backends import EngineOptions, engine_class
 from trip_rt.bundle import open_bundle
-from trip_rt.components import ALL, VARIANTS
+from trip_rt.components import ALL, REQUIRED, VARIANTS
 from trip_rt.manifest import EngineSpec
 
 EVERYTHING_REUSED = [f"{name} (onnx)" for name in ALL]
+BRIEF = ExportOptions(parity_steps=1)
 
 
 @pytest.fixture
@@ -36,6 +38,10 @@ def bundle(tiny_bundle, tmp_path):
 
 def files(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_graphs_have_the_documented_names_and_static_shapes(tiny_bundle):
@@ -111,12 +117,12 @@ def test_parity_is_measured_and_recorded(tiny_export):
 
 
 def test_a_second_export_reuses_everything(tiny_checkpoint, bundle):
-    before = {name: (bundle / name).read_bytes() for name in files(bundle)}
+    before = contents(bundle)
     notes = []
     result = export_bundle(tiny_checkpoint, bundle, note=notes.append)
     assert result.reused == EVERYTHING_REUSED
     assert notes[-1] == "parity of onnxruntime: unchanged, reused"
-    assert {name: (bundle / name).read_bytes() for name in files(bundle)} == before
+    assert contents(bundle) == before
 
 
 def test_a_changed_component_is_the_only_one_rebuilt(tiny_checkpoint, bundle, tmp_path):
@@ -147,8 +153,9 @@ def test_a_damaged_engine_is_rebuilt(tiny_checkpoint, bundle, ending):
     assert path.read_bytes() == original  # an export gives the same bytes again
 
 
-def test_an_export_cut_short_is_no_bundle_and_is_taken_up_again(tiny_checkpoint, bundle, tmp_path, monkeypatch):
-    whole = {name: (bundle / name).read_bytes() for name in files(bundle)}
+def test_an_export_cut_short_is_no_bundle_and_is_taken_up_again(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module, "export_onnx", untraced.graph_of_a_weight)
+    export_bundle(tiny_checkpoint, tmp_path / "whole", BRIEF)
     real = export_module.finish_onnx_engine
 
     def interrupted(graph, destination, like=None):
@@ -156,69 +163,61 @@ def test_an_export_cut_short_is_no_bundle_and_is_taken_up_again(tiny_checkpoint,
             raise KeyboardInterrupt
         return real(graph, destination, like)
 
-    monkeypatch.setattr(export_module, "finish_onnx_engine", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        export_bundle(tiny_checkpoint, tmp_path / "cut")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(export_module, "finish_onnx_engine", interrupted)
+        export_bundle(tiny_checkpoint, tmp_path / "cut", BRIEF)
     assert not list((tmp_path / "cut").glob(".exporting-*"))
     with pytest.raises(InputError, match="found no manifest"):
         Animator(tmp_path / "cut")
-    monkeypatch.undo()
-    result = export_bundle(tiny_checkpoint, tmp_path / "cut")
+    result = export_bundle(tiny_checkpoint, tmp_path / "cut", BRIEF)
     assert list(result.seconds) == [f"{name} (onnx)" for name in ("tnf", "vae_decoder", *VARIANTS)]
-    assert {name: (tmp_path / "cut" / name).read_bytes() for name in files(tmp_path / "cut")} == whole
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
-EXPORTS = """
-import os, signal, sys, time
-from pathlib import Path
-from trip_export.export import export_bundle
-import torch._dynamo, torch.onnx, diffusers.models.unets.unet_3d_condition, onnxscript.optimizer
-for line in sys.stdin:  # an order a line: seconds to live (0: as long as it takes) and a folder
-    seconds, _, folder = line.strip().partition(" ")
-    if (child := os.fork()) == 0:
-        export_bundle(Path(sys.argv[1]), Path(folder))
-        os._exit(0)
-    if float(seconds):
-        time.sleep(float(seconds))
-        os.kill(child, signal.SIGKILL)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
+@pytest.fixture(scope="module")
+def export_in_a_child(tiny_checkpoint):
+    with contextlib.closing(ExportServer(tiny_checkpoint)) as server:
+        yield server
 
 
-def test_exports_killed_at_random_moments(tiny_checkpoint, tiny_bundle, tmp_path):
+def test_a_killed_export_of_traced_graphs_is_taken_up_again(tiny_checkpoint, tiny_bundle, tmp_path, export_in_a_child):
+    """One that another process began: the same bytes again."""
+    code, _ = export_in_a_child(tmp_path / "bundle", component="tnf", traced=True)
+    assert code == -signal.SIGKILL
+    with pytest.raises(InputError, match="found no manifest"):
+        open_bundle(tmp_path / "bundle")
+    result = export_bundle(tiny_checkpoint, tmp_path / "bundle", ExportOptions(speedups=False))
+    assert list(result.seconds) == ["tnf (onnx)", "vae_decoder (onnx)"]
+    whole, found = contents(tiny_bundle), contents(tmp_path / "bundle")
+    del found["manifest.json"]  # without the speedups
+    assert {name.partition("-")[0] for name in found if name.endswith(".onnx")} == set(REQUIRED)
+    assert [name for name, data in found.items() if whole[name] != data] == []
+
+
+def test_exports_killed_at_random_moments(tmp_path, export_in_a_child):
     """What kill −9 leaves never opens, and the rerun ends in the bytes of an undisturbed export. TRIP_KILLS sets how
     many moments."""
-    whole = {name: (tiny_bundle / name).read_bytes() for name in files(tiny_bundle)}
-    kills = int(os.environ.get("TRIP_KILLS", "3"))
-    moments = np.random.default_rng(0).uniform(0.3, float(os.environ.get("TRIP_KILL_WITHIN", "20")), kills)
-    with subprocess.Popen(
-        [sys.executable, "-c", EXPORTS, str(tiny_checkpoint)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as exporter:
-
-        def export(folder, seconds=0.0):
-            exporter.stdin.write(f"{seconds} {folder}\n")
-            exporter.stdin.flush()
-            return int(exporter.stdout.readline())
-
-        folder, cut_short = tmp_path / "0", 0
-        for attempt, moment in enumerate(moments):
-            killed = export(folder, moment) == -signal.SIGKILL
-            cut_short += killed
-            for place in [folder, *(path for path in folder.iterdir() if path.is_dir())] if folder.exists() else []:
-                if killed and not (place == folder and (folder / "manifest.json").exists()):
-                    with pytest.raises(InputError, match="found no manifest"):
-                        open_bundle(place)
-            if attempt % 3 == 2 or not killed:  # let some be killed again on the way
-                assert export(folder) == 0
-                assert files(folder) == sorted(whole)
-                assert [name for name, data in whole.items() if (folder / name).read_bytes() != data] == []
-                folder = tmp_path / str(attempt + 1)
-        assert cut_short
-        exporter.stdin.close()
+    code, seconds = export_in_a_child(tmp_path / "whole")
+    assert code == 0
+    whole = contents(tmp_path / "whole")
+    moments = np.random.default_rng(0).uniform(0, seconds, int(os.environ.get("TRIP_KILLS", "4")))
+    folder, cut_short = tmp_path / "0", 0
+    for attempt, moment in enumerate(moments):
+        code, _ = export_in_a_child(folder, seconds=float(moment))
+        killed = code == -signal.SIGKILL
+        assert killed or code == 0
+        cut_short += killed
+        for place in [folder, *(path for path in folder.iterdir() if path.is_dir())] if folder.exists() else []:
+            if killed and not (place == folder and (folder / "manifest.json").exists()):
+                with pytest.raises(InputError, match="found no manifest"):
+                    open_bundle(place)
+        if attempt % 3 == 2 or not killed:  # let some be killed again on the way
+            assert export_in_a_child(folder)[0] == 0
+            found = contents(folder)
+            assert sorted(found) == sorted(whole)
+            assert [name for name, data in whole.items() if found[name] != data] == []
+            folder = tmp_path / str(attempt + 1)
+    assert cut_short
 
 
 def test_two_exports_into_one_folder_do_not_mix(tiny_checkpoint, bundle):
@@ -252,7 +251,8 @@ def test_profiles_and_backends_share_one_bundle(tiny_checkpoint, tiny_animator, 
     """Two clips at a time beside one, OpenVINO beside ONNX Runtime: the weights are there once, and all give the same
     clips."""
     weights = set(bundle.glob("*.weights"))
-    result = export_bundle(tiny_checkpoint, bundle, ExportOptions(batch=2, backends=("openvino",), add=True))
+    two = ExportOptions(batch=2, backends=("openvino",), add=True, speedups=False)
+    result = export_bundle(tiny_checkpoint, bundle, two)
     assert result.parity["openvino"].passed
     assert set(bundle.glob("*.weights")) == weights
     again = export_bundle(tiny_checkpoint, bundle, ExportOptions(backends=("openvino",), add=True))
@@ -274,6 +274,15 @@ def test_profiles_and_backends_share_one_bundle(tiny_checkpoint, tiny_animator, 
         Animator(bundle, profile="huge")
     assert list(export_bundle(tiny_checkpoint, bundle).seconds) == []  # without add, the rest goes
     assert len(open_bundle(bundle).manifest.profiles) == 1
+
+
+@pytest.mark.parametrize("name", ["unet_unguided_shallow", "tnf_unguided"])
+def test_variants_for_two_clips_share_the_weights_too(name, bundle, tmp_path):
+    export_onnx(component(tiny_model(), name, 2, 5), tmp_path / "draft.onnx")
+    (network,) = bundle.glob(f"{VARIANT_OF[name]}-*.onnx")
+    shared = set(bundle.glob(f"{VARIANT_OF[name]}-*.weights"))
+    _, weights = finish_onnx_engine(tmp_path / "draft.onnx", bundle / f"{name}.onnx", network)
+    assert {bundle / weights} == shared
 
 
 def test_adding_to_the_bundle_of_another_checkpoint(tiny_checkpoint, bundle, tmp_path):
