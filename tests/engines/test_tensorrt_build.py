@@ -10,12 +10,12 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from onnx import helper
+from plan_target import TARGET
 from small_graphs import BF16, FP16, saved
-from tensorrt_api import API, TARGET
 
 from trip_engines import tensorrt_build as build
 from trip_engines.tensorrt_build import BuildOptions, build_engine, check_precisions, explain, layer_precisions
@@ -91,11 +91,38 @@ def test_the_config_touches_no_flag_that_tensorrt_11_lacks(monkeypatch: pytest.M
     build._loader(lean, tmp_path / "unet.onnx", BuildOptions(version_compatible=True, refittable=True), None)._config(
         compatible, compatible
     )
-    assert (
-        {flag.name for flag in compatible.flags}
-        == {"REFIT", "VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME"}
-        <= set(API["BuilderFlag"])
+    assert {flag.name for flag in compatible.flags} == {"REFIT", "VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME"}
+    assert not hasattr(lean.BuilderFlag, "FP16")  # as the release notes of 11.0 say
+
+
+def test_every_compatibility_that_can_be_asked_for_is_tensorrts(tmp_path: Path) -> None:
+    lean = pytest.importorskip("tensorrt_lean_bindings")
+    pytest.importorskip("polygraphy")
+    for name in get_args(get_type_hints(BuildOptions)["hardware_compatibility"]):
+        config = build._loader(lean, tmp_path / "a.onnx", BuildOptions(hardware_compatibility=name), None)._config
+        level = lean.HardwareCompatibilityLevel.__members__[name.upper()]
+        assert config.hardware_compatibility_level == (None if name == "none" else level)
+
+
+def test_a_plan_is_opened_again_and_its_layers_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By stand-ins of these names, which are TensorRT's; the inspector's own is in the full package alone."""
+    lean = pytest.importorskip("tensorrt_lean_bindings")
+    assert hasattr(lean.Runtime, "deserialize_cuda_engine") and hasattr(lean.ICudaEngine, "create_engine_inspector")
+    told: list[Any] = []
+    inspector = SimpleNamespace(get_engine_information=lambda form: told.append(form) or MIXED)
+    engine = SimpleNamespace(create_engine_inspector=lambda: inspector)
+    plans = {b"a plan": engine, b"another's": None}
+    trt = SimpleNamespace(
+        LayerInformationFormat=lean.LayerInformationFormat,
+        Runtime=lambda logger: SimpleNamespace(deserialize_cuda_engine=plans.__getitem__),
     )
+    monkeypatch.setattr(build, "_polygraphy", lambda: SimpleNamespace(get_trt_logger=lambda: "logger"))
+    monkeypatch.setattr(build, "_loader", lambda *_: lambda: b"a plan")
+    assert build._build(trt, tmp_path / "a.onnx", BuildOptions(), None) == (b"a plan", {"FP16": 2, "FP32": 1})
+    assert told == [lean.LayerInformationFormat.JSON]
+    monkeypatch.setattr(build, "_loader", lambda *_: lambda: b"another's")
+    with pytest.raises(RuntimeError, match="does not open again"):
+        build._build(trt, tmp_path / "a.onnx", BuildOptions(), None)
 
 
 def test_a_level_that_this_tensorrt_lacks_is_refused(tmp_path: Path) -> None:
@@ -230,6 +257,7 @@ def test_progress_counts_nested_phases_that_end_early() -> None:
         def set_postfix_str(self, text: str, refresh: bool) -> None:
             self.shown = text
 
+    assert {name for name in vars(build._Progress) if not name.startswith("_")} <= set(dir(lean.IProgressMonitor))
     bar, cancelled = RecordingBar(), threading.Event()
     monitor = build._monitor(lean, bar, cancelled)
     monitor.phase_start("outer", None, 4)

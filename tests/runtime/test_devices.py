@@ -10,7 +10,6 @@ import sys
 import numpy as np
 import pytest
 from fake_cuda import FakeCuda
-from tensorrt_api import dotted
 
 from trip_rt.devices import cuda as module
 from trip_rt.devices import open_device
@@ -131,6 +130,15 @@ def test_without_a_gpu_or_its_package_it_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
     with pytest.raises(InputError, match=r"found no cuda-bindings, .*pip install trip-rt\[gpu\]"):
         open_device("cuda")
+
+
+def dotted(node):
+    """("self", "_trt", "Runtime") of such an expression; a call in it counts as the function called."""
+    if isinstance(node, ast.Attribute):
+        return (*dotted(node.value), node.attr)
+    if isinstance(node, ast.Call):
+        return dotted(node.func)
+    return (node.id,) if isinstance(node, ast.Name) else ("",)
 
 
 def test_every_cuda_function_exists_and_takes_what_it_is_given():
