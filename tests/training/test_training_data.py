@@ -128,14 +128,6 @@ def test_a_run_on_shards_ends_in_the_same_bits_after_a_kill(videos, tmp_path, wo
     assert same_bits(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A checkpoint whose clips are square."""
-    folder = tmp_path_factory.mktemp("trained") / "checkpoint"
-    train_tiny(folder, "stages.0.steps=1")
-    return folder
-
-
 @pytest.mark.parametrize("text", [False, True])
 def test_training_reads_a_cache(videos, trained, tmp_path, text):
     cache = tmp_path / "cache"
