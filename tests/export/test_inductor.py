@@ -261,13 +261,13 @@ def dtypes(program: ExportedProgram, *operators: str) -> Counter[torch.dtype]:
     return Counter(node.meta["val"].dtype for node in nodes if node.meta["val"] is not None)
 
 
-@pytest.mark.parametrize(
-    ("name", "precision", "least"), [("unet", "bf16", 150), ("text_encoder", "fp16", 7), ("text_encoder", "fp32", 7)]
-)
-def test_matrix_products_and_convolutions_are_in_the_precision_asked_for(name, precision, least):
-    program = export_program(component(tiny_model(), name, 1, 5), precision, "cpu")
+@pytest.mark.parametrize(("name", "precision"), [("unet", "bf16"), ("text_encoder", "fp16"), ("text_encoder", "fp32")])
+def test_matrix_products_and_convolutions_are_in_the_precision_asked_for(name, precision):
+    part = component(tiny_model(), name, 1, 5)
+    layers = sum(isinstance(one, (nn.Linear, nn.Conv2d, nn.Conv3d)) for one in part.module.modules())
+    program = export_program(part, precision, "cpu")
     products = dtypes(program, "aten.conv", "aten.linear", "aten.matmul", "aten.scaled_dot_product")
-    assert set(products) == {HALF.get(precision, torch.float32)} and products.total() >= least
+    assert set(products) == {HALF.get(precision, torch.float32)} and products.total() >= layers > 0
     outputs = program.graph.output_node().args[0]
     inputs = [node.meta["val"].dtype for node in program.graph.find_nodes(op="placeholder")]
     assert {output.meta["val"].dtype for output in outputs} == {torch.float32} and set(inputs) <= {
