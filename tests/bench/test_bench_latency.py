@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import untraced
 from matplotlib.figure import Figure
 from PIL import Image
