@@ -15,13 +15,14 @@ from trip_reference.demo_world import world
 from trip_reference.demo_world.networks import SIZE, train_networks
 from trip_reference.demo_world.verdicts import judge_clips
 from trip_reference.evaluation import command
-from trip_reference.evaluation.clips import Case, Settings, config_of, demo_cases, make_clips
+from trip_reference.evaluation.clips import Case, config_of, demo_cases, make_clips
 from trip_reference.evaluation.consistency import ClipEncoder, consistency
 from trip_reference.evaluation.frechet import Moments, distance_of, extrapolated, frechet_distance
 from trip_reference.evaluation.made_clips import read_clips
 from trip_reference.evaluation.networks import Network, fid, fvd
 from trip_reference.model import to_pixels
 from trip_rt import InputError
+from trip_rt.settings import Settings
 from trip_rt.video import save as save_clip
 
 
@@ -217,10 +218,10 @@ def test_a_clip_depends_on_its_seed_and_not_on_its_batch(trained):
     from trip_reference.checkpoint import load_config
 
     cases = demo_cases(load_config(trained), 10)
-    made = make_clips(trained, cases, Settings(seed=5))
-    alone = make_clips(trained, cases[9:], Settings(seed=14))
+    made = make_clips(trained, cases, Settings(), seed=5)
+    alone = make_clips(trained, cases[9:], Settings(), seed=14)
     assert np.abs(made[9].astype(int) - alone[0]).max() <= 1
-    assert not np.array_equal(made[9], make_clips(trained, cases[9:], Settings(seed=5))[0])
+    assert not np.array_equal(made[9], make_clips(trained, cases[9:], Settings(), seed=5)[0])
 
 
 def test_the_command_measures_what_it_has_networks_for(trained, networks, tmp_path, capsys):

@@ -16,7 +16,7 @@ from tiny import tiny_model
 
 from trip_engines.onnx_engine import finish_onnx_engine
 from trip_export import export as export_module
-from trip_export.components import VARIANT_OF, component, signatures
+from trip_export.components import component, signatures
 from trip_export.export import export_bundle
 from trip_export.onnx_export import DYNAMIC_SHAPE_OPERATORS, export_onnx
 from trip_export.plan import ExportOptions
@@ -279,8 +279,8 @@ def test_profiles_and_backends_share_one_bundle(tiny_checkpoint, tiny_animator, 
 @pytest.mark.parametrize("name", ["unet_unguided_shallow", "tnf_unguided"])
 def test_variants_for_two_clips_share_the_weights_too(name, bundle, tmp_path):
     export_onnx(component(tiny_model(), name, 2, 5), tmp_path / "draft.onnx")
-    (network,) = bundle.glob(f"{VARIANT_OF[name]}-*.onnx")
-    shared = set(bundle.glob(f"{VARIANT_OF[name]}-*.weights"))
+    (network,) = bundle.glob(f"{ALL[name].variant_of}-*.onnx")
+    shared = set(bundle.glob(f"{ALL[name].variant_of}-*.weights"))
     _, weights = finish_onnx_engine(tmp_path / "draft.onnx", bundle / f"{name}.onnx", network)
     assert {bundle / weights} == shared
 

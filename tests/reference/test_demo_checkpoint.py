@@ -6,7 +6,8 @@ import pytest
 
 from trip_reference import checkpoint
 from trip_reference.demo_world.verdicts import judge_clips
-from trip_reference.evaluation.clips import Settings, demo_cases, make_clips
+from trip_reference.evaluation.clips import demo_cases, make_clips
+from trip_rt.settings import Settings
 
 DEMO = Path(__file__).parents[2] / "checkpoints" / "demo"
 
