@@ -36,7 +36,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not getattr(config.option, "tx", None):  # else the workers run the tests
+    if hasattr(config, "workerinput") or not getattr(config.option, "tx", None):  # else the workers run the tests
         from torch import cuda
 
         if not cuda.is_available():
