@@ -22,7 +22,7 @@ from trip_reference.data.sample import BrokenClip, ClipFormat
 from trip_reference.data.shard_files import read_shard
 from trip_reference.data.shards import list_shards
 from trip_reference.data.videos import SUFFIXES, open_video, read_clip
-from trip_reference.data.workers import leave_interrupts_to_the_parent
+from trip_reference.data.workers import follow_the_parent
 from trip_rt.errors import EngineError, printable
 
 NAMED = 20  # files that a list names; it counts the rest
@@ -131,7 +131,7 @@ def _in_processes(
             return [_counted(find(name), progress) for name in names]
         workers = min(workers or os.cpu_count() or 1, len(names))
         # Spawned, not forked: torch and FFmpeg may have threads here already.
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), leave_interrupts_to_the_parent)
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), follow_the_parent)
         try:
             futures = [pool.submit(find, name) for name in names]
             for future in as_completed(futures):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from trip_reference.data.sample import BrokenClip, ClipDataset, Sample
 from trip_reference.data.shards import ShardSource
-from trip_reference.data.workers import leave_interrupts_to_the_parent
+from trip_reference.data.workers import follow_the_parent
 from trip_rt.errors import InputError
 
 Batch = dict[str, Any]
@@ -140,7 +140,7 @@ class Loader:
         self._places = list(state or [0] * max(workers, 1))
         options: dict[str, Any] = dict(batch_size=None, num_workers=workers, pin_memory=pin_memory)
         if workers:
-            options |= dict(worker_init_fn=leave_interrupts_to_the_parent, prefetch_factor=2)
+            options |= dict(worker_init_fn=follow_the_parent, prefetch_factor=2)
         if isinstance(source, ShardSource):
             if len(self._places) != max(workers, 1):
                 raise InputError(
