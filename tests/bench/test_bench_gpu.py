@@ -95,9 +95,7 @@ def test_a_dry_run_goes_through_everything(tmp_path):
 
 @pytest.mark.slow
 def test_what_is_missing_is_named_and_the_rest_runs():
-    blocked = (
-        "sys.modules |= dict.fromkeys(('diffusers', 'av', 'onnx', 'onnxruntime', 'openvino', 'tensorrt'))"
-    )
+    blocked = "sys.modules |= dict.fromkeys(('diffusers', 'av', 'onnx', 'onnxruntime', 'openvino', 'tensorrt'))"
     ran = bench("--dry-run", "--only", "parity,full_loop,demo_loop", code=blocked)
     assert ran.returncode == 0, ran.stderr
     assert (
