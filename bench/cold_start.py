@@ -68,6 +68,6 @@ if __name__ == "__main__":
     started, number, what, *rest = sys.argv[1:]
     milestones: dict[str, float] = {}
     {"runtime": runtime, "pytorch": pytorch}[what](milestones, float(started), int(number), *rest)
-    from trip_reference.process_memory import peak_memory_mb
+    from trip_rt.process_memory import peak_memory_mb
 
     print(json.dumps({"seconds": milestones, "peak_memory_mb": peak_memory_mb()}))

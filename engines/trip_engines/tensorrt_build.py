@@ -1,52 +1,54 @@
-"""A TensorRT plan from an ONNX file, built by Polygraphy on the machine and GPU that it is for.
+"""TensorRT plans from an ONNX file, by either of NVIDIA's builders, each build in a process of its own.
 
-The graph's own types are the plan's precision. The network is strongly typed, which TensorRT 11's always are; its
-BuilderFlag lost FP16 and BF16, and Polygraphy's CreateConfig reads those only where it is asked for them, which is
-never here. So one path serves 10.13 and 11.
+`tensorrt` (10.13 and later) measures kernels on the GPU that the plan is for, so it builds on that machine.
+`tensorrt-rtx` compiles ahead of time for the compute capabilities it is told of, on any x86-64 machine, and the GPU's
+driver finishes the work at the first run. The graph's own types are the precision of both: networks are strongly typed,
+which TensorRT 11's always are.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-import logging
-import re
-import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
 
-from trip_engines.tensorrt_operators import contraction_precisions
-from trip_rt.backends.tensorrt import OUT_OF_MEMORY, this_machine, version_numbers
+from trip_engines.tensorrt_process import member_of
+from trip_rt.backends.tensorrt import PLATFORM, this_machine, version_numbers
+from trip_rt.bundle import file_sha256
 from trip_rt.errors import InputError
 from trip_rt.files import whole_file
 
-OLDEST = (10, 13)
-_CONTRACTION = re.compile(r"conv|fprop|gemm|matmul|matrixmultiply|einsum|mha", re.IGNORECASE)
-_PRECISIONS = {
-    "FP16": re.compile(r"\bhalf\b|fp16"),
-    "BF16": re.compile(r"bfloat16|bf16"),
-    "FP32": re.compile(r"\bfloat\b|fp32|\bfloat32"),
-}
+# backend: its Python module, and the oldest version whose interface this code knows.
+LIBRARIES = {"tensorrt": ("tensorrt", (10, 13)), "tensorrt-rtx": ("tensorrt_rtx", (1, 4))}
+_NO_FP32_PRODUCTS = ("7.5",)  # TensorRT for RTX multiplies no fp32 matrices on Turing
+_LOG_EVERY = 30  # seconds between log lines of a long build where there is no terminal
 
 
 @dataclass(frozen=True)
 class BuildOptions:
     """Options of a build, besides the graph itself; InputError where a number is out of range.
 
-    `workspace_gb` (GiB) caps one layer's scratch memory: uncapped, a UNet with temporal layers can run the builder out
-    of memory. `optimization_level` is 0 (quick) to 5 (thorough). `timing_cache` is a file of measured kernels, read and
-    extended by builds, good for one TensorRT version and GPU. `version_compatible` plans open with later versions of
-    the same major and with the lean runtime, `hardware_compatibility` frees them from the exact GPU, both at some cost
-    in speed; `refittable` plans can take new weights.
+    Of TensorRT for RTX: `capabilities` are the compute capabilities to build for ("8.9"; empty: all that the library
+    has for the precision), in one portable plan or, with `plan_per_gpu`, in one plan each.
+
+    Of TensorRT: `workspace_gb` (GiB) caps one layer's scratch memory: uncapped, a UNet with temporal layers can run the
+    builder out of memory. `optimization_level` is 0 (quick) to 5 (thorough). `timing_cache` is a file of measured
+    kernels, read and extended by builds, good for one TensorRT version and GPU. `version_compatible` plans open with
+    later versions of the same major and with the lean runtime, `hardware_compatibility` frees them from the exact GPU,
+    both at some cost in speed; `refittable` plans can take new weights.
     """
 
+    capabilities: tuple[str, ...] = ()
+    plan_per_gpu: bool = False
     workspace_gb: float = 8.0
     optimization_level: int = 3
     timing_cache: Path | None = None
@@ -63,257 +65,201 @@ class BuildOptions:
             )
 
 
-def build_engine(
-    graph: Path, plan: Path, options: BuildOptions, note: Callable[[str], None] = lambda line: None
-) -> dict[str, str]:
-    """Build `plan` from the ONNX file `graph` (weights may lie in files beside it) and return what the manifest's
-    EngineSpec.target says of it.
+@dataclass(frozen=True)
+class BuiltPlan:
+    """One plan as it was built: the parsed network's `layers`, the plan's size, how long its build took, and how much
+    memory the builder held at most. `capabilities` is empty where the plan is for the GPU here."""
 
-    `note` is told, in one line, in which precisions it computes. InputError where TensorRT or this machine cannot, or
-    where the engine lost a half precision that the graph declares; KeyboardInterrupt after Ctrl-C, once the builder has
-    stopped at its next step. Then no plan is left behind.
-    """
-    trt = _builder()
-    built_for = target(options)
-    if options.timing_cache:
-        options.timing_cache.parent.mkdir(parents=True, exist_ok=True)
-    cancelled = threading.Event()
-    with (
-        tqdm(desc=f"build {plan.name}", unit="step", disable=None, leave=False) as bar,
-        _polygraphy_errors() as errors,
-        # Ctrl-C reaches only the main thread. It waits here, and tells the builder's thread through `cancelled`.
-        ThreadPoolExecutor(1) as pool,
-    ):
-        try:
-            data, precisions = pool.submit(_build, trt, graph, options, _monitor(trt, bar, cancelled)).result()
-        except KeyboardInterrupt:  # even while the thread is being started
-            cancelled.set()
-            raise
-        except InputError:
-            raise
-        except Exception as error:  # Polygraphy's own, and pybind11's TypeError and MemoryError
-            raise explain([*errors, str(error)], graph) from error
-    note(check_precisions(contraction_precisions(graph), precisions, graph.name))
-    with whole_file(plan) as part:
-        part.write_bytes(data)
-    return built_for
+    file: str
+    capabilities: tuple[str, ...]
+    layers: int
+    bytes: int
+    seconds: float
+    peak_memory_gb: float
 
 
-def target(options: BuildOptions) -> dict[str, str]:
-    """The target of a plan built here and now, without building it; InputError without a GPU or a builder."""
-    here = this_machine(_builder())
+def target(backend: str, precision: str, options: BuildOptions) -> dict[str, str]:
+    """The target of a plan built here and now (manifest.EngineSpec), without building it and without its graph's hash;
+    InputError without a builder, without the GPU that `tensorrt` builds on, or for a capability that the library
+    lacks."""
+    library = _library(backend)
+    if backend == "tensorrt-rtx":
+        return {
+            "library": library.__name__,
+            "version": library.__version__,
+            "compute_capabilities": " ".join(_capabilities(library, precision, options.capabilities)),
+            "platform": PLATFORM,
+            "plan": "per capability" if options.plan_per_gpu else "portable",
+        }
+    here = this_machine(library)
     return {
-        "tensorrt": here.tensorrt,
-        "gpu": here.gpu,
-        "compute_capability": here.compute_capability,
+        "library": library.__name__,
+        "version": library.__version__,
+        "compute_capabilities": here.compute_capability,
         "platform": here.platform,
+        "gpu": here.gpu,
         "version_compatible": "yes" if options.version_compatible else "no",
         "hardware_compatibility": options.hardware_compatibility,
     }
 
 
-def cache_key(options: BuildOptions) -> dict[str, str]:
+def cache_key(backend: str, precision: str, options: BuildOptions) -> dict[str, str]:
     """All that a plan depends on besides its graph and the timing cache, to be hashed with the graph."""
-    build = {
-        "workspace_gb": options.workspace_gb,
-        "optimization_level": options.optimization_level,
-        "refittable": options.refittable,
-    }
-    return target(options) | {name: str(value) for name, value in build.items()}
+    built_for = target(backend, precision, options)
+    if backend == "tensorrt-rtx":
+        return built_for
+    names = ("workspace_gb", "optimization_level", "refittable")
+    return built_for | {name: str(getattr(options, name)) for name in names}
 
 
-def layer_precisions(information: str) -> Counter[str]:
-    """How many layers compute in FP32, FP16 and BF16, from the engine inspector's JSON at detailed verbosity.
+def build_engine(
+    graph: Path,
+    plan: Path,
+    backend: str,
+    precision: str,
+    options: BuildOptions,
+    note: Callable[[str], None] = lambda line: None,
+) -> tuple[list[BuiltPlan], dict[str, str]]:
+    """Build `plan` from the ONNX file `graph` (weights may lie in files beside it), or one plan for each capability,
+    named after it; returns them and the target that the manifest tells.
 
-    A layer's precision is the narrowest that it reads. Convolutions and matrix products are counted; where no layer is
-    known as one, all but reformats and constants. Empty where the JSON says nothing of types.
+    `note` is told in one line of each plan and its precisions. InputError where the library or this machine cannot, or
+    where the engine lost a half precision that the graph declares; KeyboardInterrupt at once after Ctrl-C. Then no plan
+    is left behind.
     """
+    built_for = target(backend, precision, options)
+    if backend == "tensorrt":
+        plans: dict[Path, list[str]] = {plan: []}
+    else:
+        capabilities = built_for["compute_capabilities"].split()
+        plans = {plan: capabilities}
+        if options.plan_per_gpu:
+            plans = {plan.with_name(f"{plan.stem}-sm{one.replace('.', '')}.plan"): [one] for one in capabilities}
+    built = []
     try:
-        # Not strict: TensorRT separates the names in Metadata by control characters.
-        layers = json.loads(information, strict=False)["Layers"]
-    except (ValueError, KeyError, TypeError):
-        return Counter()
-    detailed = [
-        layer
-        for layer in layers
-        if isinstance(layer, dict) and layer.get("LayerType") not in ("Reformat", "NoOp", "Constant")
-    ]
-    contractions = [
-        layer for layer in detailed if _CONTRACTION.search(f"{layer.get('LayerType')} {layer.get('TacticName')}")
-    ]
-    return Counter(precision for layer in contractions or detailed if (precision := _precision(layer)))
+        for path, some in plans.items():
+            built.append(_build(graph, path, built_for["library"], some, options, note))
+    except BaseException:
+        for one in built:
+            (plan.parent / one.file).unlink()
+        raise
+    return built, built_for | {"graph": file_sha256(graph)}
 
 
-def check_precisions(declared: set[str], found: Mapping[str, int], name: str) -> str:
-    """What to tell of an engine's precisions; InputError where a half precision in which the graph `name` declares
-    products is in no layer."""
-    if not found:
-        return (
-            f"{name}: TensorRT tells no layer's type, so whether it kept {', '.join(sorted(declared))} shows in speed"
-            " and parity only"
+def _build(
+    graph: Path,
+    plan: Path,
+    library: str,
+    capabilities: Sequence[str],
+    options: BuildOptions,
+    note: Callable[[str], None],
+) -> BuiltPlan:
+    with whole_file(plan) as part, tempfile.TemporaryFile() as stderr:
+        request = {
+            "library": library,
+            "graph": str(graph),
+            "plan": str(part),
+            "capabilities": capabilities,
+            "options": asdict(options) | {"timing_cache": options.timing_cache and str(options.timing_cache)},
+        }
+        began = time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "trip_engines.tensorrt_process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
         )
-    if lost := sorted(declared - {"FP32"} - {precision for precision, count in found.items() if count}):
-        used = ", ".join(sorted(found))
-        raise InputError(
-            f"{name}: found an engine silently built in {used}, expected {', '.join(lost)} as declared; use another"
-            " TensorRT or export fp32"
-        )
-    return f"{name}: convolutions and matrix products: " + ", ".join(
-        f"{count} in {precision}" for precision, count in sorted(found.items())
-    )
+        try:
+            built = _answer(process, request, plan.name, note)
+        finally:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                assert pipe
+                pipe.close()
+        if built is None:
+            stderr.seek(0)
+            raise _crashed(graph, process.returncode, stderr.read().decode(errors="replace"))
+        seconds, size = time.monotonic() - began, part.stat().st_size
+    note(f"{plan.name}: {built['precisions']}")
+    return BuiltPlan(plan.name, tuple(capabilities), built["layers"], size, round(seconds, 1), built["peak_memory_gb"])
 
 
-def explain(errors: Sequence[str], graph: Path) -> InputError:
-    """One line for a person, from the messages of a failed build."""
-    lines = [" ".join(re.sub(r"\x1b\[[\d;]*m|^\[[A-Z!]\] ", "", error).split()) for error in errors]
-    text = " ".join(lines)
-    operators = sorted(set(re.findall(r"(?:operator|registered for op): ?([\w:]+(?:\.\w+)*)", text)))
-    if operators and re.search(r"UNSUPPORTED_(?:NODE|GRAPH)|No importer|Plugin not found|PluginCreator", text):
-        return InputError(
-            f"{graph}: TensorRT does not support {', '.join(operators)}; install a newer TensorRT, or export for"
-            " another backend"
-        )
-    if re.search(r"insufficient workspace", text):
-        return InputError(
-            f"{graph}: TensorRT found too little workspace for a layer; allow more, or take a smaller profile"
-        )
-    if OUT_OF_MEMORY.search(text):
-        return InputError(
-            f"{graph}: TensorRT ran out of memory; close what else uses the GPU, allow less workspace, or take a"
-            " smaller profile"
-        )
-    if re.search(r"CUDA initialization failure|CUDA driver version|no CUDA-capable device", text):
-        return InputError(
-            f"{graph}: TensorRT found no usable GPU, expected one with a driver for its CUDA version; update the driver"
-        )
-    reason = next((line for line in lines if line and not line.startswith("File ")), "it gave no reason")[:300]
-    return InputError(
-        f"{graph}: TensorRT cannot build it ({reason}); install another TensorRT, or export for another backend"
-    )
-
-
-def _build(trt: Any, graph: Path, options: BuildOptions, monitor: Any) -> tuple[Any, Counter[str]]:
-    """The plan (anything with the buffer protocol) and its layers' precisions."""
-    data = _loader(trt, graph, options, monitor)()
-    runtime = trt.Runtime(_polygraphy().get_trt_logger())
-    engine = runtime.deserialize_cuda_engine(data)  # not by Polygraphy, which would allow the plan to bring code
-    if engine is None:
-        raise RuntimeError("the plan does not open again")
-    inspector = engine.create_engine_inspector()
-    return data, layer_precisions(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-
-
-def _loader(trt: Any, graph: Path, options: BuildOptions, monitor: Any) -> Any:
-    polygraphy, cache = _polygraphy(), options.timing_cache
-    level = getattr(trt.HardwareCompatibilityLevel, options.hardware_compatibility.upper(), None)
-    if level is None:
-        raise InputError(
-            f"tensorrt: {trt.__version__} knows no hardware compatibility {options.hardware_compatibility}; install a"
-            " newer TensorRT"
-        )
-    config = polygraphy.CreateConfig(
-        profiles=[],  # ranges of dynamic shapes: ours are static
-        memory_pool_limits={trt.MemoryPoolType.WORKSPACE: int(options.workspace_gb * 2**30)},
-        builder_optimization_level=options.optimization_level,
-        refittable=options.refittable,
-        version_compatible=options.version_compatible,
-        # The lean runtime is host code inside the plan, which trip_rt does not allow to run.
-        exclude_lean_runtime=options.version_compatible,
-        hardware_compatibility_level=None if options.hardware_compatibility == "none" else level,
-        profiling_verbosity=trt.ProfilingVerbosity.DETAILED,  # without it the inspector reports no types
-        load_timing_cache=str(cache) if cache and cache.exists() else None,
-        progress_monitor=monitor,
-    )
-    network = polygraphy.NetworkFromOnnxPath(str(graph), strongly_typed=True)
-    return polygraphy.EngineBytesFromNetwork(network, config=config, save_timing_cache=str(cache) if cache else None)
-
-
-def _monitor(trt: Any, bar: Any, cancelled: threading.Event) -> Any:
-    """A trt.IProgressMonitor that moves `bar` and stops the build once `cancelled` is set."""
-    return type("Monitor", (_Progress, trt.IProgressMonitor), {})(bar, cancelled)
-
-
-class _Progress:
-    """Counts the steps of all phases known so far: phases nest, run side by side and may end before their last step."""
-
-    def __init__(self, bar: Any, cancelled: threading.Event):
-        super().__init__()  # trt.IProgressMonitor's, which pybind11 insists on
-        self._bar, self._cancelled, self._lock = bar, cancelled, threading.Lock()
-        self._ended = 0
-        self._phases: dict[str, tuple[int, int]] = {}  # name: steps done, steps in all
-
-    def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-        self._move(phase_name, 0, num_steps)
-
-    def step_complete(self, phase_name: str, step: int) -> bool:
-        self._move(phase_name, step + 1)
-        return not self._cancelled.is_set()
-
-    def phase_finish(self, phase_name: str) -> None:
-        with self._lock:
-            self._ended += self._phases.pop(phase_name, (0, 0))[1]
-
-    def _move(self, phase: str, done: int, total: int | None = None) -> None:
-        with self._lock:
-            self._phases[phase] = (done, self._phases.get(phase, (0, done))[1] if total is None else total)
-            self._bar.total = self._ended + sum(total for _, total in self._phases.values())
-            self._bar.set_postfix_str(phase, refresh=False)
-            self._bar.update(self._ended + sum(done for done, _ in self._phases.values()) - self._bar.n)
-
-
-def _precision(layer: Mapping[str, Any]) -> str | None:
-    tensors = [layer.get("Weights")]
-    for side in ("Inputs", "Outputs"):
-        tensors += layer.get(side) or []
-        types = " ".join(
-            str(item.get(key, ""))
-            for item in tensors
-            if isinstance(item, dict)
-            for key in ("Format/Datatype", "Datatype", "Type")
-        )
-        if found := next((name for name, pattern in _PRECISIONS.items() if pattern.search(types.lower())), None):
-            return found  # outputs only where the inputs tell nothing: they may already be cast
+def _answer(
+    process: subprocess.Popen[str], request: dict[str, Any], name: str, note: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """What the process says it built, shown its progress meanwhile; None where it ended without an answer."""
+    assert process.stdin and process.stdout
+    with tqdm(desc=f"build {name}", unit="step", disable=None, leave=False) as bar:
+        try:
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()  # and it stays open: the process ends when it closes
+        except BrokenPipeError:
+            return None
+        logged = time.monotonic()
+        for line in process.stdout:
+            message = json.loads(line)
+            if "error" in message:
+                raise InputError(message["error"].replace(request["plan"], name))
+            if "built" in message:
+                process.wait()
+                built: dict[str, Any] = message["built"]
+                return built
+            done, bar.total, phase = message["progress"]
+            bar.set_postfix_str(phase, refresh=False)
+            bar.update(done - bar.n)
+            if bar.disable and time.monotonic() - logged > _LOG_EVERY:
+                logged = time.monotonic()
+                note(f"plan {name}: step {done} of {bar.total} so far ({phase})")
+    process.wait()
     return None
 
 
-@contextmanager
-def _polygraphy_errors() -> Iterator[list[str]]:
-    """The errors that Polygraphy and TensorRT report meanwhile; nothing of theirs is printed."""
-    _polygraphy()
-    polygraphy_log = importlib.import_module("polygraphy.logger").G_LOGGER
-    errors: list[str] = []
-    handler = logging.Handler(logging.ERROR)
-    handler.emit = lambda record: errors.append(record.getMessage())  # type: ignore[method-assign]
-    log = logging.getLogger("Polygraphy")
-    before = (polygraphy_log.use_python_logging_system, polygraphy_log.colors, log.propagate)
-    polygraphy_log.use_python_logging_system, log.propagate = True, False
-    polygraphy_log.colors = False  # without the package that makes them it complains on stdout
-    log.addHandler(handler)
-    try:
-        with polygraphy_log.verbosity(polygraphy_log.ERROR):
-            yield errors
-    finally:
-        log.removeHandler(handler)
-        polygraphy_log.use_python_logging_system, polygraphy_log.colors, log.propagate = before
+def _crashed(graph: Path, code: int, stderr: str) -> InputError:
+    if code == -9:
+        return InputError(
+            f"{graph}: TensorRT's builder was killed, most likely for memory; close other programs, or take a smaller"
+            " profile"
+        )
+    last = next((line for line in reversed(stderr.splitlines()) if line.strip()), "it gave no reason").strip()[:200]
+    return InputError(
+        f"{graph}: TensorRT's builder ended with code {code} ({last}); install another version, or export for another"
+        " backend"
+    )
 
 
-def _polygraphy() -> Any:
-    try:
-        return importlib.import_module("polygraphy.backend.trt")
-    except ImportError as error:
+def _capabilities(trt: Any, precision: str, asked: Sequence[str]) -> list[str]:
+    known = [f"{name[2:-1]}.{name[-1]}" for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
+    if unknown := [
+        capability for capability in asked if member_of(capability) not in trt.ComputeCapability.__members__
+    ]:
         raise InputError(
-            "tensorrt: found no Polygraphy, expected it for building plans; pip install polygraphy"
-        ) from error
+            f"gpus: found {', '.join(unknown)}, TensorRT for RTX {trt.__version__} builds for {', '.join(known)}; leave"
+            " the others out of --gpus"
+        )
+    able = [capability for capability in known if precision != "fp32" or capability not in _NO_FP32_PRODUCTS]
+    if unable := [capability for capability in asked if capability not in able]:
+        raise InputError(
+            f"gpus: found {', '.join(unable)}, where TensorRT for RTX multiplies no {precision} matrices; leave it out"
+            " of --gpus, or export with --fp16"
+        )
+    return list(asked) or able
 
 
-def _builder() -> Any:
+def _library(backend: str) -> Any:
+    module, oldest = LIBRARIES[backend]
+    extra = "trip-rt[rtx]" if backend == "tensorrt-rtx" else "trip-rt[tensorrt]"
     try:
-        trt: Any = importlib.import_module("tensorrt")
+        trt: Any = importlib.import_module(module)
     except (ImportError, OSError) as error:
         raise InputError(
-            "tensorrt: found no builder, expected the full package (the lean runtime cannot build); pip install"
-            " tensorrt"
+            f"{backend}: found no builder, expected the full package {module} (a lean runtime cannot build); pip"
+            f" install {extra}"
         ) from error
-    if version_numbers(trt.__version__) < OLDEST:
-        raise InputError(f"tensorrt: found {trt.__version__}, expected 10.13 or newer; pip install --upgrade tensorrt")
+    if version_numbers(trt.__version__) < oldest:
+        wanted = ".".join(map(str, oldest))
+        raise InputError(
+            f"{backend}: found {trt.__version__}, expected {wanted} or newer; pip install --upgrade {extra}"
+        )
     return trt

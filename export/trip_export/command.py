@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import resource
-import sys
+import dataclasses
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from trip_rt import backends
 from trip_rt.command_line import CommandParser, add_json_flag, main_of, note, report, size_of
 from trip_rt.errors import InputError
+from trip_rt.process_memory import peak_memory_mb
 
 if TYPE_CHECKING:
     from trip_export.export import ExportResult
@@ -28,8 +28,8 @@ def build_export_parser() -> argparse.ArgumentParser:
         ),
         epilog=(
             "examples: trip-export checkpoints/demo -o bundle; trip-export checkpoints/demo -o bundle --backend"
-            " openvino --add; trip-export checkpoints/demo -o bundle-fp16 --fp16 --backend tensorrt; trip-export"
-            " --check bundle"
+            " openvino --add; trip-export checkpoints/demo -o rtx --fp16 --backend tensorrt-rtx --gpus 8.6,8.9,12.0;"
+            " trip-export --check rtx"
         ),
     )
     parser.add_argument(
@@ -79,12 +79,20 @@ def build_export_parser() -> argparse.ArgumentParser:
         "--gpus",
         type=_gpus,
         metavar="LIST",
-        help="compute capabilities to compile the fused kernel for, such as 8.0,9.0; all or none (all, with triton)",
+        help=(
+            "compute capabilities to compile the fused kernel and tensorrt-rtx's plans for, such as 8.6,8.9,12.0; all;"
+            " none: no kernel, plans for all (all, with triton)"
+        ),
     )
     parser.add_argument(
         "--no-speedups",
         action="store_true",
         help="leave out the engines that only trip-animate's approximate and unguided steps need",
+    )
+    parser.add_argument(
+        "--plan-per-gpu",
+        action="store_true",
+        help="tensorrt-rtx: a plan for each of --gpus, in place of one for them all",
     )
     tensorrt = parser.add_argument_group("TensorRT")
     tensorrt.add_argument(
@@ -126,11 +134,13 @@ def run_export(args: argparse.Namespace) -> int:
     result = export_bundle(args.checkpoint, args.output, _options(args), note)
     passed = all(parity.passed for parity in result.parity.values())
     verdict = "do not ship" if not passed else "ready" if result.parity else "written; parity: not measured"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    peak = peak_memory_mb() / 1e3
     figures = _figures(result) | {"peak_memory_gb": round(peak, 2)}
-    lines = [parity.table() for parity in result.parity.values()]
+    lines = [_table(result), *(parity.table() for parity in result.parity.values())]
     report(
-        args, figures, "\n\n".join([*lines, f"{args.output}: {result.profile} {verdict} (peak memory {peak:.1f} GB)"])
+        args,
+        figures,
+        "\n\n".join([*filter(None, lines), f"{args.output}: {result.profile} {verdict} (peak memory {peak:.1f} GB)"]),
     )
     return 0 if passed else 1
 
@@ -157,18 +167,21 @@ def _options(args: argparse.Namespace) -> ExportOptions:
     from trip_engines.tensorrt_build import BuildOptions
     from trip_export.plan import ExportOptions
 
+    gpus = args.gpus or ("all" if find_spec("triton") else "none")
     return ExportOptions(
         backends=tuple(dict.fromkeys(args.backend or ["openvino", "onnxruntime"][args.precision is not None :])),
         precision=args.precision or "fp32",
         batch=args.batch,
         frames=args.frames,
         size=args.size,
-        gpus=_gpus("all" if find_spec("triton") else "none") if args.gpus is None else args.gpus,
+        gpus=_kernel_gpus(gpus, with_plans="tensorrt-rtx" in (args.backend or [])),
         speedups=not args.no_speedups,
         add=args.add,
         parity_steps=args.parity_steps,
         device=args.device or ("cuda" if is_available() else "cpu"),
         tensorrt=BuildOptions(
+            capabilities=() if gpus in ("all", "none") else gpus,
+            plan_per_gpu=args.plan_per_gpu,
             workspace_gb=args.workspace,
             optimization_level=args.optimization_level,
             timing_cache=args.timing_cache,
@@ -177,6 +190,18 @@ def _options(args: argparse.Namespace) -> ExportOptions:
             refittable=args.refittable,
         ),
     )
+
+
+def _table(result: ExportResult) -> str:
+    """The plans that were built, for people."""
+    rows = [
+        f"{name:<40}{plan.layers:>7}{plan.bytes / 1e6:>9.1f}{plan.seconds:>9.1f}{plan.peak_memory_gb:>9.1f}"
+        f"  {', '.join(plan.capabilities) or 'the GPU here'}"
+        for name, plans in result.plans.items()
+        for plan in plans
+    ]
+    head = f"{'plan':<40}{'layers':>7}{'MB':>9}{'seconds':>9}{'peak GB':>9}  compute capabilities"
+    return "\n".join([head, *rows]) if rows else ""
 
 
 def _figures(result: ExportResult) -> dict[str, Any]:
@@ -189,7 +214,7 @@ def _figures(result: ExportResult) -> dict[str, Any]:
             name: {"traced": dict(before), "simplified": dict(after)}
             for name, (before, after) in result.operators.items()
         },
-        "not_in_tensorrt": result.unsupported,
+        "plans": {name: [dataclasses.asdict(plan) for plan in plans] for name, plans in result.plans.items()},
         "parity": {backend: parity.to_json() for backend, parity in result.parity.items()},
     }
 
@@ -242,12 +267,19 @@ def run_parity(args: argparse.Namespace) -> int:
     return 0 if parity.passed else 1
 
 
-def _gpus(text: str) -> tuple[str, ...]:
-    if text == "all":
-        from trip_kernels.compile import CAPABILITIES
+def _gpus(text: str) -> str | tuple[str, ...]:
+    return text if text in ("all", "none") else tuple(dict.fromkeys(text.split(",")))
 
+
+def _kernel_gpus(gpus: str | tuple[str, ...], with_plans: bool) -> tuple[str, ...]:
+    """The capabilities that the fused kernel is compiled for; beside plans, which may be for more, those it can be."""
+    if gpus == "none":
+        return ()
+    from trip_kernels.compile import CAPABILITIES
+
+    if gpus == "all":
         return CAPABILITIES
-    return () if text == "none" else tuple(dict.fromkeys(text.split(",")))
+    return tuple(name for name in gpus if name in CAPABILITIES or not with_plans)
 
 
 export_main = main_of(build_export_parser, run_export)

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,7 @@ from trip_engines.check import animator_for
 from trip_engines.onnx_engine import finish_onnx_engine, to_precision
 from trip_engines.parity import Parity, measure
 from trip_engines.recording import Reference, Sample
-from trip_engines.tensorrt_build import build_engine
-from trip_engines.tensorrt_operators import unsupported
+from trip_engines.tensorrt_build import LIBRARIES, BuiltPlan, build_engine
 from trip_export.components import Component, component
 from trip_export.kernels import build_kernel
 from trip_export.onnx_export import OPSET, export_onnx
@@ -32,6 +31,7 @@ from trip_export.plan import ExportOptions, Plan
 from trip_export.record import record
 from trip_export.store import Store, store
 from trip_reference import checkpoint
+from trip_rt.backends import EngineOptions, engine_class
 from trip_rt.bundle import MANIFEST, TOKENIZER, Bundle
 from trip_rt.components import ALL
 from trip_rt.errors import InputError
@@ -41,14 +41,14 @@ from trip_rt.manifest import EngineSpec, KernelSpec, Manifest, Profile, serialis
 @dataclass(frozen=True)
 class ExportResult:
     """What an export did: seconds spent on each engine built, the ones reused, each traced graph's operators before and
-    after simplification and what of them TensorRT lacks, and the parity of each backend."""
+    after simplification, the TensorRT plans built, and the parity of each backend."""
 
     bundle: Path
     profile: str
     seconds: dict[str, float]
     reused: list[str]
     operators: dict[str, tuple[Counter[str], Counter[str]]]
-    unsupported: dict[str, list[str]]
+    plans: dict[str, list[BuiltPlan]]
     parity: dict[str, Parity]
 
 
@@ -86,9 +86,8 @@ class _Export:
         self.store.write(TOKENIZER, self.plan.tokenizer_json.encode())
         if self.plan.steps:
             bundle = Bundle(self.store.bundle, self._manifest([profile]), self.plan.tokenizer_json)
-            self.result.parity.update(
-                {backend: self._parity(bundle, profile, backend) for backend in self.options.backends}
-            )
+            for backend in self.options.backends:
+                self.result.parity[backend] = self._parity(bundle, profile, backend)
             measured = {backend: parity.to_json() for backend, parity in self.result.parity.items()}
             profile = dataclasses.replace(profile, parity={**profile.parity, **measured})
         profiles = [profile if other.name == profile.name else other for other in kept]
@@ -191,10 +190,10 @@ class _Export:
                 name, backend, self.plan.key(**ingredients, inductor=self.plan.inductor), self._build_inductor
             )
         key = self.plan.key(**ingredients, opset=OPSET)
-        if backend == "tensorrt":
-            return self._reused_or_built(
-                name, backend, self.plan.key(onnx=key, tensorrt=self.plan.tensorrt), self._build_tensorrt
-            )
+        if backend in LIBRARIES:
+            built_for = self.plan.tensorrt[backend]
+            build = partial(self._build_plan, backend)
+            return self._reused_or_built(name, backend, self.plan.key(onnx=key, tensorrt=built_for), build)
         return self._reused_or_built(name, "onnx", key, self._build_onnx)  # ONNX Runtime and OpenVINO run the same file
 
     def _reused_or_built(self, name: str, kind: str, key: str, build: Callable[[str, str], EngineSpec]) -> EngineSpec:
@@ -224,15 +223,19 @@ class _Export:
         files = finish_onnx_engine(graph, self.store.bundle / f"{name}-{key[:16]}.onnx", weights_of)
         return self._spec(name, files, key, policy, gflop, {})
 
-    def _build_tensorrt(self, name: str, key: str) -> EngineSpec:
+    def _build_plan(self, backend: str, name: str, key: str) -> EngineSpec:
         onnx = self._engine(name, "onnxruntime")
-        if lacking := unsupported(self.store.bundle / onnx.file):
-            raise InputError(f"{name}: TensorRT has no {'; '.join(lacking)[:200]}; export it for another backend")
-        plan = self.store.bundle / f"{name}-{key[:16]}.plan"
-        target = build_engine(
-            self.store.bundle / onnx.file, plan, self.options.tensorrt, lambda text: self.note(f"{name}: {text}")
+        built, target = build_engine(
+            self.store.bundle / onnx.file,
+            self.store.bundle / f"{name}-{key[:16]}.plan",
+            backend,
+            self.options.precision,
+            self.options.tensorrt,
+            lambda text: self.note(f"{name}: {text}"),
         )
-        return self._spec(name, (plan.name,), key, dict(onnx.policy), onnx.gflop, target)
+        self.result.plans[f"{name} ({backend})"] = built
+        files = tuple(plan.file for plan in built)
+        return self._spec(name, files, key, dict(onnx.policy), onnx.gflop, target)
 
     def _build_inductor(self, name: str, key: str) -> EngineSpec:
         from trip_export.inductor_export import export_inductor
@@ -253,12 +256,8 @@ class _Export:
         part, gflop = self._component(name)
         graph = self.store.draft / f"{name}.onnx"
         before, after = export_onnx(part, graph)
-        lacking = unsupported(graph)
-        self.result.operators[name], self.result.unsupported[name] = (before, after), lacking
-        self.note(
-            f"{name}: {before.total()} operators traced, {after.total()} after simplification; {len(lacking) or 'none'}"
-            " not in TensorRT's table"
-        )
+        self.result.operators[name] = before, after
+        self.note(f"{name}: {before.total()} operators traced, {after.total()} after simplification")
         return graph, gflop
 
     def _component(self, name: str) -> tuple[Component, float]:
@@ -309,6 +308,26 @@ class _Export:
             ):
                 self.note(f"parity of {backend}: unchanged, reused")
                 return Parity.from_json(dict(before.parity[backend]))
+        try:
+            engine_class(backend).probe(profile.engines["unet"][backend], EngineOptions())
+        except InputError as error:
+            if backend not in LIBRARIES:
+                raise
+            self.note(f"parity of {backend}: measured on the graphs of its plans, which do not run here ({error})")
+            parity = self._parity_of_graphs(bundle, profile)
+            return dataclasses.replace(parity, measured_on=f"the graphs of the plans: {parity.measured_on}")
+        return self._measured(bundle, profile, backend)
+
+    def _parity_of_graphs(self, bundle: Bundle, profile: Profile) -> Parity:
+        """The parity of the graphs that plans are built from; a plan's target names its graph's hash."""
+        if "onnxruntime" in self.result.parity:
+            return self.result.parity["onnxruntime"]
+        graphs = {name: {"onnxruntime": self._engine(name, "onnxruntime")} for name in profile.engines}
+        profile = dataclasses.replace(profile, engines=graphs)
+        bundle = Bundle(bundle.folder, self._manifest([profile]), bundle.tokenizer_json)
+        return self._measured(bundle, profile, "onnxruntime")
+
+    def _measured(self, bundle: Bundle, profile: Profile, backend: str) -> Parity:
         self.note(f"parity of {backend}: measuring {self.plan.steps} steps")
         animator, measured_on = animator_for(bundle, profile, backend)
         with animator:

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
-from trip_engines.tensorrt_build import BuildOptions, cache_key
+from trip_engines.tensorrt_build import LIBRARIES, BuildOptions, cache_key
 from trip_export.components import context_width, default_decode_frames, features_shape, signatures
 from trip_reference import checkpoint
 from trip_rt import backends
@@ -85,8 +85,11 @@ class Plan:
             )
         if options.gpus:
             self._check_gpus()
-        if "tensorrt" in options.backends:
-            self.tensorrt = cache_key(options.tensorrt)
+        self.tensorrt = {
+            backend: cache_key(backend, options.precision, options.tensorrt)
+            for backend in options.backends
+            if backend in LIBRARIES
+        }
         if "inductor" in options.backends:
             from trip_export.inductor_export import target_for
 

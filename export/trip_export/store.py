@@ -4,6 +4,7 @@ remembered."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -125,5 +126,9 @@ def store(bundle: Path) -> Iterator[Store]:
             shutil.rmtree(leftover)
         with tempfile.TemporaryDirectory(dir=bundle, prefix=_DRAFT) as draft:
             yield Store(bundle, Path(draft))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(f"{bundle}: the disk is full; make room and run the export again, which goes on") from error
     finally:
         os.close(handle)

@@ -12,6 +12,7 @@ from trip_rt.manifest import Profile
 
 # name: (module, class), in `auto`'s order of preference on the same kind of device.
 _BACKENDS = {
+    "tensorrt-rtx": ("trip_rt.backends.tensorrt_rtx", "TensorRTRTXEngine"),
     "tensorrt": ("trip_rt.backends.tensorrt", "TensorRTEngine"),
     "openvino": ("trip_rt.backends.openvino", "OpenVINOEngine"),
     "onnxruntime": ("trip_rt.backends.onnxruntime", "OnnxRuntimeEngine"),

@@ -43,12 +43,12 @@ class Engine(ABC):
     """An opened engine, bound to buffers of its device. What it is bound to is checked against the manifest before the
     library sees it.
 
-    `backend` is the name under which the manifest lists its engines; `capturable` says whether a CUDA graph can record
-    its work.
+    `backend` is the name under which the manifest lists its engines; `capturable` says, once it is bound, whether a
+    CUDA graph can record its work.
     """
 
     backend: ClassVar[str]
-    capturable: ClassVar[bool] = False
+    capturable: bool = False
 
     def __init__(self, spec: EngineSpec, device: Device, owns_device: bool = False):
         self.spec, self.device = spec, device

@@ -1,4 +1,7 @@
-"""TensorRT on an NVIDIA GPU: the full package or its lean runtime executes the plan, cuda-bindings hold its memory."""
+"""TensorRT on an NVIDIA GPU: the full package or its lean runtime executes the plan, cuda-bindings hold its memory.
+
+What TensorRT for RTX does differently is in `tensorrt_rtx`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from trip_rt.backends.base import Engine, EngineOptions
 from trip_rt.devices import Buffer, Device, Kind, Work, open_device
@@ -17,6 +20,8 @@ from trip_rt.devices.cuda import call, gpu, memory_error
 from trip_rt.errors import EngineError, InputError
 from trip_rt.manifest import EngineSpec
 
+ADDRESS_MULTIPLE = 256  # bytes: what TensorRT asks of every tensor's address
+LEAN = "tensorrt_lean_bindings"
 PLATFORM = f"{platform.system()}-{platform.machine()}".lower()  # such as linux-x86_64
 OUT_OF_MEMORY = re.compile(r"out ?of ?memory|bad_alloc|MEM_ALLOC_FAILED", re.IGNORECASE)
 _DTYPES = {
@@ -32,11 +37,11 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan's target is held against: TensorRT's version and whether it is the lean runtime, the GPU with its
-    compute capability ("9.0"), and the platform."""
+    """What a plan's target is held against: the library's module and version, the GPU with its compute capability
+    ("9.0"), and the platform."""
 
-    tensorrt: str
-    lean: bool
+    library: str
+    version: str
     gpu: str
     compute_capability: str
     platform: str = PLATFORM
@@ -45,7 +50,8 @@ class Machine:
 class TensorRTEngine(Engine):
     """One plan in one execution context, on the device's stream."""
 
-    backend = "tensorrt"
+    backend: ClassVar[str] = "tensorrt"
+    modules: ClassVar[tuple[str, ...]] = ("tensorrt", LEAN)
     capturable = True
 
     def __init__(self, spec: EngineSpec, trt: Any, machine: Machine, device: Device, owns_device: bool):
@@ -59,18 +65,17 @@ class TensorRTEngine(Engine):
     def probe(cls, spec: EngineSpec, options: EngineOptions) -> Kind:
         if options.device == "cpu":
             raise InputError(
-                "tensorrt: found that the CPU was asked for, expected a GPU; use onnxruntime or openvino, or leave the"
-                " device out"
+                f"{cls.backend}: found that the CPU was asked for, expected a GPU; use onnxruntime or openvino, or"
+                " leave the device out"
             )
-        check_target(spec.file, spec.target, this_machine(_library()))
+        check_target(spec.file, spec.target, this_machine(cls._library()))
         return "cuda"
 
     @classmethod
     def open(cls, path: Path, spec: EngineSpec, options: EngineOptions, device: Device | None = None) -> TensorRTEngine:
-        cls.probe(
-            spec, options
-        )  # before all else: a Runtime made without a usable driver crashes the process when it is freed
-        trt = _library()
+        # Before all else: a Runtime made without a usable driver crashes the process when it is freed.
+        cls.probe(spec, options)
+        trt = cls._library()
         opened = cls(spec, trt, this_machine(trt), device or open_device("cuda"), owns_device=device is None)
         try:
             opened._load(path)
@@ -79,18 +84,37 @@ class TensorRTEngine(Engine):
             raise
         return opened
 
+    @classmethod
+    def _library(cls) -> Any:
+        """The first of `modules` that can be imported."""
+        reasons = []
+        for name in cls.modules:
+            try:
+                return importlib.import_module(name)
+            except (ImportError, OSError) as error:  # OSError: the package is there, its native library is not
+                reasons.append(" ".join(str(error).split())[:100])
+        raise InputError(
+            f"{cls.backend}: found no usable package ({'; '.join(reasons)}), expected {' or '.join(cls.modules)}; pip"
+            f" install trip-rt[{cls.modules[0].removeprefix('tensorrt_')}]"
+        )
+
     def _load(self, path: Path) -> None:
         self._logger.take()
         self._runtime = self._trt.Runtime(self._logger)
         # Code inside a plan stays forbidden, as is the runtime's default: version-compatible plans are built without
         # it.
-        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        plan = path.read_bytes()
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise self._failed("cannot open the plan")
         self._check_tensors()
-        self._context = self._engine.create_execution_context()
+        self._context = self._new_context(plan)
         if self._context is None:
             raise self._failed("has no execution context for the plan")
+
+    def _new_context(self, plan: bytes) -> Any:
+        """An execution context of the opened engine, or None where the library has none."""
+        return self._engine.create_execution_context()
 
     def _check_tensors(self) -> None:
         trt, engine = self._trt, self._engine
@@ -118,17 +142,34 @@ class TensorRTEngine(Engine):
 
     def bind(self, buffers: Mapping[str, Buffer]) -> Work:
         self.check(buffers)
+        # A slice of a buffer may lie at any address: one that TensorRT would refuse gets a copy at one that it takes.
+        aligned = {
+            name: self.device.zeros(buffer.dtype.name, buffer.shape) if buffer.address % ADDRESS_MULTIPLE else buffer
+            for name, buffer in buffers.items()
+        }
+        copied = {name for name, buffer in buffers.items() if aligned[name] is not buffer}
+        copied_in = [tensor.name for tensor in self.spec.inputs if tensor.name in copied]
+        copied_out = [tensor.name for tensor in self.spec.outputs if tensor.name in copied]
+
+        self._set_addresses(aligned)
 
         def work() -> None:
             if self._context is None:
                 raise self.closed_error()
-            for name, buffer in buffers.items():
-                if not self._context.set_tensor_address(name, buffer.address):
-                    raise self._failed(f"takes no address for {name}")
+            for name in copied_in:
+                self.device.copy(buffers[name], aligned[name])
+            self._set_addresses(aligned)  # another binding may have been at work
             if not self._context.execute_async_v3(self.device.stream):
                 raise self._failed("cannot run the plan", EngineError)
+            for name in copied_out:
+                self.device.copy(aligned[name], buffers[name])
 
         return work
+
+    def _set_addresses(self, buffers: Mapping[str, Buffer]) -> None:
+        for name, buffer in buffers.items():
+            if not self._context.set_tensor_address(name, buffer.address):
+                raise self._failed(f"takes no address for {name}")
 
     def _failed(self, what: str, kind: type[Exception] = InputError) -> Exception:
         reason = self._logger.take() or "it gave no reason"
@@ -139,8 +180,8 @@ class TensorRTEngine(Engine):
     def describe(self) -> dict[str, Any]:
         return {
             "backend": self.backend,
-            "version": self._machine.tensorrt,
-            "library": self._trt.__name__,
+            "version": self._machine.version,
+            "library": self._machine.library,
             "device": "cuda",
             "gpu": self._machine.gpu,
             "compute_capability": self._machine.compute_capability,
@@ -152,13 +193,13 @@ class TensorRTEngine(Engine):
 
 
 def check_target(file: str, target: Mapping[str, str], machine: Machine) -> None:
-    """InputError unless a plan of this `target` opens on this machine.
+    """InputError unless a plan of this `target` (manifest.EngineSpec) opens on this machine.
 
-    A plan is tied to the TensorRT version, the compute capability and the platform of its build. Built
-    version-compatible, later versions of the same major take it too; with hardware compatibility "ampere_plus", every
-    GPU from compute capability 8.0 on.
+    A plan is tied to the library's version, to the compute capabilities it was built for and to the platform of its
+    build. One of TensorRT's that was built version-compatible opens with later versions of the same major too; with
+    hardware compatibility "ampere_plus", on every GPU from compute capability 8.0 on.
     """
-    if missing := [name for name in ("tensorrt", "compute_capability", "platform") if name not in target]:
+    if missing := [name for name in ("library", "version", "compute_capabilities", "platform") if name not in target]:
         raise InputError(
             f"{file}: found no {', '.join(missing)} in its target, expected what it was built with; export the bundle"
             " again"
@@ -167,62 +208,47 @@ def check_target(file: str, target: Mapping[str, str], machine: Machine) -> None
         raise InputError(
             f"{file}: found {machine.platform}, expected {target['platform']}; export the bundle again on this machine"
         )
-    built, library = version_numbers(target["tensorrt"]), version_numbers(machine.tensorrt)
-    compatible = target.get("version_compatible") == "yes"
-    if not (built[:1] == library[:1] and library >= built if compatible else library == built):
-        wanted = (
-            f"{target['tensorrt']} or a later {target['tensorrt'].partition('.')[0]}.x"
-            if compatible
-            else f"{target['tensorrt']} exactly"
-        )
+    library, compatible = target["library"], target.get("version_compatible") == "yes"
+    if machine.library != library and not (machine.library == LEAN and library == "tensorrt"):
         raise InputError(
-            f"{file}: found TensorRT {machine.tensorrt}, expected {wanted}; install that, or export the bundle again"
-            " with this one"
+            f"{file}: found {machine.library}, expected {library}, which built it; export the bundle again for this one"
         )
-    if machine.lean and not compatible:
-        remedy = f"pip install tensorrt=={target['tensorrt']}, or export the bundle as version-compatible"
+    built, present = version_numbers(target["version"]), version_numbers(machine.version)
+    if not (built[:1] == present[:1] and present >= built if compatible else present == built):
+        later = f" or a later {target['version'].partition('.')[0]}.x" if compatible else " exactly"
         raise InputError(
-            f"{file}: found TensorRT's lean runtime, expected the full one, as the plan is not version-compatible;"
-            f" {remedy}"
+            f"{file}: found {machine.library} {machine.version}, expected {target['version']}{later}; install that, or"
+            " export the bundle again with this one"
         )
-    actual, wanted = machine.compute_capability, target["compute_capability"]
+    if machine.library == LEAN and not compatible:
+        raise InputError(
+            f"{file}: found TensorRT's lean runtime, expected the full one, as the plan is not version-compatible; pip"
+            f" install tensorrt=={target['version']}, or export the bundle as version-compatible"
+        )
+    actual, wanted = machine.compute_capability, target["compute_capabilities"].split()
     if target.get("hardware_compatibility") == "ampere_plus":
-        fits, wanted = version_numbers(actual) >= (8, 0), "8.0 or above"
+        fits, wanted = version_numbers(actual) >= (8, 0), ["8.0 or above"]
     else:  # "same_compute_capability" frees a plan from the GPU's model, not from this
-        fits = version_numbers(actual) == version_numbers(wanted)
+        fits = actual in wanted
     if not fits:
         raise InputError(
-            f"{file}: found compute capability {actual} ({machine.gpu}), expected {wanted}; export the bundle again on"
-            " this machine"
+            f"{file}: found compute capability {actual} ({machine.gpu}), expected {', '.join(wanted)}; export the"
+            " bundle again for this GPU"
         )
 
 
 def this_machine(trt: Any) -> Machine:
     """This machine with that TensorRT package; InputError without a GPU and driver that it can use."""
-    machine = Machine(trt.__version__, trt.__name__ != "tensorrt", *gpu())
-    driver = call(
-        "cudaDriverGetVersion"
-    )  # 13000 for CUDA 13.0; cuda-bindings may be content with less than TensorRT is
-    if version_numbers(machine.tensorrt) >= (11,) and driver < 13000:
+    machine = Machine(trt.__name__, trt.__version__, *gpu())
+    # 13000 for CUDA 13.0; cuda-bindings may be content with less than TensorRT is.
+    driver = call("cudaDriverGetVersion")
+    if machine.library in TensorRTEngine.modules and version_numbers(machine.version) >= (11,) and driver < 13000:
         found = f"{driver // 1000}.{driver % 1000 // 10}"
         raise InputError(
-            f"tensorrt: found a driver for CUDA {found}, expected 13.0 for TensorRT {machine.tensorrt}; install driver"
+            f"tensorrt: found a driver for CUDA {found}, expected 13.0 for TensorRT {machine.version}; install driver"
             " 580 or newer"
         )
     return machine
-
-
-def _library() -> Any:
-    reasons = []
-    for name in ("tensorrt", "tensorrt_lean_bindings"):
-        try:
-            return importlib.import_module(name)
-        except (ImportError, OSError) as error:  # OSError: the package is there, its native library is not
-            reasons.append(" ".join(str(error).split())[:100])
-    raise InputError(
-        f"tensorrt: found no usable package ({'; '.join(reasons)}), expected tensorrt or its lean runtime; pip install"
-        " trip-rt[tensorrt]"
-    )
 
 
 @cache  # one for the process: TensorRT keeps the first it is given and ignores the rest
