@@ -42,7 +42,7 @@ class KernelBuffers:
 
 class FusedStep:
     """The kernel with its weights on the GPU and buffers of its `own`. A call moves the latents on by the table's next
-    row."""
+    row. EngineError where the driver does not take the machine code; then nothing was allocated."""
 
     def __init__(
         self,
@@ -56,6 +56,7 @@ class FusedStep:
         cubin = spec.cubins[capability]
         self.name = f"the fused kernel for compute capability {capability}"
         self._device, self._cubin, self.buffers = device, cubin, buffers
+        self._function = device.kernel((folder / cubin.file).read_bytes(), spec.entry, cubin.shared_bytes)
         batch, pixels = buffers.latents.shape[0] // 2, int(np.prod(config.frame_shape[1:]))
         rows = config.schedule.num_train_timesteps + 1
         self.own = KernelBuffers(
@@ -78,7 +79,6 @@ class FusedStep:
                 "upgrade it or export again"
             )
         self._arguments, self._types = zip(*(known[name] for name in spec.parameters), strict=True)
-        self._function = device.kernel((folder / cubin.file).read_bytes(), spec.entry, cubin.shared_bytes)
 
     def begin(self, noise: Array, steps: Sequence[Step]) -> None:
         """Put a run's noise [B, C, F, h, w] and steps on the GPU, and frame 1 on its path by the table's row 0."""
@@ -101,9 +101,10 @@ class FusedStep:
 
 
 def fitting(capabilities: Iterable[str], present: str) -> str | None:
-    """Of the capabilities compiled for, the one to run on `present`: machine code runs on its own and on later minor
-    versions of the same major one."""
+    """Of the capabilities compiled for, the one to run on `present`: machine code runs on its own and, below 9.0, on
+    later minor versions of the same major one. From 9.0 on Triton compiles for the features of one capability alone
+    (sm_90a, sm_100a, sm_120a)."""
     major, minor = map(int, present.split("."))
     minors = [int(name.split(".")[1]) for name in capabilities if int(name.split(".")[0]) == major]
-    best = max((candidate for candidate in minors if candidate <= minor), default=None)
-    return None if best is None else f"{major}.{best}"
+    fits = [candidate for candidate in minors if candidate == minor or (candidate < minor and major < 9)]
+    return f"{major}.{max(fits)}" if fits else None

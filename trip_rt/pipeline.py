@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from trip_rt.backends import Engine
 from trip_rt.config import TripConfig
 from trip_rt.devices import Device, Work
+from trip_rt.errors import EngineError
 from trip_rt.fused_step import FusedStep, fitting
 from trip_rt.manifest import Profile
 from trip_rt.networks import BoundUNet, EngineNetworks, OpenEngine, halves, step_buffers
@@ -70,10 +71,14 @@ class Pipeline:
         assert isinstance(device, CudaDevice)
         kernel = self._profile.kernels.get(self._unet.engines[True, False].spec.precision)
         present = device.compute_capability
-        if kernel and (capability := fitting(kernel.cubins, present)):
-            return FusedStep(device, config, self.buffers, folder, kernel, capability)
-        capabilities = ", ".join(kernel.cubins) if kernel else ""
-        actual = f"kernels for compute capability {capabilities}" if kernel else "no kernel of this precision"
+        actual = "no kernel of this precision"
+        if kernel:
+            actual = f"kernels for compute capability {', '.join(kernel.cubins)}"
+            if capability := fitting(kernel.cubins, present):
+                try:
+                    return FusedStep(device, config, self.buffers, folder, kernel, capability)
+                except EngineError as error:
+                    actual += f", of which the driver does not take the one for {capability} ({error})"
         warnings.warn(
             f"the bundle has {actual}, this GPU ({device.name}) is {present}: the engine of tnf runs in its place, more"
             " slowly; export the bundle again with this GPU among --gpus, if trip-export knows it",

@@ -136,7 +136,7 @@ def run_export(args: argparse.Namespace) -> int:
     verdict = "do not ship" if not passed else "ready" if result.parity else "written; parity: not measured"
     peak = peak_memory_mb() / 1e3
     figures = _figures(result) | {"peak_memory_gb": round(peak, 2)}
-    lines = [_table(result), *(parity.table() for parity in result.parity.values())]
+    lines = [plan_table(result), *(parity.table() for parity in result.parity.values())]
     report(
         args,
         figures,
@@ -192,7 +192,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
     )
 
 
-def _table(result: ExportResult) -> str:
+def plan_table(result: ExportResult) -> str:
     """The plans that were built, for people."""
     rows = [
         f"{name:<40}{plan.layers:>7}{plan.bytes / 1e6:>9.1f}{plan.seconds:>9.1f}{plan.peak_memory_gb:>9.1f}"

@@ -1,4 +1,6 @@
 import contextlib
+import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -15,11 +17,14 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
 from trip_engines.onnx_engine import finish_onnx_engine
+from trip_engines.tensorrt_build import BuildOptions
+from trip_export import command
 from trip_export import export as export_module
 from trip_export.components import component, signatures
 from trip_export.export import export_bundle
 from trip_export.onnx_export import DYNAMIC_SHAPE_OPERATORS, export_onnx
 from trip_export.plan import ExportOptions
+from trip_export.store import store
 from trip_rt import Animator, InputError
 from trip_rt.backends import EngineOptions, engine_class
 from trip_rt.bundle import open_bundle
@@ -94,7 +99,6 @@ def test_simplification_is_counted(tiny_export):
     for name, (before, after) in tiny_export.operators.items():
         assert after.total() < before.total() / (1.5 if name == "text_projection" else 2), name
         assert {"Shape", "Expand"} & set(before) or name.startswith("text_")
-    assert tiny_export.unsupported == {name: [] for name in ALL}  # TensorRT's parser knows all of them
 
 
 def test_graphs_say_nothing_of_where_they_were_made(tiny_bundle):
@@ -235,7 +239,7 @@ def test_two_exports_into_one_folder_do_not_mix(tiny_checkpoint, bundle):
         ({"size": (40, 32)}, "size: found 32x40, expected multiples of 16"),
         ({"size": (0, 32)}, "size: found 32x0"),
         ({"batch": 0}, "batch: found 0"),
-        ({"backends": ("abacus",)}, "backend: found 'abacus', expected one of tensorrt, openvino"),
+        ({"backends": ("abacus",)}, "backend: found 'abacus', expected one of tensorrt-rtx, tensorrt, openvino"),
         ({"precision": "fp8"}, "precision: found 'fp8'"),
         ({"parity_steps": 1001}, "parity steps: found 1001"),
         ({"parity_steps": 0, "precision": "fp16"}, "parity steps: found 0, expected at least 1"),
@@ -274,6 +278,36 @@ def test_profiles_and_backends_share_one_bundle(tiny_checkpoint, tiny_animator, 
         Animator(bundle, profile="huge")
     assert list(export_bundle(tiny_checkpoint, bundle).seconds) == []  # without add, the rest goes
     assert len(open_bundle(bundle).manifest.profiles) == 1
+
+
+def test_plans_name_the_graphs_that_parity_was_measured_on(tiny_checkpoint, bundle):
+    pytest.importorskip("tensorrt_rtx")
+    options = BuildOptions(capabilities=("8.9", "12.0"))
+    rtx = ExportOptions(backends=("tensorrt-rtx",), tensorrt=options, add=True)
+    result = export_bundle(tiny_checkpoint, bundle, rtx)
+    assert result.reused == EVERYTHING_REUSED and set(result.plans) == {f"{name} (tensorrt-rtx)" for name in ALL}
+    head, *rows = command.plan_table(result).splitlines()
+    assert "layers" in head and len(rows) == len(ALL) and all(row.endswith("8.9, 12.0") for row in rows)
+    manifest = open_bundle(bundle).manifest
+    for engines in manifest.profile().engines.values():
+        assert engines["tensorrt-rtx"].target["graph"] == manifest.files[engines["onnxruntime"].file].sha256
+    parity = result.parity["tensorrt-rtx"]
+    assert parity.passed and parity.measured_on.startswith("the graphs of the plans: onnxruntime")
+    before = contents(bundle)
+    again = export_bundle(tiny_checkpoint, bundle, rtx)
+    assert again.reused == [f"{name} (tensorrt-rtx)" for name in ALL] and not again.plans
+    assert again.parity["tensorrt-rtx"] == parity and contents(bundle) == before
+    alone = export_bundle(tiny_checkpoint, bundle, dataclasses.replace(rtx, add=False))
+    assert alone.reused == again.reused and not list(bundle.glob("*.onnx"))
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_draft(tmp_path):
+    full = pytest.raises(InputError, match=r"^[^\n]*new: the disk is full; make room and run the export again")
+    with full, store(tmp_path / "new"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert files(tmp_path / "new") == []
+    with pytest.raises(PermissionError), store(tmp_path / "new"):
+        raise PermissionError(errno.EACCES, "no")
 
 
 @pytest.mark.parametrize("name", ["unet_unguided_shallow", "tnf_unguided"])

@@ -15,18 +15,18 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_cuda import FakeCuda
-from plan_target import TARGET
+from plan_target import RTX_TARGET, TARGET
 
 from trip_rt.backends import EngineOptions
 from trip_rt.backends import tensorrt as backend
-from trip_rt.backends.tensorrt import Machine, TensorRTEngine, check_target
+from trip_rt.backends.tensorrt import ADDRESS_MULTIPLE, LEAN, Machine, TensorRTEngine, check_target
 from trip_rt.components import TensorSpec
 from trip_rt.devices import Device
 from trip_rt.devices.cuda import CudaDevice
 from trip_rt.errors import EngineError, InputError
 from trip_rt.manifest import EngineSpec
 
-HERE = Machine("11.4.0.106", False, "a GPU", "9.0")
+HERE = Machine("tensorrt", "11.4.0.106", "a GPU", "9.0")
 X, T, Y = TensorSpec("x", "float32", (2, 3)), TensorSpec("t", "int64", (1,)), TensorSpec("y", "float32", (2, 3))
 SPEC = EngineSpec(
     files=("unet-0.plan",),
@@ -88,7 +88,7 @@ def test_tensorrt_11_wants_a_driver_for_cuda_13(
     monkeypatch.setattr(backend, "call", {"cudaDriverGetVersion": driver}.__getitem__)
     trt = SimpleNamespace(__name__="tensorrt_lean_bindings", __version__=version)
     if fits:
-        assert backend.this_machine(trt) == Machine(version, True, "a GPU", "9.0")
+        assert backend.this_machine(trt) == Machine(LEAN, version, "a GPU", "9.0")
     else:
         with pytest.raises(
             InputError,
@@ -98,22 +98,31 @@ def test_tensorrt_11_wants_a_driver_for_cuda_13(
 
 
 COMPATIBLE = {"version_compatible": "yes"}
+ADA = {"library": "tensorrt_rtx", "version": "1.7.1.116", "compute_capability": "8.9"}
 
 
 @pytest.mark.parametrize(
     ("target", "machine", "problem"),
     [
         ({}, {}, None),
-        ({}, {"tensorrt": "11.4.0.107"}, "TensorRT 11.4.0.107, expected 11.4.0.106 exactly"),
-        ({"version_compatible": "no"}, {"tensorrt": "11.5.0.1"}, "expected 11.4.0.106 exactly"),
-        (COMPATIBLE, {"tensorrt": "11.5.0.1"}, None),
-        (COMPATIBLE, {"tensorrt": "11.10.0.1"}, None),
-        (COMPATIBLE, {"tensorrt": "11.3.9.9"}, "TensorRT 11.3.9.9, expected 11.4.0.106 or a later 11.x"),
-        (COMPATIBLE, {"tensorrt": "12.0.0.1"}, "or a later 11.x"),
-        (COMPATIBLE, {"tensorrt": "10.16.1.11"}, "or a later 11.x"),
-        (COMPATIBLE | {"tensorrt": "from hell"}, {}, "expected from hell"),
-        ({}, {"lean": True}, "lean runtime, expected the full one"),
-        (COMPATIBLE, {"lean": True, "tensorrt": "11.5.0.1"}, None),
+        ({}, {"version": "11.4.0.107"}, "tensorrt 11.4.0.107, expected 11.4.0.106 exactly"),
+        ({"version_compatible": "no"}, {"version": "11.5.0.1"}, "expected 11.4.0.106 exactly"),
+        (COMPATIBLE, {"version": "11.5.0.1"}, None),
+        (COMPATIBLE, {"version": "11.10.0.1"}, None),
+        (COMPATIBLE, {"version": "11.3.9.9"}, "tensorrt 11.3.9.9, expected 11.4.0.106 or a later 11.x"),
+        (COMPATIBLE, {"version": "12.0.0.1"}, "or a later 11.x"),
+        (COMPATIBLE, {"version": "10.16.1.11"}, "or a later 11.x"),
+        (COMPATIBLE | {"version": "from hell"}, {}, "expected from hell"),
+        ({}, {"library": LEAN}, "lean runtime, expected the full one"),
+        (COMPATIBLE, {"library": LEAN, "version": "11.5.0.1"}, None),
+        ({}, {"library": "tensorrt_rtx", "version": "11.4.0.106"}, "tensorrt_rtx, expected tensorrt, which built it"),
+        (RTX_TARGET, {}, "tensorrt, expected tensorrt_rtx"),
+        (RTX_TARGET, {"library": LEAN}, "expected tensorrt_rtx"),
+        (RTX_TARGET, ADA, None),
+        (RTX_TARGET, ADA | {"compute_capability": "12.0"}, None),
+        (RTX_TARGET, ADA | {"compute_capability": "12.1"}, "capability 12.1 .a GPU., expected 8.9, 12.0"),
+        (RTX_TARGET, ADA | {"compute_capability": "8.6"}, "expected 8.9, 12.0"),
+        (RTX_TARGET, ADA | {"version": "1.7.2.1"}, "tensorrt_rtx 1.7.2.1, expected 1.7.1.116 exactly"),
         ({}, {"compute_capability": "8.9"}, "compute capability 8.9 .a GPU., expected 9.0"),
         ({}, {"compute_capability": "10.0"}, "expected 9.0"),
         ({"hardware_compatibility": "none"}, {"compute_capability": "8.9"}, "expected 9.0"),
@@ -195,6 +204,7 @@ class RecordingRuntime:
         return self.lean.TensorLocation.DEVICE
 
     def set_tensor_address(self, name: str, address: int) -> bool:
+        assert address % ADDRESS_MULTIPLE == 0, "TensorRT takes no other"
         self.addresses[name] = address
         return True
 
@@ -219,7 +229,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeCuda, RecordingRunti
         **{name: getattr(lean, name) for name in ("TensorIOMode", "TensorLocation", "ILogger", "__name__")},
         Runtime=lambda _: runtime,
     )
-    monkeypatch.setattr(backend, "_library", lambda: trt)
+    monkeypatch.setattr(TensorRTEngine, "_library", lambda: trt)
     monkeypatch.setattr(backend, "this_machine", lambda _: HERE)
     monkeypatch.setattr(backend, "_logger", lambda _: runtime.logger)
     return cuda, runtime

@@ -3,7 +3,7 @@ is none.
 
 Work is done when it is queued, or, while a stream captures, when the graph is launched. Misuse that a GPU would punish
 is an AssertionError: arguments that the real functions do not take, memory that is not there, waiting while capturing,
-freeing twice.
+freeing twice. Machine code of another architecture is refused as the driver refuses it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+_ALIGNMENT = 256  # bytes, as cudaMalloc's
 Kernel = Callable[[int, list[int]], None]  # of so many programs, with these arguments
 
 
@@ -116,7 +117,9 @@ class FakeCuda:
 
     def cudaMalloc(self, size: int) -> int:
         self._not_while_capturing()
-        block = ctypes.create_string_buffer(b"\xff" * size, size)
+        room = ctypes.create_string_buffer(b"\xff" * (size + _ALIGNMENT), size + _ALIGNMENT)
+        start = -ctypes.addressof(room) % _ALIGNMENT
+        block = (ctypes.c_char * size).from_buffer(room, start)
         self.memory[ctypes.addressof(block)] = block
         return ctypes.addressof(block)
 
@@ -179,6 +182,10 @@ class FakeCuda:
 
     def cuModuleLoadData(self, image: bytes) -> int:
         assert image[:4] == b"\x7fELF" and self.real["cu"]._HelperInputVoidPtr(image), "no machine code"
+        (major, minor), here = architecture(image), self.capability
+        older = major == here[0] < 9 and minor < here[1]
+        if not ((major, minor) == here or older):
+            return self.real["cu"].CUresult.CUDA_ERROR_NO_BINARY_FOR_GPU
         return self._new("module")
 
     def cuModuleGetFunction(self, module: int, name: bytes) -> Kernel:
@@ -212,6 +219,13 @@ class FakeCuda:
         self.work(lambda: function(x, list(values)))
 
 
+def architecture(cubin: bytes) -> tuple[int, int]:
+    """The compute capability that machine code is for, from its ELF header."""
+    flags = int.from_bytes(cubin[48:52], "little")
+    number = (flags >> 8) & 0xFF if cubin[8] >= 8 else flags & 0xFF  # by the version of the ABI
+    return number // 10, number % 10
+
+
 class _Library:
     """One of the two modules: enums and signatures are the real one's."""
 
@@ -230,6 +244,8 @@ class _Library:
                 self._fake.recording = None  # an error ends a capture
                 return self._fake.failing[name], None
             made = getattr(self._fake, name)(*arguments)
+            if isinstance(made, self._fake.real["cu"].CUresult):
+                return made, None
             good = self.cudaError_t.cudaSuccess if self._prefix == "cuda" else self.CUresult.CUDA_SUCCESS
             return (good,) if made is None else (good, made)
 
