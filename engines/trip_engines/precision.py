@@ -92,33 +92,36 @@ def choose_precision(
     """The policy with few fp32 groups that brings `graph` (fp32 ONNX) in `precision` well within its parity bound on
     `samples`.
 
-    First each kind of node alone is put into half precision and its error measured, then all of them at once; while the
-    error is too large or a value overflows, the worst goes back to fp32: light kinds whole, convolutions and matrix
-    products block by block, and last of all unless they overflow. Errors are measured by trip_engines.emulation.
-    EngineError naming the node where values overflow or are NaN even so.
+    First all nodes are put into half precision at once. Where the error is too large or a value overflows, each kind of
+    node is put into half precision alone and its error measured, and then the worst go back to fp32: light kinds whole,
+    convolutions and matrix products block by block, and last of all unless they overflow. Errors are measured by
+    trip_engines.emulation. EngineError naming the node where values overflow or are NaN even so.
     """
-    kinds = sorted(
-        {kind for kind, _ in _groups(ir.load(graph)).values() if kind not in ("movement", ALWAYS_FP32[0].kind)}
-    )
     samples = [samples[i] for i in sorted(set(np.linspace(0, len(samples) - 1, _SAMPLES).round().astype(int)))]
     target = _CLOSE * MAX_COMPONENT_RMS[precision]
 
     def error_of(fp32: Sequence[Group]) -> Policy:
         return _measure(graph, precision, tuple(fp32), samples)
 
+    policy = error_of(ALWAYS_FP32)
+    note(f"error of all nodes in {precision}: {_said(policy.error)}")
+    if policy.error <= target:
+        return policy
+    kinds = sorted(
+        {kind for kind, _ in _groups(ir.load(graph)).values() if kind not in ("movement", ALWAYS_FP32[0].kind)}
+    )
     alone = {
         kind: error_of([*ALWAYS_FP32, *(Group(other) for other in kinds if other != kind)]).error for kind in kinds
     }
     note(
         f"error of one kind of node in {precision}: "
-        + ", ".join(f"{kind} {error:.1e}" for kind, error in alone.items())
+        + ", ".join(f"{kind} {_said(error)}" for kind, error in alone.items())
     )
-    policy = error_of(ALWAYS_FP32)
     for group in _candidates(graph, kinds, alone, error_of):
         if policy.error <= target:
             break
         policy = error_of([*policy.fp32, group])
-        note(f"kept in fp32: {group}; error now {policy.error:.1e}")
+        note(f"kept in fp32: {group}; error now {_said(policy.error)}")
     if policy.error >= NOT_A_NUMBER:
         node, value = policy.largest
         raise EngineError(
@@ -165,7 +168,7 @@ def _measure(graph: Path, precision: str, fp32: tuple[Group, ...], samples: Sequ
     try:
         # The weights stay in their file; the graph casts them.
         ir.save(typed_graph(ir.load(graph), precision, fp32), candidate)
-        emulation = Emulation(candidate)
+        emulation = Emulation(candidate, watch=True)
     finally:
         candidate.unlink(missing_ok=True)
     error, largest = 0.0, ("", 0.0)
@@ -301,6 +304,10 @@ def _is_float(value: ir.Value) -> bool:
 
 def _stays_fp32(node: ir.Node, index: int) -> bool:
     return node.op_type == "Resize" and index in (1, 2)  # region and scales are fp32 whatever the data are
+
+
+def _said(error: float) -> str:
+    return f"{error:.1e}" if error < NOT_A_NUMBER else "an overflow"
 
 
 def _short(number: float) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from trip_rt.errors import InputError
@@ -38,7 +38,7 @@ class Reference:
     frames: NDArray[np.float32]
 
     def save(self, path: Path, key: str) -> None:
-        """Write a safetensors file; `key` says what it was recorded from."""
+        """Write a safetensors file; `key` says what it was recorded from. InputError where the disk is full."""
         arrays: dict[str, NDArray[Any]] = {
             "loop/pictures": self.pictures,
             "loop/latents": self.latents,
@@ -55,9 +55,11 @@ class Reference:
             "num_inference_steps": self.num_inference_steps,
         }
         # One entry: safetensors writes several in any order, and the same recording should be the same bytes.
-        save_file(
-            {name: np.ascontiguousarray(array) for name, array in arrays.items()}, path, {"about": json.dumps(about)}
-        )
+        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        try:
+            save_file(arrays, path, {"about": json.dumps(about)})
+        except SafetensorError as error:
+            raise InputError(f"{path.name}: cannot be written ({error}); make room for it") from error
 
     @staticmethod
     def load(path: Path, key: str | None = None) -> Reference:

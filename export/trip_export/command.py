@@ -134,8 +134,8 @@ def run_export(args: argparse.Namespace) -> int:
     result = export_bundle(args.checkpoint, args.output, _options(args), note)
     passed = all(parity.passed for parity in result.parity.values())
     verdict = "do not ship" if not passed else "ready" if result.parity else "written; parity: not measured"
-    peak = peak_memory_mb() / 1e3
-    figures = _figures(result) | {"peak_memory_gb": round(peak, 2)}
+    peak = max((stage.peak_memory_gb for stage in result.stages.values()), default=peak_memory_mb() / 1e3)
+    figures = _figures(result) | {"peak_memory_gb": peak}
     lines = [plan_table(result), *(parity.table() for parity in result.parity.values())]
     report(
         args,
@@ -208,7 +208,8 @@ def _figures(result: ExportResult) -> dict[str, Any]:
     return {
         "bundle": str(result.bundle),
         "profile": result.profile,
-        "seconds": result.seconds,
+        "stages": {name: dataclasses.asdict(stage) for name, stage in result.stages.items()},
+        "built": result.built,
         "reused": result.reused,
         "operators": {
             name: {"traced": dict(before), "simplified": dict(after)}

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -36,20 +35,33 @@ from trip_rt.bundle import MANIFEST, TOKENIZER, Bundle
 from trip_rt.components import ALL
 from trip_rt.errors import InputError
 from trip_rt.manifest import EngineSpec, KernelSpec, Manifest, Profile, serialise
+from trip_rt.process_memory import forget_peak, give_back_memory, peak_memory_mb
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a part of an export took: time, and resident memory at most, a builder's process with it."""
+
+    seconds: float
+    peak_memory_gb: float
+
+    def __str__(self) -> str:
+        return f"{self.seconds:.1f} s, peak memory {self.peak_memory_gb:.1f} GB"
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What an export did: seconds spent on each engine built, the ones reused, each traced graph's operators before and
-    after simplification, the TensorRT plans built, and the parity of each backend."""
+    """What an export did: engines built and reused, what each stage of it took, each traced graph's operators before
+    and after simplification, the TensorRT plans built, and the parity of each backend."""
 
     bundle: Path
-    profile: str
-    seconds: dict[str, float]
-    reused: list[str]
-    operators: dict[str, tuple[Counter[str], Counter[str]]]
-    plans: dict[str, list[BuiltPlan]]
-    parity: dict[str, Parity]
+    profile: str = ""
+    built: list[str] = field(default_factory=list)
+    reused: list[str] = field(default_factory=list)
+    stages: dict[str, Stage] = field(default_factory=dict)
+    operators: dict[str, tuple[Counter[str], Counter[str]]] = field(default_factory=dict)
+    plans: dict[str, list[BuiltPlan]] = field(default_factory=dict)
+    parity: dict[str, Parity] = field(default_factory=dict)
 
 
 def export_bundle(
@@ -72,7 +84,7 @@ class _Export:
     def __init__(self, plan: Plan, store: Store, note: Callable[[str], None]):
         self.plan, self.options, self.store, self.note = plan, plan.options, store, note
         self.engines: dict[str, EngineSpec] = {}  # by key
-        self.result = ExportResult(store.bundle, "", {}, [], {}, {}, {})
+        self.result = ExportResult(store.bundle)
 
     def run(self) -> ExportResult:
         kept = self._kept()
@@ -167,19 +179,24 @@ class _Export:
             self.result.reused.append("fused step")
             self.note("fused step: unchanged, reused")
             return {self.options.precision: spec}
-        began = time.monotonic()
         fusion = checkpoint.from_pretrained(self.plan.source, only=ALL["tnf"].part).fusion
-        try:
-            spec = build_kernel(
-                fusion, self.plan.config, self.options.precision, self.options.gpus, key, self.store.bundle, self.note
-            )
-        except RuntimeError as error:
-            raise InputError(f"{error}; or leave that GPU out of --gpus, which then runs the engine of tnf") from error
-        self.store.finish(spec)
-        self.result.seconds["fused step"] = round(time.monotonic() - began, 1)
-        self.note(
-            f"fused step: compiled for {len(spec.cubins)} kinds of GPU in {self.result.seconds['fused step']:.1f} s"
-        )
+        with self._stage("fused step"):
+            try:
+                spec = build_kernel(
+                    fusion,
+                    self.plan.config,
+                    self.options.precision,
+                    self.options.gpus,
+                    key,
+                    self.store.bundle,
+                    self.note,
+                )
+            except RuntimeError as error:
+                raise InputError(
+                    f"{error}; or leave that GPU out of --gpus, which then runs the engine of tnf"
+                ) from error
+            self.store.finish(spec)
+        self.note(f"fused step: compiled for {len(spec.cubins)} kinds of GPU in {self.result.stages['fused step']}")
         return {self.options.precision: spec}
 
     def _engine(self, name: str, backend: str) -> EngineSpec:
@@ -204,12 +221,13 @@ class _Export:
             self.result.reused.append(f"{name} ({kind})")
             self.note(f"{name} ({kind}): unchanged, reused")
             return spec
-        began = time.monotonic()
-        spec = self.engines[key] = build(name, key)
-        self.store.finish(spec)
-        seconds = self.result.seconds[f"{name} ({kind})"] = round(time.monotonic() - began, 1)
+        engine = f"{name} ({kind})"
+        with self._stage(engine):
+            spec = self.engines[key] = build(name, key)
+            self.store.finish(spec)
+        self.result.built.append(engine)
         size = sum(self.store.files[file].bytes for file in spec.files) / 1e6  # some of it may be shared
-        self.note(f"{name} ({kind}): built in {seconds:.1f} s, {size:.1f} MB, {spec.gflop:.4g} GFLOP a call")
+        self.note(f"{engine}: built in {self.result.stages[engine]}; {size:.1f} MB, {spec.gflop:.4g} GFLOP a call")
         return spec
 
     def _build_onnx(self, name: str, key: str) -> EngineSpec:
@@ -280,18 +298,17 @@ class _Export:
             if self.store.unchanged(name):
                 self.note("reference run: unchanged, reused")
                 return reference
-        began = time.monotonic()
         self.note(f"reference run: {self.plan.steps} steps in PyTorch")
-        model = checkpoint.from_pretrained(self.plan.source)
-        model.config = self.plan.config
-        reference = record(
-            model, self.plan.tokenizer_json, self.options.batch, self.plan.decode_frames, self.plan.steps
-        )
-        del model
-        gc.collect()  # before engines need the memory
-        reference.save(self.store.draft / name, key)
-        self.store.adopt(name)
-        self.note(f"reference run: recorded in {time.monotonic() - began:.1f} s")
+        with self._stage("reference run"):
+            model = checkpoint.from_pretrained(self.plan.source)
+            model.config = self.plan.config
+            reference = record(
+                model, self.plan.tokenizer_json, self.options.batch, self.plan.decode_frames, self.plan.steps
+            )
+            del model  # before engines need the memory
+            reference.save(self.store.draft / name, key)
+            self.store.adopt(name)
+        self.note(f"reference run: recorded in {self.result.stages['reference run']}")
         return reference
 
     def _parity(self, bundle: Bundle, profile: Profile, backend: str) -> Parity:
@@ -308,14 +325,13 @@ class _Export:
             ):
                 self.note(f"parity of {backend}: unchanged, reused")
                 return Parity.from_json(dict(before.parity[backend]))
-        try:
-            engine_class(backend).probe(profile.engines["unet"][backend], EngineOptions())
-        except InputError as error:
-            if backend not in LIBRARIES:
-                raise
-            self.note(f"parity of {backend}: measured on the graphs of its plans, which do not run here ({error})")
-            parity = self._parity_of_graphs(bundle, profile)
-            return dataclasses.replace(parity, measured_on=f"the graphs of the plans: {parity.measured_on}")
+        if backend in LIBRARIES:
+            try:
+                engine_class(backend).probe(profile.engines["unet"][backend], EngineOptions())
+            except InputError as error:
+                self.note(f"parity of {backend}: measured on the graphs of its plans, which do not run here ({error})")
+                parity = self._parity_of_graphs(bundle, profile)
+                return dataclasses.replace(parity, measured_on=f"the graphs of the plans: {parity.measured_on}")
         return self._measured(bundle, profile, backend)
 
     def _parity_of_graphs(self, bundle: Bundle, profile: Profile) -> Parity:
@@ -329,6 +345,28 @@ class _Export:
 
     def _measured(self, bundle: Bundle, profile: Profile, backend: str) -> Parity:
         self.note(f"parity of {backend}: measuring {self.plan.steps} steps")
-        animator, measured_on = animator_for(bundle, profile, backend)
-        with animator:
-            return measure(animator, self.reference, self.options.precision, measured_on)
+        stage = f"parity of {backend}"
+        with self._stage(stage):
+            animator, measured_on = animator_for(bundle, profile, backend)
+            with animator:
+                parity = measure(animator, self.reference, self.options.precision, measured_on)
+            del animator
+        self.note(f"{stage}: measured in {self.result.stages[stage]}")
+        return parity
+
+    @contextlib.contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        """A part of the work whose time and memory the result tells, without those of stages within it. What it leaves
+        behind is given back to the system at its end."""
+
+        def others() -> float:
+            return sum(stage.seconds for stage in self.result.stages.values())
+
+        began = time.monotonic() - others()
+        forget_peak()
+        yield
+        seconds, own = time.monotonic() - others() - began, peak_memory_mb() / 1e3
+        give_back_memory()
+        forget_peak()
+        builder = max((plan.peak_memory_gb for plan in self.result.plans.get(name, [])), default=0.0)
+        self.result.stages[name] = Stage(round(seconds, 1), round(own + builder, 2))

@@ -68,7 +68,7 @@ def test_emulation_rounds_where_a_tensor_core_stores(precision, dtype, tmp_path)
 
     nodes = linear(helper.make_node("Sigmoid", ["h"], ["y"], name="net.act/Sigmoid_1"))
     typed = half(graph_of(nodes, tmp_path / "g.onnx", {"w": W}), precision)
-    (found,), peaks = Emulation(typed).run_watched({"x": X})
+    (found,), peaks = Emulation(typed, watch=True).run_watched({"x": X})
     product = rounded(X) @ rounded(W)
     expected = rounded(1 / (1 + np.exp(-rounded(product))))
     np.testing.assert_allclose(found, expected, atol=2e-7)

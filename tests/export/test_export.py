@@ -135,7 +135,7 @@ def test_a_changed_component_is_the_only_one_rebuilt(tiny_checkpoint, bundle, tm
     save_file({name: tensor * 1.5 for name, tensor in load_file(weights).items()}, weights)
     before = set(files(bundle))
     result = export_bundle(source, bundle)
-    assert list(result.seconds) == ["tnf (onnx)", "tnf_unguided (onnx)"]
+    assert result.built == ["tnf (onnx)", "tnf_unguided (onnx)"]
     assert result.parity["onnxruntime"].passed
     assert {name.split("-")[0] for name in before ^ set(files(bundle))} == {
         "tnf",
@@ -153,7 +153,7 @@ def test_a_damaged_engine_is_rebuilt(tiny_checkpoint, bundle, ending):
     with pytest.raises(InputError, match="tnf"):
         open_bundle(bundle)
     result = export_bundle(tiny_checkpoint, bundle)
-    assert list(result.seconds) == ["tnf (onnx)"]
+    assert result.built == ["tnf (onnx)"]
     assert path.read_bytes() == original  # an export gives the same bytes again
 
 
@@ -174,7 +174,7 @@ def test_an_export_cut_short_is_no_bundle_and_is_taken_up_again(tiny_checkpoint,
     with pytest.raises(InputError, match="found no manifest"):
         Animator(tmp_path / "cut")
     result = export_bundle(tiny_checkpoint, tmp_path / "cut", BRIEF)
-    assert list(result.seconds) == [f"{name} (onnx)" for name in ("tnf", "vae_decoder", *VARIANTS)]
+    assert result.built == [f"{name} (onnx)" for name in ("tnf", "vae_decoder", *VARIANTS)]
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
@@ -191,7 +191,7 @@ def test_a_killed_export_of_traced_graphs_is_taken_up_again(tiny_checkpoint, tin
     with pytest.raises(InputError, match="found no manifest"):
         open_bundle(tmp_path / "bundle")
     result = export_bundle(tiny_checkpoint, tmp_path / "bundle", ExportOptions(speedups=False))
-    assert list(result.seconds) == ["tnf (onnx)", "vae_decoder (onnx)"]
+    assert result.built == ["tnf (onnx)", "vae_decoder (onnx)"]
     whole, found = contents(tiny_bundle), contents(tmp_path / "bundle")
     del found["manifest.json"]  # without the speedups
     assert {name.partition("-")[0] for name in found if name.endswith(".onnx")} == set(REQUIRED)
@@ -276,7 +276,7 @@ def test_profiles_and_backends_share_one_bundle(tiny_checkpoint, tiny_animator, 
         np.testing.assert_allclose(found, apart, atol=1e-3 * np.abs(apart).max())
     with pytest.raises(InputError, match="found 'huge', the bundle has 48x32-5f-b1, 48x32-5f-b2"):
         Animator(bundle, profile="huge")
-    assert list(export_bundle(tiny_checkpoint, bundle).seconds) == []  # without add, the rest goes
+    assert export_bundle(tiny_checkpoint, bundle).built == []  # without add, the rest goes
     assert len(open_bundle(bundle).manifest.profiles) == 1
 
 
