@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,14 @@ ROWS = DEMO.trip.schedule.num_train_timesteps + 1  # of the loop's own step tabl
 
 @dataclass
 class Context:
-    """How to run: for real or dry, with how many rounds, where files may lie, and what takes figures as they come."""
+    """How to run: for real or dry, with how many rounds, where files may lie, what takes figures as they come, and the
+    folder of machine code compiled before, if there is one."""
 
     dry: bool
     quick: bool
     folder: Path
     keep: Callable[[dict[str, Any]], None] = lambda figures: None
+    kernels: Path | None = None
 
     @property
     def device(self) -> str:
@@ -180,16 +183,27 @@ def reference_flops(config: TripConfig, batch: int) -> int:
 
 
 def build_kernels(context: Context, cases: dict[str, tuple[NoiseFusion, TripConfig, str]]) -> dict[str, Any]:
-    """By the names of `cases`, the fused step compiled ahead of time for this GPU in the case's precision, or what was
-    raised instead."""
+    """By the names of `cases`, the fused step compiled ahead of time for this GPU in the case's precision, here or
+    before, or what was raised instead."""
+    from gpu import prebuilt
     from trip_export.kernels import build_kernel
+    from trip_kernels.compile import compile_fused_step
 
     capability = "9.0" if context.dry else "{}.{}".format(*torch.cuda.get_device_capability())
+
+    compile_step = partial(prebuilt.read, context.kernels) if context.kernels else compile_fused_step
 
     def build(index: int, fusion: NoiseFusion, config: TripConfig, precision: str) -> Any:
         try:
             return build_kernel(
-                fusion, config, precision, [capability], f"{index:016}", context.folder, lambda text: None
+                fusion,
+                config,
+                precision,
+                [capability],
+                f"{index:016}",
+                context.folder,
+                lambda text: None,
+                compile_step,
             )
         except Exception as error:
             return error

@@ -3,6 +3,7 @@ far from what the GPU could do.
 
     make gpu                            # is it right, and how fast: the parts of `figures`
     make gpu ARGS="--only engines"      # engine libraries, and tests/gpu
+    make gpu ARGS="--kernels FOLDER"    # on machine code that `--kernels FOLDER --compile-for 9.0` made elsewhere
     python bench/gpu/run.py --only kernel,demo_loop --quick
 
 parts.py says what the parts are and how long each may take. One that needs what this machine lacks is skipped; one that
@@ -56,6 +57,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--dry-run", action="store_true", help="without a GPU: tiny sizes, nothing worth reporting")
     parser.add_argument(
+        "--kernels",
+        type=Path,
+        metavar="FOLDER",
+        help="machine code from here, in place of compiling it on this machine",
+    )
+    parser.add_argument(
+        "--compile-for",
+        metavar="LIST",
+        help="compile into the folder of --kernels for compute capabilities such as 9.0, and end; needs no GPU",
+    )
+    parser.add_argument(
         "--output", type=Path, metavar="FILE.json", help="(bench/results/NAME-OF-THE-GPU.json, or …-PARTS.json)"
     )
     add_json_flag(parser)
@@ -65,6 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+    if args.compile_for:
+        return _compile(args)
     chosen = _chosen(args.only, args.dry_run)
     machine = apart(lambda keep: _machine(), MACHINE_SECONDS)
     machine.pop("seconds")
@@ -125,7 +139,20 @@ def _run_part(
     if args.dry_run:
         torch.set_num_threads(1)  # a spinning second thread costs tiny sizes more than it gives
     work = getattr(importlib.import_module(f"gpu.{part.module}"), name)
-    return dict(work(Context(args.dry_run, args.quick, folder, keep)))
+    return dict(work(Context(args.dry_run, args.quick, folder, keep, args.kernels)))
+
+
+def _compile(args: argparse.Namespace) -> int:
+    if not args.kernels:
+        raise InputError("compile-for: found no folder to compile into, expected --kernels FOLDER beside it")
+    from gpu import prebuilt
+    from trip_kernels.compile import CAPABILITIES
+
+    capabilities = args.compile_for.split(",")
+    if unknown := [name for name in capabilities if name not in CAPABILITIES]:
+        raise InputError(f"compile-for: found {', '.join(unknown)}, expected some of {','.join(CAPABILITIES)}")
+    prebuilt.write(args.kernels, capabilities, note)
+    return 0
 
 
 def _machine() -> dict[str, Any]:

@@ -274,6 +274,8 @@ class _Export:
         part, gflop = self._component(name)
         graph = self.store.draft / f"{name}.onnx"
         before, after = export_onnx(part, graph)
+        del part  # the model with it, and the traces, which hold each other
+        give_back_memory()
         self.result.operators[name] = before, after
         self.note(f"{name}: {before.total()} operators traced, {after.total()} after simplification")
         return graph, gflop

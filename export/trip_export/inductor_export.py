@@ -50,7 +50,10 @@ def export_inductor(component: Component, path: Path, precision: str, device: st
         torch.no_grad(),  # inductor freezes weights only without gradients
     ):
         package = folder / "engine.pt2"  # its stem is the folder that all members lie in, which the runtime knows
-        aoti_compile_and_package(export_program(component, precision, device), package_path=str(package))
+        try:
+            aoti_compile_and_package(export_program(component, precision, device), package_path=str(package))
+        finally:
+            component.module.to("cpu")  # and not before: the program holds the same tensors
         with whole_file(path) as part:
             _strip(package, part)
     return target
@@ -85,17 +88,12 @@ def target_for(device: str) -> dict[str, str]:
 
 def export_program(component: Component, precision: str, device: str) -> ExportedProgram:
     """The graph to be compiled, static in all shapes; in half precision by autocast, its inputs and outputs as
-    documented all the same."""
+    documented all the same. The component's module is moved to the device, and its weights are the program's."""
     module: nn.Module = component.module.eval()
     if precision != "fp32":
         module = _Autocast(module, device, _HALF[precision])
-    try:
-        with torch.no_grad():
-            return torch.export.export(
-                module.to(device), tuple(tensor.to(device) for tensor in component.inputs.values())
-            )
-    finally:
-        module.to("cpu")
+    with torch.no_grad():
+        return torch.export.export(module.to(device), tuple(tensor.to(device) for tensor in component.inputs.values()))
 
 
 class _Autocast(nn.Module):
@@ -122,6 +120,16 @@ def _strip(package: Path, stripped: Path) -> None:
                     shutil.copyfileobj(read, written)
 
 
+def _knows(config: Any, name: str) -> bool:
+    """Whether this torch has that setting of inductor's; some are newer than torch 2.11, and patching one that is not
+    there fails."""
+    for word in name.split("."):
+        if not hasattr(config, word):
+            return False
+        config = getattr(config, word)
+    return True
+
+
 @contextlib.contextmanager
 def _building(place: Path) -> Iterator[Path]:
     """A folder in `place` for a build, with inductor set up to work there. Its messages are about its own internals and
@@ -145,7 +153,9 @@ def _building(place: Path) -> Iterator[Path]:
         "cpp.dynamic_threads": True,  # else the number of this machine's cores is compiled in
         "aot_inductor.enable_line_tables": False,
         "aot_inductor.precompile_headers": False,  # these would stay, outside the cache's folder
+        "aot_inductor.embed_kernel_binary": True,  # a GPU's kernels in the library: files beside it would be gone
     }
+    settings = {name: value for name, value in settings.items() if _knows(config, name)}
     disabled = logging.root.manager.disable
     # The prefix is that of an export's draft, which the next export sweeps up should this process be killed.
     with tempfile.TemporaryDirectory(prefix=".exporting-", dir=place) as folder:

@@ -10,7 +10,7 @@ import torch
 
 import trip_kernels
 import trip_reference.tnf
-from trip_kernels.compile import compile_fused_step
+from trip_kernels.compile import CompiledStep, compile_fused_step
 from trip_kernels.packing import TileShape, pack, tile_shape
 from trip_reference.fusion import NoiseFusion
 from trip_rt.config import TripConfig
@@ -28,14 +28,16 @@ def build_kernel(
     key: str,
     folder: Path,
     note: Callable[[str], None],
+    compile_step: Callable[..., list[CompiledStep]] = compile_fused_step,
 ) -> KernelSpec:
     """Compile the fused step of `config`'s fusion for `gpus` (compute capabilities) and write it, with its weights, to
     `folder`.
 
-    RuntimeError where it cannot be compiled without spilling registers.
+    RuntimeError where it cannot be compiled without spilling many registers. `compile_step` is compile_fused_step, or
+    what gives the same of code compiled before.
     """
     shape = shape_of(config)
-    compiled = compile_fused_step(shape, DTYPES[precision], gpus, note)
+    compiled = compile_step(shape, DTYPES[precision], gpus, note)
     cubins = {}
     for step in compiled:
         cubin = f"fused_step-{step.capability}-{key[:16]}.cubin"

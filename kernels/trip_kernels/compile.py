@@ -22,6 +22,9 @@ from trip_kernels.tile_choices import Tile, tile_choices
 # technical specifications).
 SHARED_BYTES = {"8.0": 166912, "8.6": 101376, "8.9": 101376, "9.0": 232448, "10.0": 232448, "12.0": 101376}
 CAPABILITIES = tuple(SHARED_BYTES)
+# Bytes of a thread's registers that may lie in memory: a few cost less than a smaller tile does, as each program reads
+# all weights.
+ACCEPTED_SPILL = 32
 # The kernel's parameters in Triton's words; the other buffers are fp32.
 _TYPES = {
     "p_timestep": "*i64",
@@ -67,7 +70,7 @@ def compile_fused_step(
     """Compile `fused_step_kernel` for fp32 buffers, with the matrix products of TNF in `dtype`. This needs no GPU.
 
     ValueError for a capability that is not among CAPABILITIES; RuntimeError if every one of `tile_choices` would spill
-    registers to memory or need more shared memory than the GPU has.
+    more than ACCEPTED_SPILL bytes of registers to memory or need more shared memory than the GPU has.
     """
     if unknown := [capability for capability in capabilities if capability not in SHARED_BYTES]:
         raise ValueError(f"compute capability: found {', '.join(unknown)}, expected some of {', '.join(CAPABILITIES)}")
@@ -92,15 +95,15 @@ def _compile(shape: TileShape, dtype: torch.dtype, capability: str) -> CompiledS
         refused = []
         for tile in tile_choices(shape, dtype):
             step = _compile_tile(shape, dtype, capability, tile, Path(folder))
-            if step.spilled_bytes == 0 and step.shared_bytes <= SHARED_BYTES[capability]:
+            if step.spilled_bytes <= ACCEPTED_SPILL and step.shared_bytes <= SHARED_BYTES[capability]:
                 return step
             refused.append(
                 f"{tile.pixels} pixels and {tile.warps} warps: {step.spilled_bytes} bytes spilled, {step.shared_bytes}"
                 " bytes shared"
             )
     raise RuntimeError(
-        f"fused step for compute capability {capability}: found no tile without spills and within"
-        f" {SHARED_BYTES[capability]} bytes of shared memory ({'; '.join(refused)}); add one to"
+        f"fused step for compute capability {capability}: found no tile that spills at most {ACCEPTED_SPILL} bytes and"
+        f" takes at most {SHARED_BYTES[capability]} bytes of shared memory ({'; '.join(refused)}); add one to"
         " trip_kernels/tile_choices.py"
     )
 

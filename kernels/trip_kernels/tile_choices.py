@@ -19,7 +19,7 @@ class Tile:
 
 
 def tile_choices(shape: TileShape, dtype: torch.dtype) -> list[Tile]:
-    """Tiles in the order to try them in, until one needs no more registers than the GPU has.
+    """Tiles in the order to try them in, until one needs no more registers than the GPU has, or a few.
 
     Hopper's and Blackwell's tensor cores want at least 64 rows. An operand of fp32 takes two registers where one of
     half precision takes one, so the tiles for fp32 are smaller.

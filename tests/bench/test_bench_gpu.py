@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu import kernel_checks
-from gpu.cases import Context
+from gpu import kernel_checks, prebuilt
+from gpu.cases import TINY, Context, build_kernels, random_fusion
 from gpu.clock import beats_ceiling
 from gpu.parts import COMMAND_SECONDS, GROUPS, MACHINE_SECONDS, PARTS
 from triton.runtime.errors import OutOfResources
@@ -67,6 +67,24 @@ def test_a_kernel_that_fails_is_red(error, key, reason, tmp_path, monkeypatch):
     monkeypatch.setattr(kernel_checks, "_launches", fail)
     figures = kernel_checks.kernel(Context(dry=True, quick=True, folder=tmp_path))
     assert not figures["passed"] and figures["fp32"]["failed"][key] == reason
+
+
+def test_machine_code_compiled_before_is_what_is_launched(tmp_path, monkeypatch):
+    monkeypatch.setattr(prebuilt, "SHAPES", (TINY.trip,))
+    monkeypatch.setattr(prebuilt, "DTYPES", {"fp16": torch.float16})
+    said = []
+    prebuilt.write(tmp_path / "kernels", ["9.0"], said.append)
+    assert "fp16: fused step: compute capability 9.0" in said[0]
+    context = Context(dry=True, quick=True, folder=tmp_path, kernels=tmp_path / "kernels")
+    cases = {name: (random_fusion(TINY.trip, "cpu"), TINY.trip, name) for name in ("fp16", "fp32")}
+    monkeypatch.setattr("trip_kernels.compile.ProcessPoolExecutor", None)  # nothing is compiled here
+    specs = build_kernels(context, cases)
+    (cubin,) = specs["fp16"].cubins.values()
+    (kept,) = (tmp_path / "kernels").glob("*.cubin")
+    assert (tmp_path / cubin.file).read_bytes() == kept.read_bytes()
+    assert "found none in" in str(specs["fp32"]) and "--compile-for 9.0" in str(specs["fp32"])
+    ran = bench("--compile-for", "9.9", "--kernels", str(tmp_path))
+    assert ran.returncode == 2 and "compile-for: found 9.9, expected some of 8.0" in ran.stderr
 
 
 def test_a_share_above_the_ceiling_by_more_than_its_spread_is_told():

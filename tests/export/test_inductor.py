@@ -438,3 +438,56 @@ def test_a_damaged_package_is_refused(temporary, tmp_path):
     refused(package(path, {LIBRARY: b"", LIBRARY.replace("a.so", "b.so"): b""}), "not one library among them")
     metadata = {LIBRARY.replace(".so", "_metadata.json"): b'{"AOTI_DEVICE_KEY": "cpu"}'}
     refused(package(path, {LIBRARY: b"no library"} | metadata), "torch cannot load it")
+
+
+# What a GPU would need, seen without one
+
+
+def test_the_weights_stay_on_the_gpu_until_the_package_is_compiled(monkeypatch, tmp_path):
+    """The program holds the module's own tensors: moved back before, a GPU's package would get a CPU's weights."""
+    order = []
+
+    class Moved(nn.Module):
+        def to(self, device):
+            order.append(f"to {device}")
+            return self
+
+    part = Component("a", Moved(), {}, {})
+    monkeypatch.setattr(inductor_export, "target_for", lambda device: {})
+    monkeypatch.setattr(torch.export, "export", lambda module, inputs: order.append("export"))
+
+    def compiled(program, package_path):
+        order.append("compile")
+        with zipfile.ZipFile(package_path, "w"):
+            pass
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compiled)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    export_inductor(part, tmp_path / "a.pt2", "fp32", "cuda")
+    assert order == ["to cuda", "export", "compile", "to cpu"]
+
+
+def test_kernels_for_a_gpu_are_in_the_library_and_settings_that_torch_lacks_are_left_out(monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    with inductor_export._building(tmp_path):
+        assert config.aot_inductor.embed_kernel_binary is True and config.cpp.march == ""
+    assert not config.aot_inductor.embed_kernel_binary
+    knows = inductor_export._knows
+    monkeypatch.setattr(inductor_export, "_knows", lambda of, name: name != "cpp.march" and knows(of, name))
+    with inductor_export._building(tmp_path):
+        assert config.cpp.march is None and config.freezing
+    assert knows(config, "cpp.cxx") and not knows(config, "cpp.no_such") and not knows(config, "no.such.thing")
+
+
+@pytest.mark.parametrize(("version", "loads_folders"), [("2.11.0+cu130", False), ("2.13.0+cpu", True)])
+def test_a_torch_that_loads_no_folders_is_given_the_package(monkeypatch, tmp_path, version, loads_folders):
+    package = tmp_path / "engine.pt2"
+    with zipfile.ZipFile(package, "w") as file:
+        file.writestr(LIBRARY, b"a library")
+    places = []
+    monkeypatch.setattr(InductorEngine, "probe", lambda spec, options: "cpu")
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch._C._aoti, "AOTIModelPackageLoader", lambda place, *_: places.append(Path(place)))
+    InductorEngine.open(package, SPEC, EngineOptions()).close()
+    (place,) = places
+    assert (place == package) is not loads_folders and not (loads_folders and place.exists())

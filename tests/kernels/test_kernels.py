@@ -10,7 +10,7 @@ from jit_compile import jit_cubins
 from kernel_cases import BOUNDS, fusion_of, guarded, rms_ratio, step_buffers
 from tiny import DEMO, tiny_model
 
-from trip_kernels.compile import CAPABILITIES, compile_fused_step
+from trip_kernels.compile import ACCEPTED_SPILL, CAPABILITIES, compile_fused_step
 from trip_kernels.fuse_noise import fuse_noise, shape_of
 from trip_kernels.fused_step import fused_step, fused_step_ref
 from trip_kernels.packing import pack, packed_tensors, tile_shape, weight_layout
@@ -281,7 +281,7 @@ def test_unknown_compute_capabilities_are_named():
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("config", [DEMO.trip, TRIP_256.trip], ids=["demo", "trip-256"])
-def test_no_gpu_spills_at_the_models_own_sizes(config, dtype):
+def test_no_gpu_spills_much_at_the_models_own_sizes(config, dtype):
     tnf = config.tnf
     shape = tile_shape(
         config.latent_channels,
@@ -291,10 +291,14 @@ def test_no_gpu_spills_at_the_models_own_sizes(config, dtype):
         tnf.num_heads,
         tnf.num_layers,
     )
-    assert [step.capability for step in compile_fused_step(shape, dtype)] == list(CAPABILITIES)
+    said = []
+    steps = compile_fused_step(shape, dtype, note=said.append)
+    assert [step.capability for step in steps] == list(CAPABILITIES)
+    assert all(step.spilled_bytes <= ACCEPTED_SPILL for step in steps)
+    assert all(f"{step.spilled_bytes} bytes spilled" in line for step, line in zip(steps, said, strict=True))
 
 
 @pytest.mark.slow
 def test_a_spill_fails_the_build():
-    with pytest.raises(RuntimeError, match="found no tile without spills"):
+    with pytest.raises(RuntimeError, match="found no tile that spills at most 32 bytes"):
         compile_fused_step(tile_shape(4, 24, True, 256, 4, 2), torch.float32, ["8.6"])

@@ -27,6 +27,8 @@ _MEMBERS = re.compile(
     re.ASCII,
 )
 
+_LOADS_FOLDERS = (2, 12)  # the first torch whose loader takes one
+
 
 class InductorEngine(Engine):
     """One package, loaded into this process.
@@ -86,9 +88,10 @@ class InductorEngine(Engine):
         with tempfile.TemporaryDirectory(prefix="trip-") as folder:
             _unpack(path, Path(folder))
             try:
-                # Of a folder; torch's own unpacking of a .pt2 follows its members' names wherever they lead.
-                # Single-threaded for CUDA graphs.
-                loader = torch._C._aoti.AOTIModelPackageLoader(folder, "model", True, 1, -1)
+                # Of a folder where this torch can: its own unpacking of a .pt2 follows its members' names wherever they
+                # lead (`_unpack` has seen them all). Single-threaded for CUDA graphs.
+                place = folder if _release(torch) >= _LOADS_FOLDERS else str(path)
+                loader = torch._C._aoti.AOTIModelPackageLoader(place, "model", True, 1, -1)
                 return cls(spec, torch, loader, device or open_device(kind), options, owns_device=device is None)
             except RuntimeError as error:
                 why = " ".join(str(error).split())[:200]
@@ -169,6 +172,10 @@ class InductorEngine(Engine):
     def close(self) -> None:
         self._loader = None
         super().close()
+
+
+def _release(torch: Any) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
 
 
 def _same(name: str, found: str, spec: EngineSpec, remedy: str) -> None:

@@ -72,7 +72,8 @@ class OnnxRuntimeEngine(Engine):
         providers: list[Any] = ["CPUExecutionProvider"]
         if device.kind == "cuda":
             providers = [
-                ("CUDAExecutionProvider", {"user_compute_stream": str(device.stream)}),
+                # TF32 is on by default, and fp32 means fp32.
+                ("CUDAExecutionProvider", {"user_compute_stream": str(device.stream), "use_tf32": "0"}),
                 *providers,
             ]
         try:
@@ -117,7 +118,10 @@ class OnnxRuntimeEngine(Engine):
         super().close()
 
 
+@cache
 def _has_gpu(onnxruntime: Any) -> bool:
+    if hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # CUDA's and cuDNN's libraries out of their packages, where no torch has loaded them
     try:
         onnxruntime.OrtValue.ortvalue_from_shape_and_type([1], np.float32, "cuda", 0)
     except Exception:  # as above
