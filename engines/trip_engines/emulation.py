@@ -46,6 +46,7 @@ LARGEST = {"FLOAT16": 65504.0, "BFLOAT16": 3.39e38, "FLOAT": 3.4e38}
 _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _FLOATS = (*_HALF, ir.DataType.FLOAT)
 _PEAK = "largest of "
+_ADDING = MOVEMENT | {"Cast", "Add"}  # what may stand between a mask and a softmax
 MASKED = 1e30  # constants beyond this stand for minus infinity, and become it in half precision without harm
 _LARGEST_MASK = 1 << 24  # bytes; weights are larger, and costly to search
 
@@ -199,10 +200,14 @@ def _watch(graph: ir.Graph, before: ir.Node | None, value: ir.Value, name: str) 
 
 def _masked(graph: ir.Graph) -> set[ir.Node]:
     """Nodes whose numbers may stand for minus infinity: those that a mask is added to, up to the softmax."""
-    constants = {value for value in graph.initializers.values() if _is_mask(value.const_value)}
+    constants = {
+        value
+        for value in graph.initializers.values()
+        if any(node.op_type in _ADDING for node in value.consumers()) and _is_mask(value.const_value)
+    }
     masked: set[ir.Node] = set()
     for node in graph:
-        if node.op_type in {"Cast", "Add", *MOVEMENT} and any(
+        if node.op_type in _ADDING and any(
             value in constants or (value and value.producer() in masked) for value in node.inputs
         ):
             masked.add(node)

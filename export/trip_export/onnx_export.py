@@ -56,6 +56,7 @@ def export_onnx(component: Component, path: Path) -> tuple[Counter[str], Counter
         passes.CommonSubexpressionEliminationPass()(model)
         passes.DeduplicateInitializersPass()(model)
         _store_once(model)
+        _store_reshaped(model)
         passes.RemoveUnusedNodesPass()(model)
         passes.ShapeInferencePass()(model)
     after = operators(model)
@@ -97,6 +98,23 @@ def _store_once(model: ir.Model) -> None:
         ):
             value.const_value = ir.tensor(array[:1].copy(), name=value.name)
             value.shape = ir.Shape(array[:1].shape)
+
+
+def _store_reshaped(model: ir.Model) -> None:
+    """Weights that the graph gives another shape first, as temporal convolutions' are, in that shape: the exporter
+    folds none so large, and half precision would leave them in fp32."""
+    for node in list(model.graph):
+        weight, output = node.inputs[0] if node.inputs else None, node.outputs[0]
+        if node.op_type not in ("Squeeze", "Unsqueeze", "Reshape") or weight is None or weight.const_value is None:
+            continue
+        if not weight.is_initializer() or output.shape is None or not output.name:
+            continue
+        shape = output.shape.numpy()
+        reshaped = ir.tensor(weight.const_value.numpy().reshape(shape), name=output.name)
+        value = ir.Value(name=output.name, type=output.type, shape=ir.Shape(shape), const_value=reshaped)
+        output.replace_all_uses_with(value)
+        model.graph.remove(node, safe=True)
+        model.graph.register_initializer(value)
 
 
 def _name_nodes(model: ir.Model) -> None:

@@ -95,6 +95,17 @@ def test_graphs_hold_no_dynamic_shape_arithmetic(tiny_bundle):
         assert not operators & DYNAMIC_SHAPE_OPERATORS, path.name
 
 
+def test_weights_have_the_shape_they_are_used_in(tiny_bundle):
+    """A weight that is reshaped at run time would stay in fp32 beside its half-precision copy."""
+    for path in tiny_bundle.glob("*.onnx"):
+        graph = onnx.load(path, load_external_data=False).graph
+        weights = {tensor.name for tensor in graph.initializer}
+        first = [(node.op_type, node.input[0]) for node in graph.node if node.input]
+        assert not [op for op, name in first if name in weights and op in ("Squeeze", "Unsqueeze", "Reshape")], (
+            path.name
+        )
+
+
 def test_simplification_is_counted(tiny_export):
     for name, (before, after) in tiny_export.operators.items():
         assert after.total() < before.total() / (1.5 if name == "text_projection" else 2), name
