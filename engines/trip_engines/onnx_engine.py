@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from trip_engines.normalisation import sum_in_stages
 from trip_engines.precision import Group, choose_precision, fold_weights, typed_graph
 from trip_engines.recording import Sample
 from trip_rt.bundle import file_sha256
@@ -28,11 +29,14 @@ def to_precision(
     like: Mapping[str, Any] | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """The fp32 `graph` in `precision`, in a folder beside it, and the policy that was chosen on `samples`; fp32 is the
-    graph itself.
+    graph itself, its largest normalisations summed in stages.
 
     `like` is the policy of another graph of the same network, to be followed instead.
     """
     if precision == "fp32":
+        model = ir.load(graph)
+        if sum_in_stages(model):
+            ir.save(model, graph)  # its weights stay in their file
         return graph, {}
     if like is None:
         policy = choose_precision(graph, precision, samples, note)

@@ -96,7 +96,10 @@ def explain(errors: Sequence[str], graph: str) -> InputError:
     """One line for a person, from the messages of a failed build."""
     lines = [_words(error) for error in errors]
     text = " ".join(lines)
-    if lacking := re.search(r"for \w+ \(SM(\d+)(\d)\): ([^.()]+)", text):
+    if lacking := (
+        re.search(r"for \w+ \(SM(\d+)(\d)\): ([^.()]+)", text)
+        or re.search(r"for target\(s\) sm(\d+)(\d)\b[^.]*?(HW-specific[^.]+)", text)
+    ):
         major, minor, what = lacking.groups()
         return InputError(
             f"{graph}: TensorRT cannot build it for compute capability {major}.{minor} ({what}); leave that one out of"

@@ -25,6 +25,7 @@ from trip_engines.recording import Reference, Sample
 from trip_engines.tensorrt_build import LIBRARIES, BuiltPlan, build_engine
 from trip_export.components import Component, component
 from trip_export.kernels import build_kernel
+from trip_export.memory import check_memory
 from trip_export.onnx_export import OPSET, export_onnx
 from trip_export.plan import ExportOptions, Plan
 from trip_export.record import record
@@ -35,7 +36,7 @@ from trip_rt.bundle import MANIFEST, TOKENIZER, Bundle
 from trip_rt.components import ALL
 from trip_rt.errors import InputError
 from trip_rt.manifest import EngineSpec, KernelSpec, Manifest, Profile, serialise
-from trip_rt.process_memory import forget_peak, give_back_memory, peak_memory_mb
+from trip_rt.process_memory import forget_peak, give_back_memory, machine_memory_gb, peak_memory_mb
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,9 @@ def export_bundle(
     Files are named after the hash of all they are built from, so a new one never overwrites one that the present
     manifest speaks of: at every moment the folder is a whole bundle, the old or the new one, and a rerun takes up the
     files that an interrupted export finished. Components are loaded one at a time. InputError for an unusable
-    checkpoint, shape or folder, or a backend that cannot be built for here."""
+    checkpoint, shape or folder, a backend that cannot be built for here, or too little memory."""
     plan = Plan(source, options or ExportOptions())
+    note(check_memory(plan.memory_gb, machine_memory_gb()))
     with store(bundle) as locked:
         return _Export(plan, locked, note).run()
 

@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 from trip_engines.tensorrt_build import LIBRARIES, BuildOptions, cache_key
 from trip_export.components import context_width, default_decode_frames, features_shape, signatures
+from trip_export.memory import estimate_gb
 from trip_reference import checkpoint
 from trip_rt import backends
 from trip_rt.bundle import file_sha256
@@ -98,6 +99,7 @@ class Plan:
         outline.config = self.config
         self.context_width, self.features_shape = context_width(outline), features_shape(outline)
         self.signatures = signatures(outline, options.batch, self.decode_frames)
+        self.memory_gb = estimate_gb(self, outline)
         self.components = (*REQUIRED, *(VARIANTS if options.speedups else ()))
         self.tokenizer_json = checkpoint.load_tokenizer_json(source)
         self.versions = {name: importlib.metadata.version(name) for name in _PACKAGES}

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -23,7 +24,7 @@ from trip_export import export as export_module
 from trip_export.components import component, signatures
 from trip_export.export import export_bundle
 from trip_export.onnx_export import DYNAMIC_SHAPE_OPERATORS, export_onnx
-from trip_export.plan import ExportOptions
+from trip_export.plan import ExportOptions, Plan
 from trip_export.store import store
 from trip_rt import Animator, InputError
 from trip_rt.backends import EngineOptions, engine_class
@@ -260,6 +261,22 @@ def test_shapes_the_model_cannot_have_are_refused_before_any_work(tiny_checkpoin
     with pytest.raises(InputError, match=message):
         export_bundle(tiny_checkpoint, tmp_path / "new", ExportOptions(**changes))
     assert not (tmp_path / "new").exists()
+
+
+def test_the_memory_is_told_before_and_a_machine_too_small_is_refused(tiny_checkpoint, bundle, tmp_path, monkeypatch):
+    notes = []
+    export_bundle(tiny_checkpoint, bundle, note=notes.append)
+    told = float(re.match(r"memory: about (\d+\.\d) GB at most, of \d+\.\d GB on this machine", notes[0])[1])
+    assert told == pytest.approx(1, abs=0.1), "a tiny model takes what the libraries take"
+    large = ExportOptions(size=(1024, 1024), parity_steps=0)
+    monkeypatch.setattr(export_module, "machine_memory_gb", lambda: 2.0)
+    with pytest.raises(
+        InputError, match=r"^memory: found 2.0 GB on this machine, expected about \d+.\d GB at most; ex"
+    ):
+        export_bundle(tiny_checkpoint, tmp_path / "new", large)
+    assert not (tmp_path / "new").exists()
+    plans = [Plan(tiny_checkpoint, ExportOptions(size=(side, side))).memory_gb for side in (256, 1024)]
+    assert plans[1] - 1 > 15 * (plans[0] - 1), "the picture's area, or its square"
 
 
 def test_profiles_and_backends_share_one_bundle(tiny_checkpoint, tiny_animator, bundle):
