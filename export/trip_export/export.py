@@ -276,7 +276,8 @@ class _Export:
         part, gflop = self._component(name)
         graph = self.store.draft / f"{name}.onnx"
         before, after = export_onnx(part, graph)
-        _free(part)
+        del part  # the model with it
+        give_back_memory()
         self.result.operators[name] = before, after
         self.note(f"{name}: {before.total()} operators traced, {after.total()} after simplification")
         return graph, gflop
@@ -373,12 +374,3 @@ class _Export:
         forget_peak()
         builder = max((plan.peak_memory_gb for plan in self.result.plans.get(name, [])), default=0.0)
         self.result.stages[name] = Stage(round(seconds, 1), round(own + builder, 2))
-
-
-def _free(part: Component) -> None:
-    """Give the memory of a component's weights back. torch's exporter keeps traced tensors for the rest of the process,
-    so that dropping the last reference of ours would free nothing."""
-    for tensor in (*part.module.parameters(), *part.module.buffers()):
-        with contextlib.suppress(RuntimeError):  # mapped from a file, it takes no memory
-            tensor.untyped_storage().resize_(0)
-    give_back_memory()

@@ -9,12 +9,13 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
+from torch.fx.experimental import proxy_tensor
 
 from trip_engines.onnx_engine import EXTERNAL_FROM
 from trip_export.components import Component
@@ -51,7 +52,7 @@ def export_onnx(component: Component, path: Path) -> tuple[Counter[str], Counter
         )
         assert program is not None
         model = program.model
-        before = operators(model)
+        before, traced = operators(model), list(model.graph.initializers.values())
         program.optimize()
         passes.CommonSubexpressionEliminationPass()(model)
         passes.DeduplicateInitializersPass()(model)
@@ -69,7 +70,16 @@ def export_onnx(component: Component, path: Path) -> tuple[Counter[str], Counter
         value.name = name  # an input that is passed through as the output was given another
     _name_nodes(model)
     ir.save(model, path, external_data=path.with_suffix(".weights").name, size_threshold_bytes=EXTERNAL_FROM)
+    _forget([*traced, *model.graph.initializers.values()])
     return before, after
+
+
+def _forget(weights: Iterable[ir.Value]) -> None:
+    """Cut the ties by which torch's tracer and onnxscript's rewriting rules keep the last graph they saw, and with it
+    all of the model's weights, for as long as the process lives."""
+    getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {}).clear()
+    for value in weights:
+        value.const_value = None
 
 
 def operators(model: ir.Model) -> Counter[str]:

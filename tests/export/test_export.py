@@ -2,11 +2,13 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import gc
 import json
 import os
 import re
 import shutil
 import signal
+import weakref
 
 import numpy as np
 import onnx
@@ -94,6 +96,15 @@ def test_graphs_hold_no_dynamic_shape_arithmetic(tiny_bundle):
     for path in tiny_bundle.glob("*.onnx"):
         operators = {node.op_type for node in onnx.load(path, load_external_data=False).graph.node}
         assert not operators & DYNAMIC_SHAPE_OPERATORS, path.name
+
+
+def test_nothing_of_a_traced_model_stays_in_memory(tmp_path):
+    part = component(tiny_model(), "text_encoder", 1, 5)
+    weights = [weakref.ref(parameter) for parameter in part.module.parameters()]
+    export_onnx(part, tmp_path / "text_encoder.onnx")
+    del part
+    gc.collect()
+    assert len(weights) > 10 and not [weight for weight in weights if weight() is not None]
 
 
 def test_weights_have_the_shape_they_are_used_in(tiny_bundle):
