@@ -75,8 +75,9 @@ def export_bundle(
     files that an interrupted export finished. Components are loaded one at a time. InputError for an unusable
     checkpoint, shape or folder, a backend that cannot be built for here, or too little memory."""
     plan = Plan(source, options or ExportOptions())
-    note(check_memory(plan.memory_gb, machine_memory_gb()))
+    told = check_memory(plan.memory_gb, machine_memory_gb())
     with store(bundle) as locked:
+        note(told)
         return _Export(plan, locked, note).run()
 
 
