@@ -32,6 +32,7 @@ from trip_reference.presets import DEMO
 from trip_rt.accuracy import psnr
 from trip_rt.config import TripConfig
 from trip_rt.devices import open_device
+from trip_rt.errors import InputError
 from trip_rt.pipeline import Pipeline
 from trip_rt.sampling.loop import initial_noise
 from trip_rt.settings import Settings
@@ -91,17 +92,28 @@ def libraries(context: Context) -> dict[str, Any]:
     measures it."""
     if context.dry:
         raise Skipped("builds engines for a GPU")
-    probes = {"tensorrt": partial(require, "tensorrt"), "onnxruntime": _onnxruntime_cuda}
+    probes = {
+        "tensorrt-rtx": _tensorrt_rtx,
+        "tensorrt": partial(require, "tensorrt"),
+        "onnxruntime": _onnxruntime_cuda,
+    }
     figures: dict[str, Any] = {"left out": {}, "failed": {}, "passed": True}
     for backend, probe in probes.items():
         try:
             probe()
+            from trip_engines.tensorrt_build import BuildOptions
             from trip_export.export import export_bundle
             from trip_export.plan import ExportOptions
 
             gpus = ("{}.{}".format(*torch.cuda.get_device_capability()),)
             for precision in ("fp32", "fp16"):
-                options = ExportOptions(backends=(backend,), precision=precision, gpus=gpus, parity_steps=25)
+                options = ExportOptions(
+                    backends=(backend,),
+                    precision=precision,
+                    gpus=gpus,
+                    parity_steps=25,
+                    tensorrt=BuildOptions(capabilities=gpus),
+                )
                 result = export_bundle(
                     ROOT / "checkpoints" / "demo", context.folder / f"{backend}-{precision}", options
                 )
@@ -358,6 +370,19 @@ def _random_model(context: Context) -> nn.Module:
 def _tokens(config: Any) -> tuple[np.ndarray, np.ndarray]:
     ids = np.ones((1, config.text_length), np.int64)
     return ids, 2 * ids
+
+
+def _tensorrt_rtx() -> None:
+    """Skipped where TensorRT for RTX is not installed or builds nothing for this GPU."""
+    require("tensorrt_rtx")
+    from trip_engines.tensorrt_build import BuildOptions, target
+
+    try:
+        target(
+            "tensorrt-rtx", "fp32", BuildOptions(capabilities=("{}.{}".format(*torch.cuda.get_device_capability()),))
+        )
+    except InputError as error:
+        raise Skipped(str(error)) from error
 
 
 def _onnxruntime_cuda() -> None:

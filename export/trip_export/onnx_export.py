@@ -9,13 +9,12 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
-from torch.fx.experimental import proxy_tensor
 
 from trip_engines.onnx_engine import EXTERNAL_FROM
 from trip_export.components import Component
@@ -36,8 +35,9 @@ def export_onnx(component: Component, path: Path) -> tuple[Counter[str], Counter
     `path` with the ending .weights.
 
     Nodes are called after the module they come from, such as `unet.mid_block.resnets.0.conv1/Conv_3`; the trace's own
-    paths and stacks are dropped, so the same model gives the same bytes wherever it is exported. Returns how often each
-    operator occurs, as traced and as written. ValueError where shape arithmetic is left.
+    paths and stacks are dropped, so the same model gives the same bytes wherever it is exported. Returns how
+    often each operator occurs, as traced and as written. The component's weights are gone afterwards. ValueError where
+    shape arithmetic is left.
     """
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
@@ -52,7 +52,7 @@ def export_onnx(component: Component, path: Path) -> tuple[Counter[str], Counter
         )
         assert program is not None
         model = program.model
-        before, traced = operators(model), list(model.graph.initializers.values())
+        before = operators(model)
         program.optimize()
         passes.CommonSubexpressionEliminationPass()(model)
         passes.DeduplicateInitializersPass()(model)
@@ -70,15 +70,16 @@ def export_onnx(component: Component, path: Path) -> tuple[Counter[str], Counter
         value.name = name  # an input that is passed through as the output was given another
     _name_nodes(model)
     ir.save(model, path, external_data=path.with_suffix(".weights").name, size_threshold_bytes=EXTERNAL_FROM)
-    _forget([*traced, *model.graph.initializers.values()])
+    _forget(component, model)
     return before, after
 
 
-def _forget(weights: Iterable[ir.Value]) -> None:
-    """Cut the ties by which torch's tracer and onnxscript's rewriting rules keep the last graph they saw, and with it
-    all of the model's weights, for as long as the process lives."""
-    getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {}).clear()
-    for value in weights:
+def _forget(component: Component, model: ir.Model) -> None:
+    """Empty the component's weights and the graph's: torch's tracer and onnxscript's rewriting rules keep the last
+    graph they saw, and with it all that it held, for as long as the process lives."""
+    for tensor in (*component.module.parameters(), *component.module.buffers()):
+        tensor.data = tensor.new_empty(0)
+    for value in model.graph.initializers.values():
         value.const_value = None
 
 
