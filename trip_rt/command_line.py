@@ -1,14 +1,16 @@
-"""The manners every command shares: one clear line and exit code 2 for bad input, 130 for Ctrl-C, figures on request as
-JSON."""
+"""The manners every command shares: one clear line and exit code 2 for bad input, 130 for Ctrl-C and 143 for SIGTERM,
+figures on request as JSON."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, get_args
 
 from trip_rt.errors import EngineError, InputError, printable
@@ -33,13 +35,17 @@ def main_of(
         parser = build_parser()
         args = parser.parse_intermixed_args(argv)  # options may stand between optional positionals
         try:
-            return run(args)
+            with _terminable():
+                return run(args)
         except InputError as error:
             print(f"{parser.prog}: {_one_line(str(error))}", file=sys.stderr)
             return 2
         except EngineError as error:
             print(f"{parser.prog}: {_one_line(str(error))}", file=sys.stderr)
             return 1
+        except Terminated:
+            print(f"{parser.prog}: terminated", file=sys.stderr)
+            return 143
         except KeyboardInterrupt:
             print(f"{parser.prog}: interrupted", file=sys.stderr)
             return 130
@@ -51,6 +57,28 @@ def main_of(
             return 1
 
     return main
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came. What cleans up after Ctrl-C cleans up after this."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM as an exception, so that nothing partial is left behind."""
+    try:
+        before = signal.signal(signal.SIGTERM, _terminate)
+    except ValueError:  # not the main thread: there the caller handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated
 
 
 def add_json_flag(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ which TensorRT 11's always are.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import subprocess
@@ -177,7 +178,8 @@ def _build(
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 assert pipe
-                pipe.close()
+                with contextlib.suppress(BrokenPipeError):  # what it did not read is still to be written
+                    pipe.close()
         if built is None:
             stderr.seek(0)
             raise _crashed(graph, process.returncode, stderr.read().decode(errors="replace"))
@@ -192,11 +194,9 @@ def _answer(
     """What the process says it built, shown its progress meanwhile; None where it ended without an answer."""
     assert process.stdin and process.stdout
     with tqdm(desc=f"build {name}", unit="step", disable=None, leave=False) as bar:
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it is dead already; why shows when it is waited for
             process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()  # and it stays open: the process ends when it closes
-        except BrokenPipeError:
-            return None
         logged = time.monotonic()
         for line in process.stdout:
             message = json.loads(line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import pickle
 import tarfile
 from itertools import islice
@@ -15,6 +16,7 @@ from small_videos import numbers, write_video
 from trip_reference.data.sample import BrokenClip, ClipFormat, Sample
 from trip_reference.data.shard_files import read_shard
 from trip_reference.data.shards import ShardSource, list_shards, write_shards
+from trip_reference.training.command import main as train_main
 from trip_rt.errors import InputError
 
 CLIP = ClipFormat(2, 16, 16, fps=8, crop="centre", start="first")
@@ -244,12 +246,27 @@ def test_patterns(folder):
 
 def test_shards_out_of_a_pipe(folder):
     piped = f"pipe:cat {folder}/shard-{{000000..000003}}.tar"
-    assert take(ShardSource(piped, CLIP), TOTAL + 3) == take(ShardSource(str(folder), CLIP), TOTAL + 3)
-    assert take(ShardSource(piped, CLIP), 3, start=TOTAL + 5) == take(
+    assert take(ShardSource(piped, CLIP, remote=True), TOTAL + 3) == take(ShardSource(str(folder), CLIP), TOTAL + 3)
+    assert take(ShardSource(piped, CLIP, remote=True), 3, start=TOTAL + 5) == take(
         ShardSource(str(folder), CLIP), 3, start=TOTAL + 5
     )
-    (failed,) = (found for _, found in take(ShardSource("pipe:false", CLIP), 1))
+    (failed,) = (found for _, found in take(ShardSource("pipe:false", CLIP, remote=True), 1))
     assert "damaged tar" in failed
+
+
+@pytest.mark.parametrize(
+    "source", ["pipe:touch {mark}; cat /dev/null #.tar", "https://example.invalid/a.tar", "gs://a/b.tar"]
+)
+def test_no_recipe_fetches_or_runs_anything_by_itself(source, tmp_path, capsys):
+    """The commands that webdataset would run are not even started."""
+    mark = tmp_path / "ran"
+    (tmp_path / "evil.toml").write_text(
+        f"data.source = {json.dumps(source.format(mark=mark))}\ndata.cache = false\nvae.steps = 0\n"
+    )
+    assert train_main([str(tmp_path / "evil.toml"), "-o", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "expected local shards; pass --allow-remote if you trust it" in error
+    assert not mark.exists()
 
 
 def test_too_many_parts(folder):

@@ -382,7 +382,10 @@ for limit in (600, 20_000):
     ]
 
 
-def test_interrupt_keeps_the_finished_clips(here, tiny_bundle):
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_keeps_the_finished_clips(here, tiny_bundle, number, code, word):
     Path("clips.jsonl").write_text(
         lines(*({"image": "photo.png", "prompt": PROMPT, "output": f"{i}.gif"} for i in range(99)))
     )
@@ -395,9 +398,9 @@ def test_interrupt_keeps_the_finished_clips(here, tiny_bundle):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job would ignore it
     )
     assert process.stdout.readline().startswith("0.gif: ")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=30)
-    assert process.returncode == 130 and err.splitlines()[1:] == ["trip-animate: interrupted"] and "clips in" not in out
+    assert process.returncode == code and err.splitlines()[1:] == [f"trip-animate: {word}"] and "clips in" not in out
     made = sorted(set(os.listdir()) - {"clips.jsonl", "photo.png"})
     assert "0.gif" in made and all(output_format(name) == "gif" and frames_of(name) == 5 for name in made)
 

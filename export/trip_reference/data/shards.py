@@ -21,10 +21,10 @@ _MOST_HELD = 2**28  # bytes of a shuffle buffer, of which there is one for every
 
 class ShardSource:
     """Clips from the *.tar of a folder, or of a pattern such as data/shard-{000000..000099}.tar. Samples are shuffled
-    in a buffer of `shuffle`."""
+    in a buffer of `shuffle`. `remote` is as for `list_shards`."""
 
-    def __init__(self, pattern_or_folder: str, clip: ClipFormat, shuffle: int = 1000):
-        self.shards = list_shards(pattern_or_folder)
+    def __init__(self, pattern_or_folder: str, clip: ClipFormat, shuffle: int = 1000, remote: bool = False):
+        self.shards = list_shards(pattern_or_folder, remote)
         self.clip, self.shuffle = clip, shuffle
         self._lengths: dict[str, int] = {}
 
@@ -82,9 +82,10 @@ class ShardSource:
             return error
 
 
-def list_shards(pattern_or_folder: str) -> list[str]:
-    """Paths and addresses in order. Addresses (https://, gs://, hf://, pipe:) are webdataset's to open. Raises
-    InputError where there are none."""
+def list_shards(pattern_or_folder: str, remote: bool = False) -> list[str]:
+    """Paths in order and, where `remote` allows them, addresses (https://, gs://, hf://, pipe:). webdataset opens
+    these: it fetches what they name, some by a command of the shell, and runs what follows pipe: as one. So they are
+    for a person to allow, and not for a recipe. Raises InputError where there are none, or where one is not allowed."""
     import braceexpand
 
     where = printable(str(pattern_or_folder))
@@ -101,6 +102,11 @@ def list_shards(pattern_or_folder: str) -> list[str]:
         shards = [
             shard for name in names for shard in ([name] if is_remote(name) else sorted(glob.glob(name)) or [name])
         ]
+        if not remote and (address := next(filter(is_remote, shards), None)):
+            raise InputError(
+                f"{where}: found {printable(address)[:100]}, which is fetched or run as a command, expected local"
+                " shards; pass --allow-remote if you trust it"
+            )
         if missing := next((shard for shard in shards if not is_remote(shard) and not os.path.isfile(shard)), None):
             raise InputError(
                 f"{where}: found no file {printable(missing)}, expected a folder of shards, or a pattern of shards that"

@@ -18,12 +18,19 @@ DEMO = "demo"
 
 
 def open_source(
-    source: str, config: TripConfig, clip: ClipFormat, clips: int, shuffle: int, validation: bool = False
+    source: str,
+    config: TripConfig,
+    clip: ClipFormat,
+    clips: int,
+    shuffle: int,
+    validation: bool = False,
+    remote: bool = False,
 ) -> ClipDataset | ShardSource:
     """The clips that `source` names: `demo`, a cache, a folder with annotations, or shards (a folder or a pattern such
     as part-{000..099}.tar).
 
     `validation` takes the held-out clips of the demo world, and a folder's val_annotations.json where there is one.
+    `remote` allows shards that are fetched, or that a command gives (shards.list_shards).
     """
     if source == DEMO:
         return DemoWorldClips(config, clips, held_out=validation)
@@ -34,7 +41,7 @@ def open_source(
     if (folder / name).is_file():
         return VideoFolder(folder, clip, name)
     if source.endswith(".tar") or any(folder.glob("*.tar")):
-        return ShardSource(source, clip, shuffle)
+        return ShardSource(source, clip, shuffle, remote)
     raise InputError(
         f"data: found neither {ANNOTATIONS}, shards nor {INDEX} in {source}, expected a data set; `trip-data demo`"
         " writes one to try"

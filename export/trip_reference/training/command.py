@@ -50,6 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data", metavar="DIR", help="a folder with annotations.json, shards, or a cache (data.source)"
     )
+    parser.add_argument(
+        "--allow-remote",
+        action="store_true",
+        help="take shards from addresses and commands that data.source names (https://, gs://, pipe:); a recipe of"
+        " somebody else's could fetch or run anything by them",
+    )
     parser.add_argument("--checkpoint", metavar="DIR", help="weights to start from (model.checkpoint)")
     parser.add_argument("--seed", type=int, help="(run.seed)")
     parser.add_argument("--steps", type=int, help="of the last stage")
@@ -82,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     from trip_reference.training.run import train_run
 
     try:
-        result: dict[str, Any] = train_run(config, args.output)
+        result: dict[str, Any] = train_run(config, args.output, args.allow_remote)
     except Stopped as stopped:
         note(f"trip-train: {stopped}, its state is in {args.output / 'training'}; the same command goes on from there")
         return 128 + stopped.signal if stopped.signal != signal.SIGINT else 130

@@ -48,18 +48,19 @@ _FREE = {
 }
 
 
-def train_run(config: TrainConfig, folder: Path) -> dict[str, Any]:
+def train_run(config: TrainConfig, folder: Path, allow_remote: bool = False) -> dict[str, Any]:
     """Train as `config` says, leave a checkpoint in `folder` and return what a report should say.
 
     `folder/training` has the run's settings, state, log and sheets; a run that is found there is taken up where it
-    stopped.
+    stopped. `allow_remote`: shards may be addresses, or commands that give them; a recipe alone never says so.
     """
-    return _Run(config, folder).train()
+    return _Run(config, folder, allow_remote).train()
 
 
 class _Run:
-    def __init__(self, config: TrainConfig, folder: Path):
+    def __init__(self, config: TrainConfig, folder: Path, allow_remote: bool):
         self.config, self.folder, self.work = config, folder, folder / "training"
+        self.allow_remote = allow_remote
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),  # without it, several processes on CPUs do not form a group
             mixed_precision=config.run.mixed_precision,
@@ -142,7 +143,8 @@ class _Run:
     def _source(self) -> ClipDataset | ShardSource:
         """The run's clips: as the recipe names them, or encoded once into the run's own folder."""
         data = self.config.data
-        source = open_source(data.source, self.trip, clip_format(data, self.trip), data.clips, data.shuffle)
+        clip = clip_format(data, self.trip)
+        source = open_source(data.source, self.trip, clip, data.clips, data.shuffle, remote=self.allow_remote)
         if data.cache and not isinstance(source, CachedClips):
             if isinstance(source, ShardSource):
                 raise InputError("data.cache: found shards, expected a folder or the demo world; set data.cache=false")
