@@ -39,7 +39,7 @@ class BuildOptions:
     """Options of a build, besides the graph itself; InputError where a number is out of range.
 
     Of TensorRT for RTX: `capabilities` are the compute capabilities to build for ("8.9"; empty: all that the library
-    has for the precision), in one portable plan or, with `plan_per_gpu`, in one plan each.
+    has but 7.5), in one portable plan or, with `plan_per_gpu`, in one plan each.
 
     Of TensorRT: `workspace_gb` (GiB) caps one layer's scratch memory: uncapped, a UNet with temporal layers can run the
     builder out of memory. `optimization_level` is 0 (quick) to 5 (thorough). `timing_cache` is a file of measured
@@ -238,8 +238,9 @@ def _capabilities(trt: Any, precision: str, asked: Sequence[str]) -> list[str]:
             f"gpus: found {', '.join(unknown)}, TensorRT for RTX {trt.__version__} builds for {', '.join(known)}; leave"
             " the others out of --gpus"
         )
-    able = [capability for capability in known if precision != "fp32" or capability not in _NO_FP32_PRODUCTS]
-    if unable := [capability for capability in asked if capability not in able]:
+    # Half-precision graphs may keep products in fp32 too, so only who asks for them gets these.
+    able = [capability for capability in known if capability not in _NO_FP32_PRODUCTS]
+    if unable := [capability for capability in asked if precision == "fp32" and capability not in able]:
         raise InputError(
             f"gpus: found {', '.join(unable)}, where TensorRT for RTX multiplies no {precision} matrices; leave it out"
             " of --gpus, or export with --fp16"

@@ -10,6 +10,7 @@ import pytest
 def test_it_says_what_every_stage_took(tmp_path, capsys):
     pytest.importorskip("tensorrt_rtx")
     output = tmp_path / "figures.json"
+    # Of random weights this model keeps its time embedding in fp32, products and all.
     assert full_export.main(["--preset", "demo-small", "--folder", str(tmp_path), "--output", str(output)]) == 0
     figures = json.loads(output.read_text())
     stages = figures["stages"]
