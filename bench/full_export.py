@@ -7,6 +7,7 @@ builders held together at any moment.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import subprocess
@@ -14,10 +15,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 from timing import machine
 
 from trip_reference.presets import PRESETS
@@ -74,7 +75,7 @@ def _watched(command: list[str]) -> tuple[dict[str, Any], float, float]:
         def look() -> None:
             nonlocal peak
             while not ended.wait(_EVERY):
-                peak = max(peak, sum(map(_resident_gb, _tree(process.pid))))
+                peak = max(peak, _resident_gb(process.pid))
 
         watcher = threading.Thread(target=look)
         watcher.start()
@@ -88,23 +89,13 @@ def _watched(command: list[str]) -> tuple[dict[str, Any], float, float]:
     return json.loads(said.splitlines()[-1]), time.monotonic() - began, peak
 
 
-def _tree(pid: int) -> Iterator[int]:
-    yield pid
-    for task in Path(f"/proc/{pid}/task").glob("*"):
-        try:
-            children = (task / "children").read_text().split()
-        except OSError:  # ended meanwhile
-            continue
-        for child in children:
-            yield from _tree(int(child))
-
-
 def _resident_gb(pid: int) -> float:
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0.0
-    return sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS")) / 1e9
+    """What a process and all that it started hold in memory."""
+    total = 0
+    with contextlib.suppress(psutil.NoSuchProcess):  # ended meanwhile
+        for process in (parent := psutil.Process(pid), *parent.children(recursive=True)):
+            total += process.memory_info().rss
+    return total / 1e9
 
 
 def _table(figures: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """Normalisation over very many numbers, in fp32: engines sum them one after the other, and so inexactly.
 
 Of a full-size VAE a group is 262 144 numbers. ONNX Runtime's and OpenVINO's InstanceNormalization is off by 1e-6 and
-5e-7 of the result there, PyTorch's by 5e-8, and thirty of them in a row miss fp32's parity bound.
+5e-7 of the result there, PyTorch's by 5e-8, and the VAE's encoder, which has several in a row, misses fp32's parity
+bound.
 """
 
 from __future__ import annotations

@@ -101,7 +101,8 @@ class _Export:
         self.store.write(TOKENIZER, self.plan.tokenizer_json.encode())
         if self.plan.steps:
             bundle = Bundle(self.store.bundle, self._manifest([profile]), self.plan.tokenizer_json)
-            for backend in self.options.backends:
+            # Plans come last: that of their graphs may be known by then.
+            for backend in sorted(self.options.backends, key=LIBRARIES.__contains__):
                 self.result.parity[backend] = self._parity(bundle, profile, backend)
             measured = {backend: parity.to_json() for backend, parity in self.result.parity.items()}
             profile = dataclasses.replace(profile, parity={**profile.parity, **measured})

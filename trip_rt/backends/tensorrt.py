@@ -150,15 +150,12 @@ class TensorRTEngine(Engine):
         copied = {name for name, buffer in buffers.items() if aligned[name] is not buffer}
         copied_in = [tensor.name for tensor in self.spec.inputs if tensor.name in copied]
         copied_out = [tensor.name for tensor in self.spec.outputs if tensor.name in copied]
-
         self._set_addresses(aligned)
 
         def work() -> None:
-            if self._context is None:
-                raise self.closed_error()
+            self._set_addresses(aligned)  # another binding may have been at work
             for name in copied_in:
                 self.device.copy(buffers[name], aligned[name])
-            self._set_addresses(aligned)  # another binding may have been at work
             if not self._context.execute_async_v3(self.device.stream):
                 raise self._failed("cannot run the plan", EngineError)
             for name in copied_out:
@@ -167,6 +164,8 @@ class TensorRTEngine(Engine):
         return work
 
     def _set_addresses(self, buffers: Mapping[str, Buffer]) -> None:
+        if self._context is None:
+            raise self.closed_error()
         for name, buffer in buffers.items():
             if not self._context.set_tensor_address(name, buffer.address):
                 raise self._failed(f"takes no address for {name}")
