@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, get_args
 
@@ -59,21 +60,36 @@ def main_of(
     return main
 
 
+_AGAIN_AFTER = 0.05  # seconds
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM came. What cleans up after Ctrl-C cleans up after this."""
 
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM as an exception, so that nothing partial is left behind."""
+    """SIGTERM as an exception, so that nothing partial is left behind. Raised in a finaliser, it and Ctrl-C would be
+    dropped, as all that is raised there is: then the signal is sent once more."""
     try:
         before = signal.signal(signal.SIGTERM, _terminate)
     except ValueError:  # not the main thread: there the caller handles signals
         yield
         return
+    hook = sys.unraisablehook
+
+    def unraisable(dropped: sys.UnraisableHookArgs) -> None:
+        if isinstance(dropped.exc_value, KeyboardInterrupt):
+            number = signal.SIGTERM if isinstance(dropped.exc_value, Terminated) else signal.SIGINT
+            threading.Timer(_AGAIN_AFTER, os.kill, (os.getpid(), number)).start()  # and not within the finaliser
+        else:
+            hook(dropped)
+
+    sys.unraisablehook = unraisable
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         signal.signal(signal.SIGTERM, before)
 
 

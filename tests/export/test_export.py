@@ -8,6 +8,9 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import onnx
@@ -206,6 +209,20 @@ def test_an_export_cut_short_is_no_bundle_and_is_taken_up_again(tiny_checkpoint,
     result = export_bundle(tiny_checkpoint, tmp_path / "cut", BRIEF)
     assert result.built == [f"{name} (onnx)" for name in ("tnf", "vae_decoder", *VARIANTS)]
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_sigterm_ends_an_export_as_ctrl_c_does(tiny_checkpoint, tmp_path):
+    """At a moment when it comes in a finaliser as a rule: garbage is collected between two stages."""
+    code = "from trip_export.command import export_main; raise SystemExit(export_main())"
+    command = [sys.executable, "-c", code, str(tiny_checkpoint), "-o", str(tmp_path / "new"), "--gpus", "none"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not list(tmp_path.glob("new/.exporting-*/*")):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        process.terminate()
+        said = process.stderr.read().splitlines()
+    assert process.returncode == 143 and said[-1] == "trip-export: terminated"
+    assert not list(tmp_path.glob("new/.exporting-*")) and "Traceback" not in "".join(said)
 
 
 @pytest.fixture(scope="module")
