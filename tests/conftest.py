@@ -81,6 +81,14 @@ def tiny_bundle(tiny_export: ExportResult) -> Path:
 
 
 @pytest.fixture(scope="session")
+def both_backends(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle, which lists its files for OpenVINO too."""
+    from sealed import with_openvino
+
+    return made_once(tmp_path_factory, "both-backends", lambda folder: with_openvino(tiny_bundle, folder))
+
+
+@pytest.fixture(scope="session")
 def tiny_animator(tiny_bundle: Path) -> Animator:
     from trip_rt import Animator
 

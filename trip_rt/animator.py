@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import IOBase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trip_rt import backends, images, video
 from trip_rt.bundle import Bundle, open_bundle
+from trip_rt.checks import shown
 from trip_rt.components import REQUIRED
 from trip_rt.devices import open_device
-from trip_rt.errors import InputError
+from trip_rt.errors import EngineError, InputError
+from trip_rt.images import Picture
 from trip_rt.pipeline import Pipeline
 from trip_rt.sampling.loop import Array, OnStep, initial_noise
-from trip_rt.settings import Settings, SettingsKeywords
+from trip_rt.settings import Settings, SettingsKeywords, check_prompt, check_seed
 from trip_rt.tokenizer import PromptTokenizer
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-Picture: TypeAlias = "str | os.PathLike[str] | Image.Image | NDArray[np.uint8]"
 
 
 @dataclass(frozen=True)
@@ -44,18 +42,15 @@ class Animation:
         video.save(self.frames, path, self.fps if fps is None else fps)
 
 
-def check_seeds(seeds: Sequence[int]) -> None:
-    """InputError for a seed that the noise generator cannot take."""
-    if wrong := [seed for seed in seeds if not 0 <= seed < 2**64]:
-        raise InputError(f"seed: found {wrong[0]}, expected 0 to 2^64 − 1")
-
-
 class Animator:
     """Runs a bundle's engines. Opening one verifies every file of the bundle.
 
     `backend` is one of `trip_rt.backends.NAMES`, `auto`, or an Engine class of one's own; `profile` names one of the
     bundle's sets of shapes (its first); `options` say how the engines are opened. Use as a context manager, or
     `close()`. A `Bundle` object is taken as verified.
+
+    It may be shared by threads. There is one set of buffers, so their calls wait for each other: a group of clips is
+    denoised, or a chunk of frames decoded, at a time. Two at once take two Animators.
     """
 
     def __init__(
@@ -65,8 +60,12 @@ class Animator:
         profile: str | None = None,
         options: backends.EngineOptions | None = None,
     ):
+        if not isinstance(bundle, (str, os.PathLike, Bundle)):
+            raise InputError(f"bundle: found {shown(bundle)}, expected the path of a folder")
         opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
-        options = options or backends.EngineOptions()
+        options = backends.EngineOptions() if options is None else options
+        if not isinstance(options, backends.EngineOptions):
+            raise InputError(f"options: found {shown(options)}, expected EngineOptions(...)")
         self.tokenizer_json = opened.tokenizer_json
         self.profile = opened.manifest.profile(profile)
         self.config = opened.manifest.config_of(self.profile)
@@ -74,8 +73,10 @@ class Animator:
             self.backend, self.backend_reason = backends.choose(self.profile, backend, options)
             cls = backends.engine_class(self.backend)
         else:
+            if not (isinstance(backend, type) and issubclass(backend, backends.Engine)):
+                raise InputError(f"backend: found {shown(backend)}, expected a name or an Engine class")
             self.backend, self.backend_reason, cls = backend.backend, "a class of one's own", backend
-        self._tokenizer = PromptTokenizer(opened.tokenizer_json, self.config.text_length)
+        self._tokenizer = PromptTokenizer(opened.tokenizer_json, self.config.text_length, opened.manifest.vocabulary)
         self._device = open_device(cls.probe(self.profile.engines["unet"][self.backend], options))
         self.engines: dict[str, backends.Engine] = {}
         self._bundle, self._engine_class, self._options = opened, cls, options
@@ -88,7 +89,7 @@ class Animator:
                 self._device, self.config, self.profile, self.engine, opened.folder, options.cuda_graph
             )
         except BaseException:
-            self.close()
+            self._free()
             raise
 
     def __call__(
@@ -101,7 +102,7 @@ class Animator:
         on_step: OnStep | None = None,
         **changes: Unpack[SettingsKeywords],
     ) -> Animation:
-        """Animate one picture (path, PIL image, or uint8 [h, w, 3]) as `prompt` says.
+        """Animate one picture (a path, an open file, a PIL image, an array: images.load_image) as `prompt` says.
 
         How it is made is said by a `settings` object or by the fields of Settings as keywords, such as `speed="fast"`
         or `guidance_scale=3`; keywords replace the object's fields. `on_step(done, total)` is called after every step.
@@ -112,7 +113,7 @@ class Animator:
     def batch(
         self,
         pictures: Sequence[Picture],
-        prompts: Sequence[str],
+        prompts: Sequence[str] | str,
         *,
         seeds: Sequence[int] | None = None,
         settings: Settings | None = None,
@@ -122,19 +123,19 @@ class Animator:
         """Animate several pictures, `profile.batch` at a time; a clip depends on its own seed and not on its
         neighbours.
 
-        `seeds` default to 0, 1, …; the rest is as in a call, with `on_step` counting the steps of all groups.
+        One sentence as `prompts` is for all of them. `seeds` default to 0, 1, …; the rest is as in a call, with
+        `on_step` counting the steps of all groups.
         """
-        settings = (settings or Settings()).changed(changes)
-        seeds = list(range(len(pictures))) if seeds is None else list(seeds)
-        if not len(pictures) == len(prompts) == len(seeds):
-            counts = f"{len(pictures)} pictures, {len(prompts)} prompts and {len(seeds)} seeds"
-            raise InputError(f"batch: found {counts}, expected as many of each")
+        settings = _settings(settings, changes)
+        pictures = _several("pictures", pictures)
+        prompts = [prompts] * len(pictures) if isinstance(prompts, str) else _several("prompts", prompts)
+        seeds = list(range(len(pictures))) if seeds is None else _several("seeds", seeds)
         fitted = self._fitted(pictures, settings)
         clips: list[Animation] = []
-        for rows in self._denoised(fitted, prompts, seeds, settings, on_step):
-            for clip, row in enumerate(rows):
-                frames = np.concatenate([images.to_frames(pixels) for pixels in self._pipeline.decode(clip)])
-                clips.append(Animation(frames, self.config.fps, prompts[row], seeds[row]))
+        for rows, latents in self._denoised(fitted, prompts, seeds, settings, on_step):
+            for row, clip in zip(rows, latents, strict=True):
+                frames = np.concatenate([self._frames(pixels) for pixels in self._pipeline.decode(clip)])
+                clips.append(Animation(frames, self.config.fps, prompts[row], int(seeds[row])))
         return clips
 
     def stream(
@@ -148,10 +149,10 @@ class Animator:
         **changes: Unpack[SettingsKeywords],
     ) -> Iterator[NDArray[np.uint8]]:
         """One clip's frames, uint8 [H, W, 3] each, as they are decoded; the arguments are those of a call."""
-        settings = (settings or Settings()).changed(changes)
-        for _ in self._denoised(self._fitted([image], settings), [prompt], [seed], settings, on_step):
-            for pixels in self._pipeline.decode(0):
-                yield from images.to_frames(pixels)
+        settings = _settings(settings, changes)
+        for _, latents in self._denoised(self._fitted([image], settings), [prompt], [seed], settings, on_step):
+            for pixels in self._pipeline.decode(latents[0]):
+                yield from self._frames(pixels)
 
     def latents(
         self,
@@ -164,23 +165,35 @@ class Animator:
         **changes: Unpack[SettingsKeywords],
     ) -> Array:
         """The denoised latents float32 [n, C, F, h, w] of fitted pictures uint8 [n, H, W, 3]."""
-        settings = (settings or Settings()).changed(changes)
+        config = self.config
+        _check_array("pictures", pictures, "uint8", (None, config.height, config.width, 3))
         groups = [
-            self._pipeline.latents()[: len(rows)]
-            for rows in self._denoised(pictures, prompts, seeds, settings, on_step)
+            latents for _, latents in self._denoised(pictures, prompts, seeds, _settings(settings, changes), on_step)
         ]
-        return np.concatenate(groups) if groups else np.zeros((0, *self.config.latent_shape), np.float32)
+        return np.concatenate(groups) if groups else np.zeros((0, *config.latent_shape), np.float32)
 
     def decode(self, latents: Array) -> Iterator[NDArray[np.uint8]]:
         """One clip's frames from its latents [C, F, h, w], uint8 [≤ decode_frames, H, W, 3] at a time, so memory stays
         flat."""
         for pixels in self.decode_pixels(latents):
-            yield images.to_frames(pixels)
+            yield self._frames(pixels)
 
     def decode_pixels(self, latents: Array) -> Iterator[Array]:
         """As `decode`, but the decoder's own float32 [n, 3, H, W], about −1 to 1."""
-        self._pipeline.load_latents(latents)
-        yield from self._pipeline.decode(0)
+        _check_array("latents", latents, "float32", self.config.latent_shape)
+        yield from self._pipeline.decode(latents)
+
+    def _frames(self, pixels: Array) -> NDArray[np.uint8]:
+        try:
+            return images.to_frames(pixels)
+        except EngineError as error:
+            half = any(engine.spec.precision == "fp16" for engine in self.engines.values())
+            remedy = (
+                "a half-precision engine may have overflowed: export the bundle in fp32 or bf16"
+                if half
+                else "the model's weights are broken: export the bundle again from a sound checkpoint"
+            )
+            raise EngineError(f"{error}; {remedy}") from error
 
     def _fitted(self, pictures: Sequence[Picture], settings: Settings) -> NDArray[np.uint8]:
         """uint8 [n, H, W, 3] of the model's size."""
@@ -197,9 +210,16 @@ class Animator:
         seeds: Sequence[int],
         settings: Settings,
         on_step: OnStep | None,
-    ) -> Iterator[range]:
-        """Denoise `profile.batch` pictures at a time: yields which they are, while the pipeline holds their latents."""
-        check_seeds(seeds)
+    ) -> Iterator[tuple[range, Array]]:
+        """Denoise `profile.batch` pictures at a time: yields which they are and their latents [≤ batch, C, F, h, w]."""
+        if not len(pictures) == len(prompts) == len(seeds):
+            counts = f"{len(pictures)} pictures, {len(prompts)} prompts and {len(seeds)} seeds"
+            raise InputError(f"batch: found {counts}, expected as many of each")
+        for prompt in prompts:
+            check_prompt(prompt)
+        seeds = [check_seed(seed) for seed in seeds]
+        if on_step is not None and not callable(on_step):
+            raise InputError(f"on_step: found {shown(on_step)}, expected a function of two numbers, done and total")
         steps, batch = settings.steps(self.config), self.profile.batch
         total = len(steps) * math.ceil(len(pictures) / batch)
         for start in range(0, len(pictures), batch):
@@ -212,10 +232,13 @@ class Animator:
 
             unconditional = self._tokenizer([settings.negative_prompt] * batch)
             conditional = self._tokenizer([prompts[row] for row in rows])
-            self._pipeline.encode(unconditional, conditional, images.to_model(pictures[rows]))
             noise = initial_noise([seeds[row] for row in rows], self.config.latent_shape)
-            self._pipeline.denoise(noise, steps, report)
-            yield range(start, min(start + batch, len(pictures)))
+            with self._pipeline.turn:
+                self._pipeline.encode(unconditional, conditional, images.to_model(pictures[rows]))
+                self._pipeline.denoise(noise, steps, report)
+                latents = self._pipeline.latents()
+            taken = range(start, min(start + batch, len(pictures)))
+            yield taken, latents[: len(taken)]
 
     def engine(self, name: str) -> backends.Engine | None:
         """A component's engine, opened when first asked for; None where the bundle has none for this backend."""
@@ -232,6 +255,11 @@ class Animator:
         return {**self.engines["unet"].describe(), "reason": self.backend_reason, **loop}
 
     def close(self) -> None:
+        """Free the engines, after the call that is under way; calling it again does nothing."""
+        with self._pipeline.turn:
+            self._free()
+
+    def _free(self) -> None:
         for engine in self.engines.values():
             engine.close()
         self._device.close()
@@ -241,3 +269,28 @@ class Animator:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _settings(settings: Settings | None, changes: SettingsKeywords) -> Settings:
+    if settings is not None and not isinstance(settings, Settings):
+        raise InputError(f"settings: found {shown(settings)}, expected Settings(...)")
+    return (settings or Settings()).changed(changes)
+
+
+def _several(name: str, values: Any) -> Any:
+    """`values` as something with a length and an order."""
+    single = (str, bytes, os.PathLike, IOBase)
+    if isinstance(values, np.ndarray):
+        values = list(values) if values.ndim else None
+    if isinstance(values, Iterable) and not isinstance(values, single):
+        return values if isinstance(values, Sequence) else list(values)
+    raise InputError(f"{name}: found {shown(values)}, expected a list of them")
+
+
+def _check_array(name: str, array: Any, dtype: str, shape: tuple[int | None, ...]) -> None:
+    wanted = f"{dtype} [{', '.join('n' if side is None else str(side) for side in shape)}]"
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{name}: found {shown(array)}, expected an array {wanted}")
+    fits = array.ndim == len(shape) and all(side in (None, have) for have, side in zip(array.shape, shape, strict=True))
+    if array.dtype != dtype or not fits:
+        raise InputError(f"{name}: found {array.dtype} {list(array.shape)}, expected {wanted}")

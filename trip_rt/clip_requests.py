@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trip_rt import video
-from trip_rt.animator import check_seeds
+from trip_rt.checks import text
 from trip_rt.errors import InputError, printable
 from trip_rt.images import Fit, load_image
-from trip_rt.tokenizer import check_text
+from trip_rt.settings import check_prompt, check_seed
 
 MAX_BATCH_FILE_MEGABYTES = 16
 MAX_SHEET_CLIPS = 200  # a row of the contact sheet takes about 4 MB
@@ -78,6 +78,8 @@ def _job(line: bytes, seed: int, where: str) -> Job:
                 f"{where}{field}: found a {type(entry[field]).__name__}, expected a"
                 f" {'whole number' if kind is int else 'string'}"
             )
+        if kind is str:
+            text(f"{where}{field}", entry[field])
     return Job(entry["image"], entry["prompt"], entry["output"], entry["seed"], where)
 
 
@@ -89,10 +91,8 @@ def check_jobs(jobs: Sequence[Job], contact_sheet: Path | None) -> None:
         taken[picture] = taken[os.path.join(os.path.dirname(picture), "")] = "the picture of a clip"
     for job in jobs:
         with _located(job):
-            if not job.prompt.strip():
-                raise InputError("prompt: found an empty one, expected a sentence that says what happens")
-            check_text(job.prompt)
-            check_seeds([job.seed])
+            check_prompt(job.prompt)
+            check_seed(job.seed)
             video.output_format(job.output)
             _claim(job.output, "another clip", taken)
     if contact_sheet:

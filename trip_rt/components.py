@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -20,6 +21,10 @@ class TensorSpec:
     name: Annotated[str, Meta(min_length=1, max_length=200)]
     dtype: Literal["float16", "float32", "int32", "int64"]
     shape: Annotated[tuple[Count, ...], Meta(max_length=8)]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * int(self.dtype[-2:]) // 8
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,17 @@ clips."""
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trip_rt.checks import one_of, shown
 from trip_rt.errors import EngineError, InputError, printable
 
 if TYPE_CHECKING:
@@ -23,26 +25,24 @@ MAX_FILE_MEGABYTES = 256
 MIN_SIDE = 8
 
 Fit = Literal["crop", "letterbox"]
+Picture: TypeAlias = "str | os.PathLike[str] | IO[bytes] | Image.Image | NDArray[np.uint8] | NDArray[np.floating[Any]]"
 _EXPECTED = f"expected a picture file ({', '.join(ACCEPTED_FORMATS)})"
 
 
-def load_image(
-    source: str | os.PathLike[str] | Image.Image | NDArray[np.uint8], height: int, width: int, fit: Fit = "crop"
-) -> NDArray[np.uint8]:
+def load_image(source: Picture, height: int, width: int, fit: Fit = "crop") -> NDArray[np.uint8]:
     """A picture as uint8 [height, width, 3], upright and never distorted.
 
-    `source` is a path, a PIL image or a uint8 array [h, w], [h, w, 3] or [h, w, 4]. EXIF rotation is applied,
-    transparency is laid on white, 16-bit greyscale is scaled to 8 bits; of an animation the first frame counts.
-    `fit="crop"` keeps the largest centred part of the target's aspect; `fit="letterbox"` keeps all of it, padded with
-    the mean colour of its outermost pixels.
+    `source` is a path, a file opened for reading bytes (such as BytesIO), a PIL image, or an array [h, w], [h, w, 3] or
+    [h, w, 4]: uint8, or floating-point from 0 (black) to 1. EXIF rotation is applied, transparency is laid on white,
+    16-bit greyscale is scaled to 8 bits; of an animation the first frame counts. `fit="crop"` keeps the largest centred
+    part of the target's aspect; `fit="letterbox"` keeps all of it, padded with the mean colour of its outermost pixels.
 
     Raises InputError for what cannot be used, before decoding it where it is larger than MAX_MEGAPIXELS or
     MAX_FILE_MEGABYTES.
     """
     from PIL import Image
 
-    if fit not in ("crop", "letterbox"):
-        raise InputError(f"fit: found {fit!r}, expected 'crop' or 'letterbox'")
+    one_of("fit", fit, get_args(Fit))
     if height < 1 or width < 1:
         raise InputError(f"size: found height {height} and width {width}, expected both to be at least 1")
     with warnings.catch_warnings():
@@ -53,10 +53,20 @@ def load_image(
             return _fitted(_from_array(source), "image array", height, width, fit)
         if isinstance(source, Image.Image):
             return _fitted(source, "image", height, width, fit)
-        name = printable(os.fsdecode(source))
-        _check_file(source, name)
-        with _open(source, name) as image:
-            return _fitted(image, name, height, width, fit)
+        if isinstance(source, (str, os.PathLike)):
+            name = printable(os.fsdecode(source))
+            _check_file(source, name)
+            with open(source, "rb") as file, _open(file, name) as image:
+                return _fitted(image, name, height, width, fit)
+        if hasattr(source, "read"):
+            with _open(_in_memory(source), "image file") as image:
+                return _fitted(image, "image file", height, width, fit)
+    if isinstance(source, (list, tuple)):
+        raise InputError(f"image: found a {type(source).__name__}, expected one picture; Animator.batch takes several")
+    raise InputError(
+        f"image: found {shown(source)}, expected a path, an open file, a PIL image or an array [h, w, 3]; wrap bytes in"
+        " io.BytesIO, turn a tensor into an array"
+    )
 
 
 def to_model(images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -73,10 +83,7 @@ def to_frames(pixels: NDArray[Any]) -> NDArray[np.uint8]:
     if not np.issubdtype(pixels.dtype, np.floating) or pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ValueError(f"pixels: found {pixels.dtype} {list(pixels.shape)}, expected float32 [F, 3, H, W]")
     if bad := int(np.isnan(pixels).sum()):
-        raise EngineError(
-            f"pixels: found {bad} NaN of {pixels.size} values, expected none; a half-precision engine overflowed: use"
-            " fp32 or bf16"
-        )
+        raise EngineError(f"pixels: found {bad} NaN of {pixels.size} values, expected none")
     levels = np.rint((np.clip(pixels.astype(np.float32), -1, 1) + np.float32(1)) * np.float32(127.5))
     return np.ascontiguousarray(levels.astype(np.uint8).transpose(0, 2, 3, 1))  # [F, H, W, 3]
 
@@ -132,11 +139,35 @@ def _shortened(text: str, fits: Callable[[str], bool]) -> str:
 def _from_array(array: NDArray[Any]) -> Image.Image:
     from PIL import Image
 
-    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
-        found, expected = f"{array.dtype} {list(array.shape)}", "uint8 [h, w], [h, w, 3] or [h, w, 4]"
+    found = f"{array.dtype} {list(array.shape)}"
+    floating = np.issubdtype(array.dtype, np.floating)
+    if not (array.dtype == np.uint8 or floating) or not (
+        array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    ):
+        expected = "uint8, or floating-point from 0 to 1, [h, w], [h, w, 3] or [h, w, 4]"
         raise InputError(f"image array: found {found}, expected {expected}; convert it first")
     _check_size("image array", array.shape[1], array.shape[0])
+    if floating:
+        if not (array.min() >= 0 and array.max() <= 1):  # False of NaN
+            raise InputError(
+                f"image array: found {found} of values {array.min():g} to {array.max():g}, expected 0 (black) to 1;"
+                " scale it, or convert it to uint8"
+            )
+        array = np.rint(array.astype(np.float32) * 255).astype(np.uint8)
     return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _in_memory(file: Any) -> io.BytesIO:
+    """The rest of an open file."""
+    data = file.read((MAX_FILE_MEGABYTES << 20) + 1)
+    if not isinstance(data, bytes):
+        raise InputError(f"image file: found one of {shown(data)}, expected bytes; open it in binary mode ('rb')")
+    if not 0 < len(data) <= MAX_FILE_MEGABYTES << 20:
+        raise InputError(
+            f"image file: found {len(data)} bytes to read, expected 1 to {MAX_FILE_MEGABYTES} MB; rewind it first, or"
+            " save the picture smaller"
+        )
+    return io.BytesIO(data)
 
 
 def _check_file(path: str | os.PathLike[str], name: str) -> None:
@@ -175,18 +206,18 @@ def _check_size(name: str, width: int, height: int) -> None:
         raise InputError(f"{name}: found {found}, expected at most {MAX_MEGAPIXELS} megapixels; scale it down first")
 
 
-def _open(path: str | os.PathLike[str], name: str) -> Image.Image:
+def _open(file: IO[bytes], name: str) -> Image.Image:
     """Reads the header only."""
     from PIL import Image
 
     try:
-        return Image.open(path, formats=ACCEPTED_FORMATS)
+        return Image.open(file, formats=ACCEPTED_FORMATS)
     except Image.DecompressionBombError as error:
         found = f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f} megapixels"
         raise InputError(f"{name}: found {found}, expected at most {MAX_MEGAPIXELS}; scale it down first") from error
     except Exception as error:  # a hostile file can raise nearly anything from inside a decoder
-        with open(path, "rb") as file:
-            head = file.read(8)
+        file.seek(0)
+        head = file.read(8)
         if head.startswith((b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*")):
             raise _damaged(name, error) from error
         raise InputError(

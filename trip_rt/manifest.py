@@ -15,7 +15,10 @@ from trip_rt.components import ALL, REQUIRED, TensorSpec, signatures
 from trip_rt.config import Count, TripConfig, from_json, to_json
 from trip_rt.errors import InputError
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
+
+# Of a graph's input or output; several frames of 4K are below it. Nothing larger is set aside on a file's word.
+MAX_TENSOR_BYTES = 1 << 30
 
 Precision = Literal["fp32", "fp16", "bf16"]
 Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
@@ -128,11 +131,12 @@ class Profile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle holds: the model's config, a profile for each set of shapes (the first is the default), and a table
-    of all its files. `built_with` (package versions) and `source` (hashes of the checkpoint's files) are for people and
-    for the next export."""
+    """What a bundle holds: the model's config, how many token ids its text encoder knows (`vocabulary`), a profile for
+    each set of shapes (the first is the default), and a table of all its files. `built_with` (package versions) and
+    `source` (hashes of the checkpoint's files) are for people and for the next export."""
 
     config: TripConfig
+    vocabulary: Count
     profiles: Annotated[tuple[Profile, ...], Meta(min_length=1, max_length=64)]
     files: dict[FileName, FileSpec]
     built_with: dict[str, str]
@@ -208,6 +212,14 @@ def _check_consistent(manifest: Manifest, where: str) -> None:
             raise InputError(f"{where}: found no engine of {', '.join(lacking)} for {profile.name}; {again}")
         if unknown := [name for name in profile.engines if name not in ALL]:
             raise InputError(f"{where}: found the unknown component {unknown[0][:100]!r}; {again}")
+        for engines in profile.engines.values():
+            for spec in engines.values():
+                for tensor in (*spec.inputs, *spec.outputs):
+                    if tensor.nbytes > MAX_TENSOR_BYTES:
+                        raise InputError(
+                            f"{where}: found the tensor {tensor.name[:100]} of {tensor.nbytes >> 20} MB, expected at"
+                            f" most {MAX_TENSOR_BYTES >> 20} MB; {again}"
+                        )
         config = manifest.config_of(profile)
         expected = signatures(
             config, profile.batch, profile.decode_frames, profile.context_width, profile.features_shape

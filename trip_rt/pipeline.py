@@ -19,10 +19,14 @@ from trip_rt.manifest import Profile
 from trip_rt.networks import BoundUNet, EngineNetworks, OpenEngine, halves, step_buffers
 from trip_rt.sampling.loop import Array, OnStep, denoise, denoise_on_gpu
 from trip_rt.sampling.step import Step
+from trip_rt.turns import Turn
 
 
 class Pipeline:
-    """Runs `profile.batch` clips at a time: `encode`, then `denoise`, then `decode` each.
+    """Runs `profile.batch` clips at a time: `encode`, then `denoise`, then `latents`, and `decode` of each clip's.
+
+    There is one set of buffers: whoever calls the first three holds `turn` from first to last. `decode` takes it by
+    itself.
 
     `open_engine` opens a component's engine; those that only some steps need are asked for when they come. `cuda_graph`
     allows recording a step as a CUDA graph; `graph` says whether one was. `folder` is the bundle's, for the kernels;
@@ -39,12 +43,14 @@ class Pipeline:
         cuda_graph: bool,
     ):
         self._device, self._profile, self._cuda_graph = device, profile, cuda_graph
-        self._runs = 0
+        self.turn = Turn(device.use)
         names = ("text_encoder", "text_projection", "vae_encoder", "vae_decoder")
         self._text, self._projection, self._image, self._decoder = (
             _Bound(device, _present(open_engine, name)) for name in names
         )
         self._frames = device.read_back(self._decoder.output)
+        self._clip = device.zeros("float32", config.latent_shape)
+        self._decoding: object = None  # whose latents `_clip` holds
         self.buffers = step_buffers(device, config, profile.batch, profile.context_width, profile.features_shape)
         self._unet = BoundUNet(self.buffers, open_engine)
         self._unet.kind(True, False)
@@ -106,7 +112,6 @@ class Pipeline:
         """Token ids [B, L] of both halves and pictures [B, 3, H, W], −1 to 1, to the buffers `context` and
         `first_frame`."""
         device, buffers = self._device, self.buffers
-        self._runs += 1
         for half, ids in zip(halves(self._projection.input), (unconditional, conditional), strict=True):
             device.write(self._text.input, ids)
             self._text.run()
@@ -119,7 +124,7 @@ class Pipeline:
             device.copy(self._image.output, half)
 
     def denoise(self, noise: Array, steps: Sequence[Step], on_step: OnStep | None = None) -> None:
-        """The loop on what `encode` left, from `noise` [B, C, F, h, w]; its latents stay where `decode` finds them.
+        """The loop on what `encode` left, from `noise` [B, C, F, h, w]; `latents` reads what it made.
 
         `on_step(done, total)` is called as steps end. InputError where the bundle lacks what a step asks for.
         """
@@ -135,39 +140,33 @@ class Pipeline:
             device.write(halves(buffers.latents)[0], denoise(self._networks, first_frame, noise, steps, on_step))
 
     def latents(self) -> Array:
-        """The loop's result so far, [B, C, F, h, w]."""
+        """The loop's result, [B, C, F, h, w]; the caller's own."""
         return self._device.read(halves(self.buffers.latents)[0])
 
-    def load_latents(self, latents: Array) -> None:
-        """Put one clip [C, F, h, w] where `decode(0)` finds it."""
-        self._runs += 1
-        self._device.write(self.buffers.latents.row(0), latents)
+    def decode(self, latents: Array) -> Iterator[Array]:
+        """The frames of a clip's latents [C, F, h, w], float32 [≤ decode_frames, 3, H, W], about −1 to 1.
 
-    def decode(self, clip: int) -> Iterator[Array]:
-        """A clip's frames float32 [≤ decode_frames, 3, H, W], about −1 to 1, chunk by chunk so that memory stays flat;
-        on a GPU the next chunk is being decoded while the caller has this one. RuntimeError if another clip has taken
-        this one's place meanwhile."""
-        latents = self.buffers.latents.row(clip)
+        They come chunk by chunk, so that memory stays flat; on a GPU the next chunk is being decoded while the caller
+        has this one. Between chunks others may have their turn: then what they displaced is decoded again.
+        """
         frames, chunk = latents.shape[1], self._decoder.input.shape[0]
-        self._frames.drop()  # what an abandoned decode left
-        waiting: list[int] = []
-        run = self._runs
-        for start in range(0, frames, chunk):
-            if self._runs != run:
-                raise RuntimeError(
-                    "decode: found another clip begun before this one's frames were all taken; take them first"
-                )
-            # The last chunk repeats its last frame, as shapes are static.
-            self._device.gather_frames(
-                latents, [min(frame, frames - 1) for frame in range(start, start + chunk)], self._decoder.input
-            )
-            self._decoder.run()
-            self._frames.put()
-            waiting.append(min(chunk, frames - start))
-            if len(waiting) == self._frames.depth:
-                yield self._frames.take()[: waiting.pop(0)]
-        for count in waiting:
-            yield self._frames.take()[:count]
+        starts, ours = range(0, frames, chunk), object()
+        put = 0  # chunks handed to the decoder
+        for taken, start in enumerate(starts):
+            with self.turn:
+                if self._decoding is not ours:
+                    self._frames.drop()
+                    self._device.write(self._clip, latents)
+                    self._decoding, put = ours, taken
+                while put < min(taken + self._frames.depth, len(starts)):
+                    # The last chunk repeats its last frame, as shapes are static.
+                    wanted = [min(frame, frames - 1) for frame in range(starts[put], starts[put] + chunk)]
+                    self._device.gather_frames(self._clip, wanted, self._decoder.input)
+                    self._decoder.run()
+                    self._frames.put()
+                    put += 1
+                pixels = self._frames.take()
+            yield pixels[: min(chunk, frames - start)]
 
 
 def _present(open_engine: OpenEngine, name: str) -> Engine:

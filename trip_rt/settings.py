@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, get_args
 
+from trip_rt.checks import is_number, one_of, real_number, shown, text, whole_number
 from trip_rt.config import TripConfig
 from trip_rt.errors import InputError
 from trip_rt.images import Fit
 from trip_rt.sampling.solvers import SOLVERS, Solver, solver_steps
 from trip_rt.sampling.step import Step
-from trip_rt.tokenizer import check_text
+
+MAX_GUIDANCE_SCALE = 100
+MAX_STEPS = 1 << 20  # no schedule has as many
 
 
 @dataclass(frozen=True)
@@ -73,24 +75,18 @@ class Settings:
     fit: Fit = "crop"
 
     def __post_init__(self) -> None:
-        if isinstance(self.speed, str) and self.speed not in SPEEDS:
-            raise InputError(f"speed: found {self.speed!r}, expected {', '.join(SPEEDS)}")
-        if self.fit not in get_args(Fit):
-            raise InputError(f"fit: found {self.fit!r}, expected {' or '.join(map(repr, get_args(Fit)))}")
+        if not isinstance(self.speed, Speed):
+            one_of("speed", self.speed, tuple(SPEEDS))
+        one_of("fit", self.fit, get_args(Fit))
+        text("negative prompt", self.negative_prompt)
+        if self.guidance_scale is not None:
+            real_number("guidance scale", self.guidance_scale, 0, MAX_GUIDANCE_SCALE)
         speed = self.resolved_speed
-        if speed.solver not in SOLVERS:
-            raise InputError(f"solver: found {speed.solver!r}, expected one of {', '.join(SOLVERS)}")
-        low, high = speed.guidance_interval
-        if not 0 <= low <= high <= 1:
-            raise InputError(
-                f"guidance interval: found {low} to {high}, expected two numbers from 0 to 1, the lower one first"
-            )
-        if speed.feature_reuse < 1:
-            raise InputError(f"feature reuse: found {speed.feature_reuse}, expected at least 1, which reuses none")
-        scale = self.guidance_scale
-        if scale is not None and not (math.isfinite(scale) and 0 <= scale <= 100):
-            raise InputError(f"guidance scale: found {scale}, expected 0 to 100")
-        check_text(self.negative_prompt)
+        one_of("solver", speed.solver, SOLVERS)
+        whole_number("feature reuse", speed.feature_reuse, 1, MAX_STEPS)
+        if speed.num_inference_steps is not None:
+            whole_number("num_inference_steps", speed.num_inference_steps, 1, MAX_STEPS)
+        _check_interval(speed.guidance_interval)
 
     @property
     def resolved_speed(self) -> Speed:
@@ -102,8 +98,9 @@ class Settings:
     def steps(self, config: TripConfig) -> list[Step]:
         """The steps of a run of this model, first to last; InputError for more steps than its schedule has."""
         speed = self.resolved_speed
-        scale = config.guidance_scale if self.guidance_scale is None else self.guidance_scale
-        count = config.num_inference_steps if speed.num_inference_steps is None else speed.num_inference_steps
+        # Plain numbers: numpy's would make the latents fp64.
+        scale = float(config.guidance_scale if self.guidance_scale is None else self.guidance_scale)
+        count = int(config.num_inference_steps if speed.num_inference_steps is None else speed.num_inference_steps)
         low, high = speed.guidance_interval
         steps: list[Step] = []
         whole = -1  # the last step that ran the whole UNet
@@ -124,6 +121,26 @@ class Settings:
             advice = _INSTEAD.get(unknown, f"expected some of {', '.join(fields)}")
             raise InputError(f"{unknown}: found no such setting, {advice}")
         return dataclasses.replace(self, **keywords)
+
+
+def check_prompt(prompt: Any) -> None:
+    """InputError for what is no sentence."""
+    if not text("prompt", prompt).strip():
+        raise InputError("prompt: found an empty one, expected a sentence that says what happens")
+
+
+def check_seed(seed: Any) -> int:
+    """The seed as an int; InputError for one that the noise generator cannot take."""
+    return whole_number("seed", seed, 0, 2**64 - 1)
+
+
+def _check_interval(interval: Any) -> None:
+    expected = "expected two numbers from 0 to 1, the lower one first"
+    if not isinstance(interval, Sequence) or isinstance(interval, str) or len(interval) != 2:
+        raise InputError(f"guidance interval: found {shown(interval)}, {expected}")
+    low, high = interval
+    if not (is_number(low) and is_number(high) and 0 <= low <= high <= 1):
+        raise InputError(f"guidance interval: found {shown(low)} to {shown(high)}, {expected}")
 
 
 # What users of diffusers' pipelines write first, and what does it here.

@@ -161,6 +161,7 @@ class _Export:
             _ = self.reference  # recorded now, if nothing needed it yet
         manifest = Manifest(
             config=self.plan.checkpoint_config,
+            vocabulary=self.plan.vocabulary,
             profiles=tuple(profiles),
             files={},
             built_with=self.plan.versions | {"python": platform.python_version()},

@@ -36,7 +36,7 @@ def record(
     config = model.config
     pictures, prompts = held_out(config.height, config.width, batch)
     steps = Settings(num_inference_steps=num_inference_steps).steps(config)
-    tokenizer = PromptTokenizer(tokenizer_json, config.text_length)
+    tokenizer = PromptTokenizer(tokenizer_json, config.text_length, model.vocabulary)
     samples: dict[str, list[Sample]] = defaultdict(list)
 
     def keep(name: str, inputs: dict[str, Tensor], output: Tensor) -> None:

@@ -29,6 +29,11 @@ class TripModel(nn.Module):
         self.vae = vae
         self.text_encoder = text_encoder
 
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the text encoder knows."""
+        return int(self.text_encoder.config.vocab_size)
+
     def encode_text(self, input_ids: Tensor) -> Tensor:
         """int64 [B, text_length] → [B, text_length, text_width]. Padding is attended to, as Stable Diffusion's is."""
         return self.text_encoder(input_ids).last_hidden_state

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import os
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -229,7 +231,7 @@ WAYS = {
 def test_every_speed_is_the_oracle_at_that_speed(tiny_animator, picture, speed):
     model, config = tiny_model(), tiny_animator.config
     fitted = images.load_image(picture, config.height, config.width, "crop")[None]
-    tokens = PromptTokenizer(tiny_animator.tokenizer_json, config.text_length)
+    tokens = PromptTokenizer(tiny_animator.tokenizer_json, config.text_length, model.vocabulary)
     with torch.no_grad():
         text = model.encode_text(torch.from_numpy(tokens(["", PROMPT])))
         first = model.encode_image(torch.from_numpy(images.to_model(fitted)))
@@ -291,14 +293,53 @@ def test_decoding_in_chunks_changes_nothing(tiny_animator, picture, clip, size):
     assert frames.shape == clip.frames.shape and np.abs(frames.astype(int) - clip.frames).max() <= 1
 
 
-def test_a_clip_that_lost_its_place_is_not_mixed_with_another(tiny_animator, picture):
-    decoder = InChunks(tiny_animator.engines["vae_decoder"], with_tensors(tiny_animator, "vae_decoder", 1, 2))
-    chunked = remade(tiny_animator, dataclasses.replace(tiny_animator.profile, decode_frames=2), vae_decoder=decoder)
-    frames = chunked.stream(picture, PROMPT, num_inference_steps=1)
-    next(frames)
-    chunked(picture, "a blue ball", num_inference_steps=1)
-    with pytest.raises(RuntimeError, match="take them first"):
-        list(frames)
+def in_chunks_of_two(animator):
+    decoder = InChunks(animator.engines["vae_decoder"], with_tensors(animator, "vae_decoder", 1, 2))
+    return remade(animator, dataclasses.replace(animator.profile, decode_frames=2), vae_decoder=decoder)
+
+
+def test_clips_taken_in_turns_are_not_mixed(tiny_animator, picture):
+    chunked = in_chunks_of_two(tiny_animator)
+    kinds = [(PROMPT, 1), ("a blue ball", 2), ("a green ball", 3)]
+    alone = [chunked(picture, prompt, seed=seed, num_inference_steps=1).frames for prompt, seed in kinds]
+    streams = [chunked.stream(picture, prompt, seed=seed, num_inference_steps=1) for prompt, seed in kinds]
+    taken = [np.stack(frames) for frames in zip(*zip(*streams, strict=True), strict=True)]
+    for frames, expected in zip(taken, alone, strict=True):
+        assert (frames == expected).all()
+
+
+def test_an_abandoned_stream_holds_nobody_up(tiny_animator, picture):
+    chunked = in_chunks_of_two(tiny_animator)
+    abandoned = chunked.stream(picture, PROMPT, num_inference_steps=1)
+    next(abandoned)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(chunked, picture, PROMPT, num_inference_steps=1).result(timeout=60)
+    assert len(list(abandoned)) == chunked.config.num_frames - 1
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_threads_wait_for_each_other(both_backends, picture, backend):
+    """Eight threads call every method that makes clips; each clip is what one thread alone makes."""
+    with Animator(both_backends, backend) as animator:
+        fitted = images.load_image(picture, animator.config.height, animator.config.width)[None]
+        ways = {
+            "call": lambda seed: animator(picture, PROMPT, seed=seed, num_inference_steps=2).frames,
+            "stream": lambda seed: np.stack(list(animator.stream(picture, PROMPT, seed=seed, num_inference_steps=2))),
+            "batch": lambda seed: animator.batch([picture], PROMPT, seeds=[seed], num_inference_steps=2)[0].frames,
+            "decode": lambda seed: np.concatenate(
+                list(animator.decode(animator.latents(fitted, [PROMPT], [seed], num_inference_steps=2)[0]))
+            ),
+        }
+        alone = {seed: ways["call"](seed) for seed in range(6)}
+        with ThreadPoolExecutor(8) as pool:
+            jobs = [(seed, pool.submit(way, seed)) for _ in range(2) for seed in alone for way in ways.values()]
+            assert all((job.result(timeout=100) == alone[seed]).all() for seed, job in jobs)
+
+
+def test_a_call_within_a_call_is_told_so(tiny_animator, picture):
+    with pytest.raises(RuntimeError, match="within another one's on_step"):
+        tiny_animator(picture, PROMPT, on_step=lambda done, total: tiny_animator(picture, PROMPT))
+    assert tiny_animator(picture, PROMPT, num_inference_steps=1).frames.any(), "and nothing is held by it"
 
 
 @pytest.mark.parametrize(
@@ -308,7 +349,7 @@ def test_a_clip_that_lost_its_place_is_not_mixed_with_another(tiny_animator, pic
         ({"num_inference_steps": 1001}, "steps: found 1001"),
         ({"guidance_scale": float("nan")}, "guidance scale: found nan"),
         ({"guidance_scale": -1}, "guidance scale: found -1"),
-        ({"speed": "ludicrous"}, "speed: found 'ludicrous', expected exact, balanced, fast"),
+        ({"speed": "ludicrous"}, "speed: found 'ludicrous', expected exact, balanced or fast"),
         ({"speed": Speed("euler")}, "solver: found 'euler'"),
         ({"seed": -1}, "seed: found -1"),
         ({"seed": 2**64}, "seed: found"),
@@ -319,6 +360,108 @@ def test_a_clip_that_lost_its_place_is_not_mixed_with_another(tiny_animator, pic
 def test_settings_out_of_bounds(tiny_animator, picture, settings, says):
     with pytest.raises(InputError, match=says):
         tiny_animator(picture, PROMPT, **settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        *(
+            ({name: value}, f"^{name.replace('_', '.')}: found .*expected")
+            for name, values in {
+                "seed": [None, 1.5, "7", True, [1]],
+                "num_inference_steps": ["5", 1.5, True, [4], 0, -(2**70)],
+                "feature_reuse": [1.5, "2", None.__class__],
+                "guidance_scale": ["3", [3], 10**400, 1j],
+                "guidance_interval": [5, "01", (1,), (0, 1, 2), ("a", "b"), (0, float("nan"))],
+                "speed": [5, ["fast"]],
+                "solver": [7],
+                "fit": [None, 3],
+                "negative_prompt": [None, 5, b"a"],
+                "settings": [{"speed": "fast"}, "fast"],
+                "on_step": [5],
+                "prompt": [None, "", "  ", ["a"], 5, b"a", "\ud800"],
+            }.items()
+            for value in values
+        ),
+    ],
+)
+def test_plain_mistakes_are_one_line(tiny_animator, picture, changes, says):
+    with pytest.raises(InputError, match=says) as caught:
+        tiny_animator(picture, **({"prompt": PROMPT} | changes))
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (([], "a ball", {"seeds": 7}), "seeds: found 7, expected a list"),
+        (("photo.png", PROMPT, {}), "pictures: found 'photo.png', expected a list"),
+        ((5, PROMPT, {}), "pictures: found 5, expected a list"),
+        ((np.array(5), PROMPT, {}), "pictures: found"),
+        (([np.zeros((16, 16), np.uint8)], None, {}), "prompts: found None, expected a list"),
+        (([np.zeros((16, 16), np.uint8)], [PROMPT], {"seeds": ["1"]}), "seed: found '1'"),
+    ],
+)
+def test_plain_mistakes_in_batches(tiny_animator, arguments, says):
+    pictures, prompts, options = arguments
+    with pytest.raises(InputError, match=says):
+        tiny_animator.batch(pictures, prompts, **options)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, 10**9, "2", True])
+def test_threads_out_of_bounds(threads):
+    with pytest.raises(InputError, match=r"threads: found .*expected a whole number from 1 to 256"):
+        EngineOptions(threads=threads)
+
+
+def test_plain_mistakes_when_opening(tiny_bundle):
+    for arguments, says in (
+        ((None,), "bundle: found None"),
+        ((tiny_bundle, 5), "backend: found 5"),
+        ((tiny_bundle, int), "backend: found"),
+        ((tiny_bundle, "auto", 5), "profile: found 5"),
+        ((tiny_bundle, "auto", None, {"threads": 2}), "options: found a dict"),
+    ):
+        with pytest.raises(InputError, match=says):
+            Animator(*arguments)
+
+
+def test_arrays_of_the_wrong_kind(tiny_animator, picture):
+    config = tiny_animator.config
+    for latents in (None, np.zeros(config.latent_shape), np.zeros((1, *config.latent_shape), np.float32)):
+        with pytest.raises(InputError, match=r"^latents: found .*expected"):
+            list(tiny_animator.decode(latents))
+    for pictures in (picture, picture[None], [picture], None):
+        with pytest.raises(
+            InputError, match=r"^pictures: found .*expected an? *array|^pictures: found .*expected uint8"
+        ):
+            tiny_animator.latents(pictures, [PROMPT], [0])
+
+
+def test_numbers_may_be_numpys(tiny_animator, picture, clip):
+    made = tiny_animator(
+        picture,
+        PROMPT,
+        seed=np.int64(7),
+        num_inference_steps=np.int32(4),
+        guidance_scale=np.float64(tiny_animator.config.guidance_scale),
+    )
+    assert (made.frames == clip.frames).all() and type(made.seed) is int
+
+
+def test_one_sentence_is_for_all_pictures(tiny_animator, picture):
+    pictures = [Image.fromarray(picture), io.BytesIO(_png(255 - picture)), picture / 255]
+    clips = tiny_animator.batch(iter(pictures), PROMPT, seeds=np.arange(3), num_inference_steps=1)
+    arrays = [picture, 255 - picture, picture]
+    for seed, (made, array) in enumerate(zip(clips, arrays, strict=True)):
+        alone = tiny_animator(array, PROMPT, seed=seed, num_inference_steps=1)
+        assert made.prompt == PROMPT and (made.frames == alone.frames).all()
+
+
+def _png(pixels):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def test_uneven_batches(tiny_animator, picture):

@@ -14,6 +14,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
@@ -155,6 +156,15 @@ def test_arrays():
     assert (load_image(quadrants(), 16, 32) == quadrants()).all()
     assert (load_image(np.full((16, 16), 5, np.uint8), 16, 16) == 5).all()
     assert (load_image(quadrants()[:, ::-1], 16, 32) == quadrants()[:, ::-1]).all()
+    assert (load_image(quadrants() / 255, 16, 32) == quadrants()).all()
+    assert (load_image((quadrants() / 255).astype(np.float16), 16, 32) == quadrants()).all()
+
+
+def test_open_files(tmp_path):
+    Image.fromarray(quadrants()).save(tmp_path / "a.png")
+    assert (load_image(io.BytesIO((tmp_path / "a.png").read_bytes()), 16, 32) == quadrants()).all()
+    with (tmp_path / "a.png").open("rb") as file:
+        assert (load_image(file, 16, 32) == quadrants()).all()
 
 
 @pytest.mark.parametrize("fit", ["crop", "letterbox"])
@@ -262,8 +272,20 @@ def test_unusable_paths(tmp_path):
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        (np.zeros((16, 16, 3), np.float32), "float32 [16, 16, 3]"),
+        (np.zeros((16, 16, 3), np.int64), "int64 [16, 16, 3]"),
+        (np.full((16, 16, 3), 255, np.float32), "float32 [16, 16, 3] of values 255 to 255, expected 0 (black) to 1"),
+        (np.full((16, 16, 3), -1, np.float64), "values -1 to -1"),
+        (np.full((16, 16, 3), np.nan, np.float32), "values nan to nan"),
+        (np.zeros((3, 16, 16), np.float32), "float32 [3, 16, 16]"),
         (np.zeros((16, 16, 2), np.uint8), "uint8 [16, 16, 2]"),
+        (None, "found None, expected a path"),
+        (5, "found 5, expected a path"),
+        (b"\x89PNG", "wrap bytes in io.BytesIO"),
+        (torch.zeros(3, 16, 16), "found a Tensor, expected a path"),
+        ([Image.new("RGB", (16, 16))], "Animator.batch takes several"),
+        (io.BytesIO(), "found 0 bytes to read"),
+        (io.BytesIO(b"GIF89a"), "damaged"),
+        (io.StringIO("text"), "open it in binary mode"),
         (np.zeros((0, 16, 3), np.uint8), "16 x 0 pixels"),
         (Image.new("RGB", (3, 16)), "3 x 16 pixels"),
         (Image.new("F", (16, 16)), "floating-point"),

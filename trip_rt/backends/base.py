@@ -11,12 +11,14 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from trip_rt.checks import one_of, shown, whole_number
 from trip_rt.components import TensorSpec
 from trip_rt.devices import Buffer, Device, Kind, Work
-from trip_rt.errors import InputError
+from trip_rt.errors import EngineError, InputError, printable
 from trip_rt.manifest import EngineSpec
 
 MAX_THREADS = 256
+Tensor = tuple[str, Sequence[object]]  # dtype and shape; a side that is not fixed may be anything but a number
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,11 @@ class EngineOptions:
     cuda_graph: bool = True
 
     def __post_init__(self) -> None:
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise InputError(f"device: found {self.device!r}, expected auto, cpu or cuda")
-        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
-            raise InputError(f"threads: found {self.threads}, expected 1 to {MAX_THREADS}")
+        one_of("device", self.device, ("auto", "cpu", "cuda"))
+        if self.threads is not None:
+            whole_number("threads", self.threads, 1, MAX_THREADS)
+        if not isinstance(self.cuda_graph, bool):
+            raise InputError(f"cuda_graph: found {shown(self.cuda_graph)}, expected True or False")
 
 
 class Engine(ABC):
@@ -114,6 +117,20 @@ class Engine(ABC):
         if unknown := sorted(set(actual) - set(names)):
             raise ValueError(f"{self.spec.file}: found unknown inputs {unknown}, expected {names}")
 
+    def check_opened(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        """InputError unless the opened engine's own tensors, (dtype, shape) by name, are the manifest's."""
+        sides = {"input": (inputs, self.spec.inputs), "output": (outputs, self.spec.outputs)}
+        for side, (opened, listed) in sides.items():
+            found = {name: f"{dtype} {list(shape)}" for name, (dtype, shape) in opened.items()}
+            expected = {tensor.name: f"{tensor.dtype} {list(tensor.shape)}" for tensor in listed}
+            for name in sorted(found.keys() | expected.keys()):
+                if found.get(name) != expected.get(name):
+                    shown = f"{side} {printable(name)[:100]}"
+                    raise InputError(
+                        f"{self.spec.file}: {shown}: found {found.get(name, 'none')[:100]}, expected"
+                        f" {expected.get(name, 'none')}; the engine is not this manifest's, export the bundle again"
+                    )
+
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Backend, library version and device, for logs and benchmarks."""
@@ -125,6 +142,11 @@ class Engine(ABC):
         self._own, self._is_closed = None, True
         if self._owns_device:
             self.device.close()
+
+    def failed(self, error: Exception) -> EngineError:
+        """What to raise where the library fails in the midst of a run."""
+        reason = printable(" ".join(str(error).split()))[:200]
+        return EngineError(f"{self.spec.file}: failed while it ran ({reason}); export the bundle again")
 
     def closed_error(self) -> RuntimeError:
         """What to raise where a closed engine is asked to run."""

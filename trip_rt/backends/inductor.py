@@ -16,7 +16,7 @@ from typing import Any
 
 from trip_rt.backends.base import Engine, EngineOptions
 from trip_rt.devices import Buffer, Device, Kind, Work, open_device
-from trip_rt.errors import EngineError, InputError
+from trip_rt.errors import InputError
 from trip_rt.manifest import EngineSpec
 
 # All that a package may hold: the library, its kernels for a GPU, descriptions, and the marks of the format. torch's
@@ -112,12 +112,11 @@ class InductorEngine(Engine):
             try:
                 with torch.no_grad(), _threads(torch, self._threads), self._on_stream():
                     for output, result in zip(outputs, self._loader.run(inputs), strict=True):
+                        if (output.dtype, output.shape) != (result.dtype, result.shape):
+                            raise RuntimeError(f"it gave {result.dtype} {list(result.shape)} for an output")
                         output.copy_(result)
-            except RuntimeError as error:
-                raise EngineError(
-                    f"{self.spec.file}: failed while it ran ({' '.join(str(error).split())[:200]}); export the bundle"
-                    " again"
-                ) from error
+            except (RuntimeError, ValueError) as error:  # ValueError: of another number of outputs
+                raise self.failed(error) from error
 
         return work
 

@@ -10,12 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from trip_rt.backends.base import Engine, EngineOptions
+from trip_rt.backends.base import Engine, EngineOptions, Tensor
 from trip_rt.devices import Buffer, Device, Kind, Work, open_device
 from trip_rt.errors import InputError
 from trip_rt.manifest import EngineSpec
+from trip_rt.onnx_file import check_onnx_file
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+}
 _LONG_CALL = 100  # GFLOP, some tenths of a second on a CPU
 
 
@@ -76,6 +83,7 @@ class OnnxRuntimeEngine(Engine):
                 ("CUDAExecutionProvider", {"user_compute_stream": str(device.stream), "use_tf32": "0"}),
                 *providers,
             ]
+        check_onnx_file(path, spec.files[1:])
         try:
             session = onnxruntime.InferenceSession(path, settings, providers=providers)
             if device.kind == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
@@ -83,7 +91,9 @@ class OnnxRuntimeEngine(Engine):
                     f"{path}: ONNX Runtime could not start CUDA; check the driver and its CUDA and cuDNN libraries, or"
                     " use the CPU"
                 )
-            return cls(spec, onnxruntime, session, device, owns_device)
+            engine = cls(spec, onnxruntime, session, device, owns_device)
+            engine.check_opened(_tensors(session.get_inputs()), _tensors(session.get_outputs()))
+            return engine
         except InputError:
             raise
         except Exception as error:  # each failure has its own type, under no common one
@@ -101,7 +111,11 @@ class OnnxRuntimeEngine(Engine):
 
         def work() -> None:
             assert buffers  # and so the memory lives as long as this
-            self._opened().run_with_iobinding(binding, self._settings)
+            session = self._opened()
+            try:
+                session.run_with_iobinding(binding, self._settings)
+            except Exception as error:  # as in open
+                raise self.failed(error) from error
 
         return work
 
@@ -116,6 +130,11 @@ class OnnxRuntimeEngine(Engine):
     def close(self) -> None:
         self._session = None
         super().close()
+
+
+def _tensors(arguments: Any) -> dict[str, Tensor]:
+    """A session's inputs or outputs; their types are such as "tensor(float16)"."""
+    return {argument.name: (_DTYPES.get(argument.type, argument.type), tuple(argument.shape)) for argument in arguments}
 
 
 @cache

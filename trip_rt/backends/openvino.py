@@ -7,10 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from trip_rt.backends.base import Engine, EngineOptions
+from trip_rt.backends.base import Engine, EngineOptions, Tensor
 from trip_rt.devices import Buffer, Device, Kind, Work, open_device
 from trip_rt.errors import InputError
 from trip_rt.manifest import EngineSpec
+from trip_rt.onnx_file import check_onnx_file
+
+_DTYPES = {"f32": "float32", "f16": "float16", "i32": "int32", "i64": "int64"}
 
 
 class OpenVINOEngine(Engine):
@@ -32,13 +35,16 @@ class OpenVINOEngine(Engine):
     @classmethod
     def open(cls, path: Path, spec: EngineSpec, options: EngineOptions, device: Device | None = None) -> OpenVINOEngine:
         cls.probe(spec, options)
+        check_onnx_file(path, spec.files[1:])
         try:
             # OpenVINO's CPU plugin gives the thread that starts it a signal stack and frees that in whichever thread
             # ends it; were it the main thread's, Ctrl-C could crash afterwards. So a thread starts it that nothing is
             # ever signalled to.
             with ThreadPoolExecutor(1) as thread:
                 compiled, arithmetic = thread.submit(_compile, path, spec.precision, options.threads).result()
-            return cls(spec, _library(), compiled, arithmetic, device or open_device("cpu"))
+            engine = cls(spec, _library(), compiled, arithmetic, device or open_device("cpu"))
+            engine.check_opened(_tensors(compiled.inputs), _tensors(compiled.outputs))
+            return engine
         except RuntimeError as error:
             raise InputError(
                 f"{path}: OpenVINO cannot open it ({' '.join(str(error).split())[:200]}); export the bundle again"
@@ -53,7 +59,10 @@ class OpenVINOEngine(Engine):
         def work() -> None:
             assert buffers  # and so the memory lives as long as this
             self._opened()
-            request.infer()
+            try:
+                request.infer()
+            except RuntimeError as error:
+                raise self.failed(error) from error
 
         return work
 
@@ -73,6 +82,19 @@ class OpenVINOEngine(Engine):
     def close(self) -> None:
         self._compiled = None
         super().close()
+
+
+def _tensors(ports: Any) -> dict[str, Tensor]:
+    """A compiled model's inputs or outputs."""
+    return {
+        port.any_name: (
+            _DTYPES.get(port.element_type.get_type_name(), port.element_type.get_type_name()),
+            tuple(dim.get_length() if dim.is_static else str(dim) for dim in port.partial_shape)
+            if port.partial_shape.rank.is_static
+            else ("any",),
+        )
+        for port in ports
+    }
 
 
 def _compile(path: Path, precision: str, threads: int | None) -> tuple[Any, str]:

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-from trip_rt.backends.base import Engine, EngineOptions
+from trip_rt.backends.base import Engine, EngineOptions, Tensor
 from trip_rt.devices import Buffer, Device, Kind, Work, open_device
 from trip_rt.devices.cuda import call, gpu, memory_error
 from trip_rt.errors import EngineError, InputError
@@ -118,27 +118,14 @@ class TensorRTEngine(Engine):
 
     def _check_tensors(self) -> None:
         trt, engine = self._trt, self._engine
-        found = {}
+        tensors: dict[Any, dict[str, Tensor]] = {trt.TensorIOMode.INPUT: {}, trt.TensorIOMode.OUTPUT: {}}
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)
             dtype = engine.get_tensor_dtype(name).name
             on_device = engine.get_tensor_location(name) == trt.TensorLocation.DEVICE
-            side = "input" if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else "output"
-            shape = list(engine.get_tensor_shape(name))
-            found[name] = f"{side} {name} {_DTYPES.get(dtype, dtype)} {shape}{'' if on_device else ' in host memory'}"
-        sides = (("input", self.spec.inputs), ("output", self.spec.outputs))
-        expected = {
-            tensor.name: f"{side} {tensor.name} {tensor.dtype} {list(tensor.shape)}"
-            for side, tensors in sides
-            for tensor in tensors
-        }
-        for name in sorted(found.keys() | expected.keys()):
-            if found.get(name) != expected.get(name):
-                actual, wanted = found.get(name, f"no {name}"), expected.get(name, f"no {name}")
-                raise InputError(
-                    f"{self.spec.file}: found {actual}, expected {wanted}; the plan is not this manifest's, export the"
-                    " bundle again"
-                )
+            shown = _DTYPES.get(dtype, dtype) + ("" if on_device else " in host memory")
+            tensors[engine.get_tensor_mode(name)][name] = shown, tuple(engine.get_tensor_shape(name))
+        self.check_opened(tensors[trt.TensorIOMode.INPUT], tensors[trt.TensorIOMode.OUTPUT])
 
     def bind(self, buffers: Mapping[str, Buffer]) -> Work:
         self.check(buffers)

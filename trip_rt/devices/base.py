@@ -66,6 +66,10 @@ class Device(ABC):
     stream: int = 0
 
     @abstractmethod
+    def use(self) -> None:
+        """Have this thread's calls go to this device, as those of the thread that opened it do."""
+
+    @abstractmethod
     def zeros(self, dtype: str, shape: Sequence[int]) -> Buffer:
         """A new buffer; InputError where memory is short."""
 

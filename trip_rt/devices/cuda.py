@@ -24,8 +24,8 @@ class CudaDevice(Device):
 
     def __init__(self) -> None:
         self.name, self.compute_capability = gpu()
-        # This makes the primary context current, for the driver's functions too.
-        call("cudaSetDevice", call("cudaGetDevice"))
+        self._index = call("cudaGetDevice")
+        self.use()
         self._stream = call("cudaStreamCreateWithFlags", cuda().cudaStreamNonBlocking)
         self.stream = int(self._stream)
         self._device: list[int] = []
@@ -33,6 +33,10 @@ class CudaDevice(Device):
         self._events: deque[Any] = deque()
         self._graphs: list[Any] = []
         self._modules: list[Any] = []
+
+    def use(self) -> None:
+        # This makes the primary context current, for the driver's functions too.
+        call("cudaSetDevice", self._index)
 
     def zeros(self, dtype: str, shape: Sequence[int]) -> Buffer:
         buffer = Buffer(np.dtype(dtype), tuple(shape), 0)

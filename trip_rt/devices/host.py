@@ -17,6 +17,9 @@ class HostDevice(Device):
 
     kind = "cpu"
 
+    def use(self) -> None:
+        """There is but one host."""
+
     def zeros(self, dtype: str, shape: Sequence[int]) -> Buffer:
         array = np.zeros(shape, dtype)
         return Buffer(array.dtype, array.shape, array.ctypes.data, array)

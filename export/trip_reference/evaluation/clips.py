@@ -21,7 +21,6 @@ from trip_reference.demo_world import world
 from trip_reference.model import TripModel, to_pixels
 from trip_reference.sampling import sample
 from trip_rt import Animator
-from trip_rt.animator import check_seeds
 from trip_rt.bundle import MANIFEST, read_manifest
 from trip_rt.command_line import note
 from trip_rt.config import TripConfig
@@ -29,7 +28,7 @@ from trip_rt.errors import InputError
 from trip_rt.images import to_frames
 from trip_rt.sampling.loop import initial_noise
 from trip_rt.sampling.step import Step
-from trip_rt.settings import Settings
+from trip_rt.settings import Settings, check_seed
 from trip_rt.tokenizer import PromptTokenizer
 
 Clip = NDArray[np.uint8]
@@ -92,13 +91,12 @@ def config_of(source: Path) -> TripConfig:
 def make_clips(source: Path, cases: Sequence[Case], settings: Settings, seed: int = 0) -> list[Clip]:
     """Each case's first frame animated by its sentence: by the PyTorch model of a checkpoint, or by a bundle's
     engines."""
-    seeds = [seed + i for i in range(len(cases))]
-    check_seeds(seeds)
+    seeds = [check_seed(seed + i) for i in range(len(cases))]
     if (source / MANIFEST).is_file():
         return _by_engines(source, cases, settings, seeds)
     model = checkpoint.from_pretrained(source)
     steps = settings.steps(model.config)
-    tokenizer = PromptTokenizer(checkpoint.load_tokenizer_json(source), model.config.text_length)
+    tokenizer = PromptTokenizer(checkpoint.load_tokenizer_json(source), model.config.text_length, model.vocabulary)
 
     def animate(start: int) -> list[Clip]:
         group = slice(start, start + BATCH)
