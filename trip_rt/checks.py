@@ -13,7 +13,7 @@ from trip_rt.errors import InputError, printable
 
 def whole_number(name: str, value: Any, low: int, high: int) -> int:
     """`value` as an int from `low` to `high`."""
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and low <= int(value) <= high:
+    if is_whole(value) and low <= int(value) <= high:
         return int(value)
     raise InputError(f"{name}: found {shown(value)}, expected a whole number from {_bound(low)} to {_bound(high)}")
 
@@ -28,6 +28,11 @@ def real_number(name: str, value: Any, low: float, high: float) -> float:
 def is_number(value: Any) -> bool:
     """Whether it is a number as people write them: not a truth value, and not complex."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number and no truth value."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def one_of(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -4,18 +4,16 @@ figures on request as JSON."""
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, get_args
 
 from trip_rt.errors import EngineError, InputError, printable
 from trip_rt.images import Fit
+from trip_rt.launch import until_stopped
 from trip_rt.sampling.solvers import SOLVERS
 from trip_rt.settings import SPEEDS, Settings
 
@@ -34,67 +32,38 @@ def main_of(
 
     def main(argv: Sequence[str] | None = None) -> int:
         parser = build_parser()
-        args = parser.parse_intermixed_args(argv)  # options may stand between optional positionals
-        try:
-            with _terminable():
-                return run(args)
-        except InputError as error:
-            print(f"{parser.prog}: {_one_line(str(error))}", file=sys.stderr)
-            return 2
-        except EngineError as error:
-            print(f"{parser.prog}: {_one_line(str(error))}", file=sys.stderr)
-            return 1
-        except Terminated:
-            print(f"{parser.prog}: terminated", file=sys.stderr)
-            return 143
-        except KeyboardInterrupt:
-            print(f"{parser.prog}: interrupted", file=sys.stderr)
-            return 130
-        except BrokenPipeError:  # whoever read our output has gone, as `| head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would complain
-            return 141
-        except OSError as error:  # a full disk, a share that went away: not a fault of ours to trace
-            print(f"{parser.prog}: cannot go on: {_one_line(str(error))}", file=sys.stderr)
-            return 1
+        return until_stopped(parser.prog, lambda: _reported(parser, run, argv))
 
     return main
 
 
-_AGAIN_AFTER = 0.05  # seconds
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came. What cleans up after Ctrl-C cleans up after this."""
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM as an exception, so that nothing partial is left behind. Raised in a finaliser, it and Ctrl-C would be
-    dropped, as all that is raised there is: then the signal is sent once more."""
+def _reported(
+    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int], argv: Sequence[str] | None
+) -> int:
+    """The exit code of `run`; what a person got wrong and what the machine lacks is one line on stderr."""
     try:
-        before = signal.signal(signal.SIGTERM, _terminate)
-    except ValueError:  # not the main thread: there the caller handles signals
-        yield
-        return
-    hook = sys.unraisablehook
+        return run(parser.parse_intermixed_args(argv))  # options may stand between optional positionals
+    except InputError as error:
+        print(f"{parser.prog}: {_one_line(str(error))}", file=sys.stderr)
+        return 2
+    except EngineError as error:
+        print(f"{parser.prog}: {_one_line(str(error))}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever read our output has gone, as `| head` does
+        _drop_output()
+        return 141
+    except OSError as error:  # a full disk, a share that went away: not a fault of ours to trace
+        print(f"{parser.prog}: cannot go on: {_one_line(str(error))}", file=sys.stderr)
+        _drop_output()
+        return 1
 
-    def unraisable(dropped: sys.UnraisableHookArgs) -> None:
-        if isinstance(dropped.exc_value, KeyboardInterrupt):
-            number = signal.SIGTERM if isinstance(dropped.exc_value, Terminated) else signal.SIGINT
-            threading.Timer(_AGAIN_AFTER, os.kill, (os.getpid(), number)).start()  # and not within the finaliser
-        else:
-            hook(dropped)
 
-    sys.unraisablehook = unraisable
+def _drop_output() -> None:
+    """Give up what stdout does not take, or the flush at exit would complain."""
     try:
-        yield
-    finally:
-        sys.unraisablehook = hook
-        signal.signal(signal.SIGTERM, before)
-
-
-def _terminate(number: int, frame: object) -> None:
-    raise Terminated
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def add_json_flag(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, get_args
 
-from trip_rt.checks import is_number, one_of, real_number, shown, text, whole_number
+from trip_rt.checks import is_number, is_whole, one_of, real_number, shown, text, whole_number
 from trip_rt.config import TripConfig
 from trip_rt.errors import InputError
 from trip_rt.images import Fit
@@ -15,7 +15,6 @@ from trip_rt.sampling.solvers import SOLVERS, Solver, solver_steps
 from trip_rt.sampling.step import Step
 
 MAX_GUIDANCE_SCALE = 100
-MAX_STEPS = 1 << 20  # no schedule has as many
 
 
 @dataclass(frozen=True)
@@ -83,9 +82,12 @@ class Settings:
             real_number("guidance scale", self.guidance_scale, 0, MAX_GUIDANCE_SCALE)
         speed = self.resolved_speed
         one_of("solver", speed.solver, SOLVERS)
-        whole_number("feature reuse", speed.feature_reuse, 1, MAX_STEPS)
-        if speed.num_inference_steps is not None:
-            whole_number("num_inference_steps", speed.num_inference_steps, 1, MAX_STEPS)
+        if not is_whole(speed.feature_reuse) or speed.feature_reuse < 1:
+            found = shown(speed.feature_reuse)
+            raise InputError(f"feature reuse: found {found}, expected at least 1 as a whole number; 1 reuses none")
+        # How many there may be is the schedule's to say.
+        if speed.num_inference_steps is not None and not is_whole(speed.num_inference_steps):
+            raise InputError(f"num_inference_steps: found {shown(speed.num_inference_steps)}, expected a whole number")
         _check_interval(speed.guidance_interval)
 
     @property
