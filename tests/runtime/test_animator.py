@@ -336,6 +336,16 @@ def test_threads_wait_for_each_other(both_backends, picture, backend):
             assert all((job.result(timeout=100) == alone[seed]).all() for seed, job in jobs)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_five_hundred_clips_of_eight_threads(both_backends, picture, backend):
+    with Animator(both_backends, backend) as animator:
+        alone = {seed: animator(picture, PROMPT, seed=seed).frames for seed in range(20)}
+        with ThreadPoolExecutor(8) as pool:
+            jobs = [(i % 20, pool.submit(animator, picture, PROMPT, seed=i % 20)) for i in range(500)]
+            assert sum((job.result().frames == alone[seed]).all() for seed, job in jobs) == 500
+
+
 def test_a_call_within_a_call_is_told_so(tiny_animator, picture):
     with pytest.raises(RuntimeError, match="within another one's on_step"):
         tiny_animator(picture, PROMPT, on_step=lambda done, total: tiny_animator(picture, PROMPT))
