@@ -13,6 +13,8 @@ import pytest
 from once import made_once
 
 if TYPE_CHECKING:
+    from fuzzing import Fuzz
+
     from trip_export.export import ExportResult
     from trip_rt import Animator
 
@@ -46,6 +48,27 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes an export comes first: of two workers one makes it while the other begins with the rest."""
     items.sort(key=lambda item: "tiny_checkpoint" not in getattr(item, "fixturenames", ()))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the fuzz tests took in, those of xdist's workers together."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, [])]
+    if counts := [value for report in reports for name, value in report.user_properties if name == "fuzz"]:
+        from fuzzing import table
+
+        terminalreporter.section("fuzz tests")
+        for line in table(counts):
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def fuzz(request: pytest.FixtureRequest) -> Fuzz:
+    """Runs inputs of the area that `fuzzing.fuzz_area` names."""
+    from fuzzing import PROPERTY, Fuzz
+
+    fuzz = Fuzz(*request.param)
+    request.node.user_properties.append((PROPERTY, fuzz.counts))
+    return fuzz
 
 
 @pytest.fixture(scope="session")
