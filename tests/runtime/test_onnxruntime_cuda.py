@@ -29,6 +29,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         def get_providers(self) -> list[str]:
             return ["CUDAExecutionProvider"]
 
+        def get_inputs(self) -> list[Any]:
+            return [SimpleNamespace(name="x", type="tensor(float)", shape=[2, 3])]
+
+        get_outputs = get_inputs
+
     package = ModuleType("onnxruntime")
     vars(package).update(
         get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
@@ -46,6 +51,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_fp32_is_fp32_and_the_libraries_are_loaded_first(calls: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "unet-0.onnx").write_bytes(b"\x3a\x00")  # an ONNX model of an empty graph
     backend.OnnxRuntimeEngine.open(tmp_path / "unet-0.onnx", SPEC, EngineOptions()).close()
     assert calls[:2] == ["preload", "a value on the GPU"]
     (session,) = calls[2:]

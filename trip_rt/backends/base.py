@@ -119,17 +119,23 @@ class Engine(ABC):
 
     def check_opened(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """InputError unless the opened engine's own tensors, (dtype, shape) by name, are the manifest's."""
-        sides = {"input": (inputs, self.spec.inputs), "output": (outputs, self.spec.outputs)}
-        for side, (opened, listed) in sides.items():
-            found = {name: f"{dtype} {list(shape)}" for name, (dtype, shape) in opened.items()}
-            expected = {tensor.name: f"{tensor.dtype} {list(tensor.shape)}" for tensor in listed}
-            for name in sorted(found.keys() | expected.keys()):
-                if found.get(name) != expected.get(name):
-                    shown = f"{side} {printable(name)[:100]}"
-                    raise InputError(
-                        f"{self.spec.file}: {shown}: found {found.get(name, 'none')[:100]}, expected"
-                        f" {expected.get(name, 'none')}; the engine is not this manifest's, export the bundle again"
-                    )
+        found = {
+            name: f"{side} {printable(name)[:100]} {dtype[:100]} {list(shape)}"
+            for side, tensors in (("input", inputs), ("output", outputs))
+            for name, (dtype, shape) in tensors.items()
+        }
+        expected = {
+            tensor.name: f"{side} {tensor.name} {tensor.dtype} {list(tensor.shape)}"
+            for side, tensors in (("input", self.spec.inputs), ("output", self.spec.outputs))
+            for tensor in tensors
+        }
+        for name in sorted(found.keys() | expected.keys()):
+            if found.get(name) != expected.get(name):
+                absent = f"no {printable(name)[:100]}"
+                raise InputError(
+                    f"{self.spec.file}: found {found.get(name, absent)}, expected {expected.get(name, absent)}; the"
+                    " engine is not this manifest's, export the bundle again"
+                )
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:

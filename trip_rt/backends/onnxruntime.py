@@ -66,6 +66,7 @@ class OnnxRuntimeEngine(Engine):
     ) -> OnnxRuntimeEngine:
         onnxruntime = _library()
         kind = cls.probe(spec, options)
+        check_onnx_file(path, spec.files[1:])
         owns_device, device = device is None, device or open_device(kind)
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = 3  # errors only: warnings are about graphs that the user cannot change
@@ -83,7 +84,6 @@ class OnnxRuntimeEngine(Engine):
                 ("CUDAExecutionProvider", {"user_compute_stream": str(device.stream), "use_tf32": "0"}),
                 *providers,
             ]
-        check_onnx_file(path, spec.files[1:])
         try:
             session = onnxruntime.InferenceSession(path, settings, providers=providers)
             if device.kind == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
