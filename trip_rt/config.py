@@ -94,6 +94,8 @@ def from_json(cls: type[T], data: Any, where: str, remedy: str = "was it written
         config = msgspec.convert(data, cls)
     except msgspec.ValidationError as error:
         raise InputError(f"{where}: {_in_words(str(error), cls, data)}; {remedy}") from error
+    except (UnicodeError, OverflowError, RecursionError) as error:  # half characters, numbers without end, deep nesting
+        raise InputError(f"{where}: found values that no file of ours holds ({error}); {remedy}") from error
     if unknown := next(_unknown(data, msgspec.to_builtins(config)), None):
         raise InputError(f"{where}: found the unknown field {unknown}; {remedy}")
     return config
