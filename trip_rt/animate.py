@@ -19,7 +19,7 @@ from tqdm import tqdm
 from trip_rt import backends, images, video
 from trip_rt.animator import Animator
 from trip_rt.bundle import read_manifest
-from trip_rt.clip_requests import Job, check_jobs, load_pictures, read_batch
+from trip_rt.clip_requests import Job, Pictures, check_jobs, read_batch
 from trip_rt.command_line import CommandParser, add_json_flag, add_settings, main_of, note, report, settings_of
 from trip_rt.errors import InputError, printable
 from trip_rt.files import whole_file
@@ -91,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
         fps = float(manifest.config.fps if args.fps is None else args.fps)
         video.check_fps(fps)
         backends.choose(profile, args.backend, options)
-        pictures = load_pictures(jobs, profile.height, profile.width, settings.fit)
+        pictures = Pictures(profile.height, profile.width, settings.fit)
+        pictures.check(jobs)
         animator = Animator(args.bundle, args.backend, profile.name, options)
     note(f"backend: {animator.backend} ({animator.backend_reason})")
     clips, strips = [], []
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
             group, group_began = jobs[start : start + profile.batch], time.perf_counter()
             with _timed(seconds, "denoise"):
                 latents = animator.latents(
-                    np.stack(pictures[start : start + profile.batch]),
+                    np.stack([pictures.of(job) for job in group]),
                     [job.prompt for job in group],
                     [job.seed for job in group],
                     settings=settings,

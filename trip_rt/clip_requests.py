@@ -19,6 +19,7 @@ from trip_rt.images import Fit, load_image
 from trip_rt.settings import check_prompt, check_seed
 
 MAX_BATCH_FILE_MEGABYTES = 16
+MAX_HELD_MEGABYTES = 64  # of fitted pictures
 MAX_SHEET_CLIPS = 200  # a row of the contact sheet takes about 4 MB
 _FIELDS = {"image": str, "prompt": str, "output": str, "seed": int}
 
@@ -125,14 +126,32 @@ def _claim(path: str | Path, what: str, taken: dict[str, str]) -> None:
     taken[target] = taken[os.path.join(folder, "")] = what
 
 
-def load_pictures(jobs: Sequence[Job], height: int, width: int, fit: Fit) -> list[NDArray[np.uint8]]:
-    """The fitted pictures; InputError for one that cannot be used."""
-    loaded: dict[str, NDArray[np.uint8]] = {}
-    for job in jobs:
+class Pictures:
+    """The jobs' pictures at the model's size, uint8 [H, W, 3] each: `check` loads every one before the slow work, and
+    as many stay in memory as fit a bound."""
+
+    def __init__(self, height: int, width: int, fit: Fit):
+        self._fitting = height, width, fit
+        self._kept: dict[str, NDArray[np.uint8]] = {}
+        self._bytes = 0
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        """InputError for a picture that cannot be used."""
+        checked: set[str] = set()
+        for job in jobs:
+            if job.image not in checked:
+                checked.add(job.image)
+                picture = self.of(job)
+                if self._bytes + picture.nbytes <= MAX_HELD_MEGABYTES << 20:
+                    self._bytes += picture.nbytes
+                    self._kept[job.image] = picture
+
+    def of(self, job: Job) -> NDArray[np.uint8]:
+        """A job's picture; InputError where it cannot be used."""
+        if job.image in self._kept:
+            return self._kept[job.image]
         with _located(job):
-            if job.image not in loaded:
-                loaded[job.image] = load_image(job.image, height, width, fit)
-    return [loaded[job.image] for job in jobs]
+            return load_image(job.image, *self._fitting)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from trip_rt.checks import real_number, shown
 from trip_rt.errors import InputError, printable
 from trip_rt.files import whole_file, whole_folder
 
@@ -37,6 +38,8 @@ def output_format(path: str | os.PathLike[str]) -> str:
     Call it before the work whose result is to be saved: it raises InputError for a name that `save` would refuse, a
     missing or read-only parent folder, and a folder that holds anything but the frames of an earlier run.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"output: found {shown(path)}, {_ACCEPTED}")
     given = os.fsdecode(path)
     name = printable(given)
     if not given or "\0" in given:
@@ -73,8 +76,7 @@ def output_format(path: str | os.PathLike[str]) -> str:
 
 def check_fps(fps: float) -> None:
     """InputError for frames a second that no player would show."""
-    if not MIN_FPS <= fps <= MAX_FPS:
-        raise InputError(f"fps: found {fps:g}, expected {MIN_FPS:g} to {MAX_FPS:g}")
+    real_number("fps", fps, MIN_FPS, MAX_FPS)
 
 
 def save(frames: Frames, path: str | os.PathLike[str], fps: float) -> None:

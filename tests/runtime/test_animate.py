@@ -167,6 +167,17 @@ def test_batch(animate, here, tiny_bundle, tiny_animator):
         assert sheet.height > 3 * 32
 
 
+def test_pictures_that_memory_is_not_kept_for_are_read_again(animate, here, tiny_bundle, monkeypatch):
+    Path("clips.jsonl").write_text(
+        lines(*({"image": "photo.png", "prompt": PROMPT, "output": f"{i}.gif"} for i in range(2)))
+    )
+    animate(tiny_bundle, "--batch", "clips.jsonl", "--steps", 1)
+    kept = [Path(f"{i}.gif").read_bytes() for i in range(2)]
+    monkeypatch.setattr("trip_rt.clip_requests.MAX_HELD_MEGABYTES", 0)
+    animate(tiny_bundle, "--batch", "clips.jsonl", "--steps", 1)
+    assert [Path(f"{i}.gif").read_bytes() for i in range(2)] == kept
+
+
 def test_warnings_are_plain_and_said_once(animate, here, tiny_bundle):
     Path("clips.jsonl").write_text(
         lines(
@@ -313,6 +324,8 @@ GOOD = {"image": "photo.png", "prompt": PROMPT, "output": "a.mp4"}
         (GOOD | {"output": "b.mp4", "seed": -1}, "seed: found -1"),
         (GOOD | {"output": "b.mp4", "prompt": " "}, "prompt: found an empty one"),
         (GOOD | {"output": "b.mp4", "prompt": "\ud800"}, "undecodable"),
+        (GOOD | {"output": "b.mp4", "image": "\ud800.png"}, "image: found undecodable"),
+        (GOOD | {"output": "\udcff.mp4"}, "output: found undecodable"),
         (GOOD | {"output": "b.mp4", "image": "no.png"}, "no.png: found no such file"),
         (GOOD | {"output": "b.mp4", "image": "a\0b"}, "unreadable path"),
         (GOOD | {"output": "b.avi"}, "'.avi'"),

@@ -448,6 +448,22 @@ def test_arrays_of_the_wrong_kind(tiny_animator, picture):
             tiny_animator.latents(pictures, [PROMPT], [0])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((5,), "output: found 5"),
+        ((None,), "output: found None"),
+        (("a.gif", "8"), "fps: found '8'"),
+        (("a.gif", 0), "fps"),
+    ],
+)
+def test_plain_mistakes_when_saving(clip, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=says):
+        clip.save(*arguments)
+    assert not os.listdir()
+
+
 def test_numbers_may_be_numpys(tiny_animator, picture, clip):
     made = tiny_animator(
         picture,
