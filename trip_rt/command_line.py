@@ -11,18 +11,20 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, get_args
 
-from trip_rt.errors import EngineError, InputError, printable
+from trip_rt.errors import EngineError, InputError, one_line
 from trip_rt.images import Fit
 from trip_rt.launch import until_stopped
 from trip_rt.sampling.solvers import SOLVERS
 from trip_rt.settings import SPEEDS, Settings
+
+MAX_LINE = 2000  # characters of an error
 
 
 class CommandParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {_one_line(message)}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {one_line(message, MAX_LINE)}; see {self.prog} --help\n")
 
 
 def main_of(
@@ -44,16 +46,16 @@ def _reported(
     try:
         return run(parser.parse_intermixed_args(argv))  # options may stand between optional positionals
     except InputError as error:
-        print(f"{parser.prog}: {_one_line(str(error))}", file=sys.stderr)
+        print(f"{parser.prog}: {one_line(error, MAX_LINE)}", file=sys.stderr)
         return 2
     except EngineError as error:
-        print(f"{parser.prog}: {_one_line(str(error))}", file=sys.stderr)
+        print(f"{parser.prog}: {one_line(error, MAX_LINE)}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # whoever read our output has gone, as `| head` does
         _drop_output()
         return 141
     except OSError as error:  # a full disk, a share that went away: not a fault of ours to trace
-        print(f"{parser.prog}: cannot go on: {_one_line(str(error))}", file=sys.stderr)
+        print(f"{parser.prog}: cannot go on: {one_line(error, MAX_LINE)}", file=sys.stderr)
         _drop_output()
         return 1
 
@@ -145,7 +147,3 @@ def size_of(text: str) -> tuple[int, int]:
 def note(text: str) -> None:
     """Something worth knowing on the way, on stderr."""
     print(text, file=sys.stderr, flush=True)
-
-
-def _one_line(text: str) -> str:
-    return printable(" ".join(text.split()))

@@ -17,3 +17,8 @@ def printable(text: str) -> str:
     """`text` as one line: whatever would break or garble a terminal line (newlines, control codes, undecodable bytes)
     becomes `?`."""
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def one_line(text: object, most: int = 200) -> str:
+    """What a library said, or an error of its, as one short line."""
+    return printable(" ".join(str(text).split()))[:most]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from trip_rt.checks import excerpt, text
 from trip_rt.errors import InputError
-from trip_rt.tokenizer_file import open_tokenizer
+from trip_rt.tokenizer_file import guarded, open_tokenizer
 
 MAX_CHARACTERS = 10_000  # what lies beyond could never fit the text encoder
 
@@ -30,9 +30,10 @@ class PromptTokenizer:
             )
         self._unknown = self._tokenizer.token_to_id("<unk>")
         self._tokenizer.no_truncation()
-        self._special = self._tokenizer.num_special_tokens_to_add(False)
-        # All ids that a prompt can become: words', the padding's, and what is put around every prompt.
-        ids = [*self._tokenizer.get_vocab().values(), padding["pad_id"], *self._tokenizer.encode("").ids]
+        with guarded():
+            self._special = self._tokenizer.num_special_tokens_to_add(False)
+            # All ids that a prompt can become: words', the padding's, and what is put around every prompt.
+            ids = [*self._tokenizer.get_vocab().values(), padding["pad_id"], *self._tokenizer.encode("").ids]
         if max(ids) >= vocabulary:
             raise InputError(
                 f"tokenizer.json: found the token id {max(ids)}, expected less than {vocabulary}, as many as the text"
@@ -50,7 +51,8 @@ class PromptTokenizer:
 
     def _encode(self, prompt: str) -> list[int]:
         text("prompt", prompt)
-        encoding = self._tokenizer.encode(prompt[:MAX_CHARACTERS])
+        with guarded():
+            encoding = self._tokenizer.encode(prompt[:MAX_CHARACTERS])
         ids, words = encoding.ids, sum(encoding.attention_mask) - self._special
         room = self._length - self._special
         if words > room or len(prompt) > MAX_CHARACTERS:

@@ -4,14 +4,16 @@ through."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
 from trip_rt.checks import excerpt
-from trip_rt.errors import InputError
+from trip_rt.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -77,8 +79,17 @@ class _Special(Struct):
     ids: Annotated[list[Id], Meta(max_length=8)]
 
 
+class _Name(Struct):
+    id: Short
+
+
+class _Piece(Struct, rename={"special": "SpecialToken", "sequence": "Sequence"}):
+    special: _Name | None = None
+    sequence: _Name | None = None
+
+
 class _Template(_Tagged, tag="TemplateProcessing"):
-    single: Annotated[list[dict[str, Any]], Meta(max_length=8)]
+    single: Annotated[list[_Piece], Meta(max_length=8)]
     special_tokens: Annotated[dict[Short, _Special], Meta(max_length=8)]
 
 
@@ -127,7 +138,7 @@ def open_tokenizer(tokenizer_json: str) -> Tokenizer:
 
     if len(tokenizer_json) > MAX_MEGABYTES << 20:
         raise _refused(f"found {len(tokenizer_json) >> 20} MB, expected at most {MAX_MEGABYTES}")
-    try:
+    with guarded():
         data = json.loads(tokenizer_json)
         file = msgspec.convert(data, _File)
         unknown = file.model.unk_token
@@ -135,12 +146,18 @@ def open_tokenizer(tokenizer_json: str) -> Tokenizer:
             raise _refused(f"found that the unknown token {excerpt(unknown)!r} is no entry of its vocabulary")
         # Truncation is the caller's matter; the decoder, which nothing asks for, holds expressions too.
         return Tokenizer.from_str(json.dumps(data | {"truncation": None, "decoder": None}))
-    except InputError:
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """Whatever the library makes of a strange file, in one line: it raises bare Exception, and BaseException where its
+    Rust code panics."""
+    try:
+        yield
+    except (InputError, KeyboardInterrupt, SystemExit):
         raise
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library raises bare Exception, and BaseException where its Rust code panics
-        raise _refused(f"not a tokenizer such as CLIP's ({excerpt(' '.join(str(error).split()))})") from error
+    except BaseException as error:
+        raise _refused(f"not a tokenizer such as CLIP's ({one_line(error, 100)})") from error
 
 
 def _refused(what: str) -> InputError:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from trip_rt.errors import InputError
+from trip_rt.errors import InputError, one_line
 
 
 @dataclass(frozen=True)
@@ -87,5 +87,5 @@ class Reference:
         except InputError:
             raise
         except Exception as error:  # safetensors and numpy each have their own
-            reason = " ".join(str(error).split())[:120]
+            reason = one_line(error, 120)
             raise InputError(f"{path}: found no recording of the model ({reason}); export the bundle again") from error

@@ -98,6 +98,7 @@ def test_manifests_against_graphs(fuzz, both_backends, tmp_path):
     fuzz(st.tuples(lies(body), backends), make, (InputError, EngineError), folder=tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore")  # of words that the model does not know
 @fuzz_area("tokenizers", quick=60, full=1500)
 def test_tokenizers(fuzz, tiny_animator):
     from transformers import CLIPTokenizer
@@ -108,7 +109,6 @@ def test_tokenizers(fuzz, tiny_animator):
     valid = [json.loads(tiny_animator.tokenizer_json), json.loads(clip.to_str())]
     known = tiny_animator._bundle.manifest.vocabulary
 
-    @pytest.mark.filterwarnings("ignore")
     def encode(data):
         try:
             text = data.decode()
@@ -158,7 +158,7 @@ def test_files_that_graphs_name(fuzz, tmp_path):
     fuzz(damaged([graph_with_files()]), check)
 
 
-@fuzz_area("graphs", quick=15, full=400)
+@fuzz_area("graphs", quick=15, full=1500)
 def test_graphs(fuzz, both_backends, tmp_path):
     """A damaged graph does not open, or gives tensors of the manifest's shapes, or fails as it runs."""
     opened = open_bundle(both_backends)

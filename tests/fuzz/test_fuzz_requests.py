@@ -36,6 +36,7 @@ def test_batch_files(fuzz, tmp_path, monkeypatch):
     fuzz(mutated_json(LINES), read, folder=tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore")  # of words that the model does not know
 @fuzz_area("prompts", quick=60, full=1500)
 def test_prompts(fuzz, tiny_animator):
     length, known = tiny_animator.config.text_length, tiny_animator._bundle.manifest.vocabulary
@@ -43,7 +44,6 @@ def test_prompts(fuzz, tiny_animator):
     characters = st.text(st.characters(codec=None, categories=None) | st.sampled_from("\ud800\udcff\0\x1b\n\u202e"))
     long = st.tuples(st.text(max_size=8), st.integers(0, 300_000)).map(lambda pair: pair[0] * pair[1])
 
-    @pytest.mark.filterwarnings("ignore")
     def encode(prompt):
         check_prompt(prompt)
         ids = tokenizer([prompt])
@@ -79,6 +79,7 @@ def test_settings(fuzz, tiny_animator):
     fuzz(st.tuples(changes, usual).map(lambda pair: (pair[0], *pair[1])), build)
 
 
+@pytest.mark.filterwarnings("ignore")
 @fuzz_area("calls", quick=20, full=400)
 def test_calls(fuzz, tiny_animator):
     """Whole calls with wrong things in the place of pictures, sentences and seeds."""

@@ -152,6 +152,15 @@ def test_an_openvino_model_called_onnx(copied, body, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_names_in_a_graph_that_are_no_text(copied, body, backend):
+    graph = files_of(body, "text_projection")[0]
+    data = (copied / graph).read_bytes()
+    assert data.count(b"val_1") > 1
+    (copied / graph).write_bytes(data.replace(b"val_1", b"\xf6\x1b[3m", 1))
+    refused(seal(copied, body), backend, "cannot open it")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "pair", [("unet", "unet_unguided"), ("tnf", "unet"), ("vae_encoder", "vae_decoder"), ("text_encoder", "tnf")]
 )
@@ -230,6 +239,7 @@ BOMB = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": " "}
         (["padding", "strategy"], {"Fixed": 2**31}, "expected padding to"),
         (["post_processor", "special_tokens", "<end>", "ids"], [10**6], "found the token id 1000000"),
         (["post_processor", "special_tokens", "<end>", "ids"], [2] * 100, "not a tokenizer such as CLIP's"),
+        (["post_processor", "single", 0, "SpecialToken", "id"], "none", "no entry found for key"),
         (["normalizer"], BOMB, "not a tokenizer such as CLIP's"),
         (["normalizer", "normalizers"], [{"type": "Prepend", "prepend": "a" * 10**6}], "not a tokenizer"),
         (["normalizer", "normalizers", 1, "content"], "xx", "not a tokenizer such as CLIP's"),

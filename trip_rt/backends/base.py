@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from trip_rt.checks import one_of, shown, whole_number
 from trip_rt.components import TensorSpec
 from trip_rt.devices import Buffer, Device, Kind, Work
-from trip_rt.errors import EngineError, InputError, printable
+from trip_rt.errors import EngineError, InputError, one_line, printable
 from trip_rt.manifest import EngineSpec
 
 MAX_THREADS = 256
@@ -151,8 +151,7 @@ class Engine(ABC):
 
     def failed(self, error: Exception) -> EngineError:
         """What to raise where the library fails in the midst of a run."""
-        reason = printable(" ".join(str(error).split()))[:200]
-        return EngineError(f"{self.spec.file}: failed while it ran ({reason}); export the bundle again")
+        return EngineError(f"{self.spec.file}: failed while it ran ({one_line(error)}); export the bundle again")
 
     def closed_error(self) -> RuntimeError:
         """What to raise where a closed engine is asked to run."""

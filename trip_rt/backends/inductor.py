@@ -16,7 +16,7 @@ from typing import Any
 
 from trip_rt.backends.base import Engine, EngineOptions
 from trip_rt.devices import Buffer, Device, Kind, Work, open_device
-from trip_rt.errors import InputError
+from trip_rt.errors import InputError, one_line
 from trip_rt.manifest import EngineSpec
 
 # All that a package may hold: the library, its kernels for a GPU, descriptions, and the marks of the format. torch's
@@ -94,10 +94,9 @@ class InductorEngine(Engine):
                 loader = torch._C._aoti.AOTIModelPackageLoader(place, "model", True, 1, -1)
                 return cls(spec, torch, loader, device or open_device(kind), options, owns_device=device is None)
             except RuntimeError as error:
-                why = " ".join(str(error).split())[:200]
                 raise InputError(
-                    f"{path}: torch cannot load it ({why}); export the bundle again, or set TMPDIR to where code"
-                    " may run"
+                    f"{path}: torch cannot load it ({one_line(error)}); export the bundle again, or set TMPDIR to where"
+                    " code may run"
                 ) from error
 
     def bind(self, buffers: Mapping[str, Buffer]) -> Work:
@@ -130,10 +129,9 @@ class InductorEngine(Engine):
             with torch.cuda.graph(graph, stream=self._stream()):
                 body()
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
             raise InputError(
-                f"{self.spec.file}: cannot be replayed as a CUDA graph ({reason}); pass EngineOptions(cuda_graph=False)"
-                " or --no-cuda-graph"
+                f"{self.spec.file}: cannot be replayed as a CUDA graph ({one_line(error)}); pass"
+                " EngineOptions(cuda_graph=False) or --no-cuda-graph"
             ) from error
 
         def replay() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from trip_rt.backends.base import Engine, EngineOptions, Tensor
 from trip_rt.devices import Buffer, Device, Kind, Work, open_device
-from trip_rt.errors import InputError
+from trip_rt.errors import InputError, one_line
 from trip_rt.manifest import EngineSpec
 from trip_rt.onnx_file import check_onnx_file
 
@@ -98,7 +98,7 @@ class OnnxRuntimeEngine(Engine):
             raise
         except Exception as error:  # each failure has its own type, under no common one
             raise InputError(
-                f"{path}: ONNX Runtime cannot open it ({' '.join(str(error).split())[:200]}); export the bundle again"
+                f"{path}: ONNX Runtime cannot open it ({one_line(error)}); export the bundle again"
             ) from error
 
     def bind(self, buffers: Mapping[str, Buffer]) -> Work:

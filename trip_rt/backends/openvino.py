@@ -9,7 +9,7 @@ from typing import Any
 
 from trip_rt.backends.base import Engine, EngineOptions, Tensor
 from trip_rt.devices import Buffer, Device, Kind, Work, open_device
-from trip_rt.errors import InputError
+from trip_rt.errors import InputError, one_line
 from trip_rt.manifest import EngineSpec
 from trip_rt.onnx_file import check_onnx_file
 
@@ -45,10 +45,10 @@ class OpenVINOEngine(Engine):
             engine = cls(spec, _library(), compiled, arithmetic, device or open_device("cpu"))
             engine.check_opened(_tensors(compiled.inputs), _tensors(compiled.outputs))
             return engine
-        except RuntimeError as error:
-            raise InputError(
-                f"{path}: OpenVINO cannot open it ({' '.join(str(error).split())[:200]}); export the bundle again"
-            ) from error
+        except InputError:
+            raise
+        except Exception as error:  # RuntimeError, mostly; UnicodeDecodeError where a name is no text
+            raise InputError(f"{path}: OpenVINO cannot open it ({one_line(error)}); export the bundle again") from error
 
     def bind(self, buffers: Mapping[str, Buffer]) -> Work:
         self.check(buffers)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from trip_rt.backends.base import Engine, EngineOptions, Tensor
 from trip_rt.devices import Buffer, Device, Kind, Work, open_device
 from trip_rt.devices.cuda import call, gpu, memory_error
-from trip_rt.errors import EngineError, InputError
+from trip_rt.errors import EngineError, InputError, one_line
 from trip_rt.manifest import EngineSpec
 
 ADDRESS_MULTIPLE = 256  # bytes: what TensorRT asks of every tensor's address
@@ -92,7 +92,7 @@ class TensorRTEngine(Engine):
             try:
                 return importlib.import_module(name)
             except (ImportError, OSError) as error:  # OSError: the package is there, its native library is not
-                reasons.append(" ".join(str(error).split())[:100])
+                reasons.append(one_line(error, 100))
         raise InputError(
             f"{cls.backend}: found no usable package ({'; '.join(reasons)}), expected {' or '.join(cls.modules)}; pip"
             f" install trip-rt[{cls.modules[0].removeprefix('tensorrt_')}]"
@@ -249,7 +249,7 @@ def _logger(trt: Any) -> Any:
 
         def log(self, severity: Any, msg: str) -> None:
             if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.errors = [*self.errors[-3:], " ".join(msg.split())]
+                self.errors = [*self.errors[-3:], one_line(msg, 300)]
 
         def take(self) -> str:
             errors, self.errors = self.errors, []
