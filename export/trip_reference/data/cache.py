@@ -21,12 +21,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from trip_reference.data.new_folder import new_folder
 from trip_reference.data.sample import BrokenClip, ClipDataset
 from trip_reference.data.tokens import tokenizer_of
 from trip_reference.model import TripModel
+from trip_reference.progress import shown_progress
 from trip_rt.command_line import note
 from trip_rt.errors import InputError
 
@@ -76,7 +76,8 @@ class CachedClips:
 
     def text(self, index: int, rng: np.random.Generator) -> str:
         """One of the clip's sentences."""
-        return self.clip(index, rng).text
+        file, row = divmod(index, PER_FILE)
+        return str(rng.choice(_opened(self.folder / _file_name(file))[1][row]))
 
     def empty_text(self) -> Tensor:
         """The embedding [L, D] of the empty sentence."""
@@ -128,7 +129,7 @@ def write_cache(
             written += len(pending)
             pending.clear()
 
-        for number in tqdm(range(len(clips)), desc="encode clips", unit="clip", disable=None):
+        for number in shown_progress(range(len(clips)), len(clips), "encode clips", "clip"):
             rng = np.random.default_rng([seed, number])
             try:
                 sample = clips.clip(number, rng)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from trip_reference.data.annotations import ANNOTATIONS, VALIDATION
 from trip_reference.data.new_folder import new_folder
 from trip_reference.data.sample import Sample
 from trip_reference.demo_world import world
+from trip_reference.progress import Progress, shown_progress
 from trip_rt.config import TripConfig
 from trip_rt.errors import InputError
 from trip_rt.video import save
@@ -63,7 +63,7 @@ class RenderedClips:
 def render_clips(config: TripConfig, count: int, first_seed: int = 0, held_out: bool = False) -> RenderedClips:
     """The clips of seeds `first_seed` … `first_seed + count − 1`."""
     frames, centres = [], []
-    for seed in tqdm(range(first_seed, first_seed + count), desc="render clips", unit="clip", disable=None):
+    for seed in shown_progress(range(first_seed, first_seed + count), count, "render clips", "clip"):
         scene, motion, _ = world.sample(seed, held_out)
         frames.append(world.render(scene, motion, config.num_frames, config.height))
         cover = world.mask(scene, motion, config.num_frames, config.height)
@@ -87,7 +87,7 @@ def write_demo_folder(
     splits = [(ANNOTATIONS, "video", count, False), (VALIDATION, "val", val_count, True)]
     with (
         new_folder(folder) as draft,
-        tqdm(total=count + val_count, desc="write clips", unit="clip", disable=None) as progress,
+        Progress("write clips", count + val_count, "clip") as progress,
     ):
         (draft / "videos").mkdir()
         for file, stem, clips, held_out in splits:
@@ -96,6 +96,7 @@ def write_demo_folder(
                 scene, motion, text = world.sample(seed, held_out)
                 entries.append({"video_path": f"videos/{stem}_{seed:06d}.mp4", "text": text})
                 save(world.render(scene, motion, num_frames, size), draft / entries[-1]["video_path"], fps)
-                progress.update()
+                progress.advance()
+                progress.say()
             if entries:
                 (draft / file).write_text("[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n")

@@ -1,5 +1,5 @@
-"""What a run reports: a line of JSON every few steps, the same figures to a tracker and the progress bar, and warnings
-about broken clips."""
+"""What a run reports: a line of JSON every few steps, the same figures to a tracker and to whoever watches, and
+warnings about broken clips."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from trip_reference.progress import Progress
 from trip_rt.command_line import note
 from trip_rt.files import whole_file
 from trip_rt.process_memory import peak_memory_mb
@@ -32,7 +33,14 @@ class Log:
         self._waited = 0.0
 
     def step(
-        self, done: int, loss: float, norm: float, groups: Sequence[dict[str, Any]], waited: float, last: bool, bar: Any
+        self,
+        done: int,
+        loss: float,
+        norm: float,
+        groups: Sequence[dict[str, Any]],
+        waited: float,
+        last: bool,
+        progress: Progress,
     ) -> None:
         """Record a step; report at every `every`-th step and at the last."""
         self._losses.append(loss)
@@ -49,10 +57,9 @@ class Log:
             "peak_memory_mb": round(peak_memory()),
         }
         self.write(record)
-        bar.set_postfix_str(
-            "loss {loss:.4g}, {clips_per_second:.3g} clips/s, data {waited_for_data:.0%}, {peak_memory_mb} MB".format(
-                **record
-            )
+        progress.say(
+            "loss {loss:.4g}, rate {lr:.2g}, {clips_per_second:.3g} clips/s, data {waited_for_data:.0%},"
+            " {peak_memory_mb} MB".format(**record)
         )
         self._losses, self._since, self._waited = [], time.monotonic(), waited
 

@@ -15,8 +15,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from trip_reference.progress import Progress
 from trip_reference.training.average import Average
 from trip_reference.training.config import OptimizerConfig, RunConfig, lr_factor
 from trip_reference.training.draws import seed_torch
@@ -117,7 +117,7 @@ def train(
     model.train()
     bad = 0
     parts = _Timed(parts_from(place))
-    with _signals() as caught, tqdm(**_bar(stretch, place, accelerator.is_main_process)) as bar:
+    with _signals() as caught, _progress(stretch, place, accelerator.is_main_process) as progress:
         for step in range(place.step, stretch.last):
             factor = lr_factor(
                 step - stretch.first, stretch.last - stretch.first, stretch.warmup, optimizer_config.final_lr
@@ -146,8 +146,8 @@ def train(
             optimizer.zero_grad()
             bad = 0 if finite else bad + 1
             done, last = step + 1, step + 1 == stretch.last
-            bar.update()
-            log.step(done, mean_loss, norm, optimizer.param_groups, parts.waited, last, bar)
+            progress.advance()
+            log.step(done, mean_loss, norm, optimizer.param_groups, parts.waited, last, progress)
             if bad >= run.max_bad_steps:
                 raise InputError(
                     f"{stretch.name}, step {done}: the loss is {mean_loss}, its gradient's norm {norm}, for {bad} steps"
@@ -203,11 +203,5 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _bar(stretch: Stretch, place: Place, shown: bool) -> dict[str, Any]:
-    return dict(
-        total=stretch.last - stretch.first,
-        initial=max(place.step - stretch.first, 0),
-        desc=stretch.name,
-        unit="step",
-        disable=None if shown else True,
-    )
+def _progress(stretch: Stretch, place: Place, shown: bool) -> Progress:
+    return Progress(stretch.name, stretch.last - stretch.first, "step", max(place.step - stretch.first, 0), shown)
