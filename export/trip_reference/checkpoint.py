@@ -141,9 +141,7 @@ def assemble(
     modelscope, stable_diffusion = Path(modelscope), Path(stable_diffusion)
     unet = _load_part(UNet3DConditionModel, modelscope / "unet", torch_dtype=torch.float32)
     vae = load_vae(stable_diffusion)
-    text_encoder = _load_part(CLIPTextModel, stable_diffusion / "text_encoder", dtype=torch.float32)
-    with _named(stable_diffusion / "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(stable_diffusion / "tokenizer", local_files_only=True, use_fast=True)
+    text_encoder, tokenizer_json = load_text(stable_diffusion)
     for what, found, expected in (
         ("UNet cross_attention_dim", unet.config["cross_attention_dim"], config.text_width),
         ("UNet in_channels", unet.config["in_channels"], config.latent_channels),
@@ -155,10 +153,20 @@ def assemble(
             raise InputError(f"{what}: found {found}, expected {expected}; choose parts that fit the preset")
     if config.first_frame == "channel":
         widen_conv_in(unet)
-    backend = tokenizer.backend_tokenizer
-    backend.enable_truncation(config.text_length)
-    backend.enable_padding(length=config.text_length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
-    return TripModel(config, unet, vae, text_encoder).eval(), backend.to_str(pretty=True)
+    return TripModel(config, unet, vae, text_encoder).eval(), tokenizer_json
+
+
+def load_text(folder: str | os.PathLike[str]) -> tuple[CLIPTextModel, str]:
+    """The text encoder of a folder with text_encoder/ and tokenizer/ in transformers' layout, fp32, and the text of a
+    tokenizer.json that cuts and pads to the encoder's length."""
+    folder = Path(folder)
+    text_encoder = _load_part(CLIPTextModel, folder / "text_encoder", dtype=torch.float32)
+    with _named(folder / "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True, use_fast=True)
+    length, backend = text_encoder.config.max_position_embeddings, tokenizer.backend_tokenizer
+    backend.enable_truncation(length)
+    backend.enable_padding(length=length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
+    return text_encoder, backend.to_str(pretty=True)
 
 
 def widen_conv_in(unet: UNet3DConditionModel) -> None:

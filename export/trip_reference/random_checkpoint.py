@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from trip_reference import checkpoint
-from trip_reference.demo_world.text import build_tokenizer, text_overrides
+from trip_reference.demo_world.text import build_tokenizer
 from trip_reference.model import TripModel, build_model
 from trip_reference.presets import PRESETS, Preset
+from trip_reference.word_tokenizer import text_overrides
 from trip_rt.command_line import CommandParser, main_of, note
 
 

@@ -125,10 +125,24 @@ def test_the_report_on_a_folder(flawed, workers):
     assert re.search(r"no\.mp4: found no such file", train["broken"]["first"][1])
     assert train["bytes"] == sum((flawed / "videos" / name).stat().st_size for name in ("a.mp4", "b.mp4"))
     assert train["seconds"] == {"min": 1.0, "median": 1.0, "p95": 1.0, "max": 1.0, "total": 2.0}
+    assert (train["short"], val["short"], train["vocabulary"]) == (0, 0, None)
     assert train["resolutions"] == {"64x64": 2} and train["fps"] == {"8": 1, "4": 1}
     assert train["caption_words"] == {"min": 1.0, "median": 3.0, "p95": 5.0, "max": 5.0}
     assert (val["videos"], val["broken"]["count"]) == (1, 0)
     assert figures["unused_videos"] == {"count": 1, "first": ["videos/spare.webm"]}
+
+
+def test_videos_shorter_than_a_clip_are_counted(flawed, capsys):
+    """Both have a second, which is the five frames at four a second from first to last, and not six."""
+    shape = ["--size", "32x32", "--workers", "0"]
+    for frames, short in ((5, 0), (6, 2)):
+        assert check_folder(flawed, ClipFormat(frames, 32, 32), 0)["train"]["short"] == short
+        assert main(["check", str(flawed), "--frames", str(frames), *shape]) == 1
+        lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+        assert [rest for name, rest in (line for line in lines if len(line) == 2) if name == "short"] == [
+            "2, padded with their last frame" if short else "none",
+            "1, padded with their last frame" if short else "none",
+        ]
 
 
 def test_long_lists_are_cut(tmp_path):
@@ -218,6 +232,7 @@ def test_demo_as_shards(tmp_path, demo):
         (["demo", "new", "--clips", "0"], "found 0 clips"),
         (["demo", "new", "--fps", "0"], "fps: found 0"),
         (["pack", "DEMO", "-o", "DEMO"], "found something there"),
+        (["check", "DEMO", "--checkpoint", "nowhere"], "nowhere: found no model_index.json"),
         (["pack", ".", "-o", "new"], "found no such file"),
         (["pack", "LOSS", "-o", "new"], "found no such file, which annotations.json names on line 1"),
     ],

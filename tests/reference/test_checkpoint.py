@@ -4,12 +4,10 @@ import json
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet3DConditionModel
-from tiny import TINY, tiny_model
+from tiny import TINY, save_published, tiny_model
 from tokenizers import Tokenizer
-from transformers import CLIPTokenizer
 
 from trip_reference import checkpoint
-from trip_reference.model import build_text_encoder, build_unet, build_vae
 from trip_reference.presets import PRESETS
 from trip_reference.training.config import load_config
 from trip_reference.training.start import start_model
@@ -84,19 +82,7 @@ def test_truncated_weights_are_named(tiny_checkpoint, tmp_path, part):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """Small folders in the layout of the published ModelScope and Stable Diffusion ones."""
-    root = tmp_path_factory.mktemp("published")
-    torch.manual_seed(3)
-    text = dict(vocab_size=60, bos_token_id=1, eos_token_id=2, pad_token_id=2)
-    build_unet(TINY.trip, TINY.unet).save_pretrained(root / "modelscope" / "unet")
-    build_vae(TINY.trip, TINY.vae).save_pretrained(root / "sd" / "vae")
-    build_text_encoder(TINY.trip, TINY.text_encoder | text).save_pretrained(root / "sd" / "text_encoder")
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    tokens = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
-    CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[]).save_pretrained(
-        root / "sd" / "tokenizer"
-    )
-    return root / "modelscope", root / "sd"
+    return save_published(tmp_path_factory.mktemp("published"))
 
 
 @pytest.mark.parametrize("condition", ["start", "channel"])

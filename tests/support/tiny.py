@@ -6,11 +6,13 @@ import dataclasses
 from pathlib import Path
 
 import torch
+from transformers import CLIPTokenizer
 
 from trip_reference import checkpoint
-from trip_reference.demo_world.text import build_tokenizer, text_overrides
-from trip_reference.model import TripModel, build_model
+from trip_reference.demo_world.text import build_tokenizer
+from trip_reference.model import TripModel, build_model, build_text_encoder, build_unet, build_vae
 from trip_reference.presets import DEMO, Preset
+from trip_reference.word_tokenizer import text_overrides
 
 TINY = Preset(
     trip=dataclasses.replace(
@@ -44,3 +46,18 @@ def save_tiny(folder: Path) -> Path:
     """A tiny model and its tokenizer as a checkpoint."""
     checkpoint.save_pretrained(tiny_model(), build_tokenizer(TINY.trip.text_length).to_str(pretty=True), folder)
     return folder
+
+
+def save_published(root: Path) -> tuple[Path, Path]:
+    """Small folders in the layout of the published ModelScope and Stable Diffusion ones."""
+    torch.manual_seed(3)
+    text = dict(vocab_size=60, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    build_unet(TINY.trip, TINY.unet).save_pretrained(root / "modelscope" / "unet")
+    build_vae(TINY.trip, TINY.vae).save_pretrained(root / "sd" / "vae")
+    build_text_encoder(TINY.trip, TINY.text_encoder | text).save_pretrained(root / "sd" / "text_encoder")
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    tokens = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[]).save_pretrained(
+        root / "sd" / "tokenizer"
+    )
+    return root / "modelscope", root / "sd"

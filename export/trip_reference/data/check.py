@@ -22,6 +22,7 @@ from trip_reference.data.sample import BrokenClip, ClipFormat
 from trip_reference.data.shard_files import read_shard
 from trip_reference.data.shards import list_shards
 from trip_reference.data.videos import SUFFIXES, open_video, read_clip
+from trip_reference.data.words import words_of
 from trip_reference.data.workers import follow_the_parent
 from trip_rt.errors import EngineError, printable
 
@@ -38,24 +39,27 @@ class Finding:
     seconds: float = 0.0
     fps: float | None = None
     size: str = ""
+    short: bool = False
     text: str | None = None
 
 
-def check_folder(folder: Path, clip: ClipFormat, workers: int | None = None) -> dict[str, Any]:
+def check_folder(
+    folder: Path, clip: ClipFormat, workers: int | None = None, tokenizer_json: str | None = None
+) -> dict[str, Any]:
     """A report on a folder of videos with annotations.json, or of shards: `train`, `val` (None without one) and
     `unused_videos`.
 
-    One clip of every video is decoded, in `workers` processes (as many as cores; 0 for none but this). InputError for a
-    folder that is neither.
+    One clip of every video is decoded, in `workers` processes (as many as cores; 0 for none but this). With a
+    tokenizer.json's text, the report says which words that does not know. InputError for a folder that is neither.
     """
     folder = Path(folder)
     if (folder / ANNOTATIONS).exists() or not any(folder.glob("*.tar")):
-        return _check_videos(folder, clip, workers)
+        return _check_videos(folder, clip, workers, tokenizer_json)
     val = folder / "val"
     return {
         "kind": "shards",
-        "train": _check_shards(folder, clip, workers),
-        "val": _check_shards(val, clip, workers) if any(val.glob("*.tar")) else None,
+        "train": _check_shards(folder, clip, workers, tokenizer_json),
+        "val": _check_shards(val, clip, workers, tokenizer_json) if any(val.glob("*.tar")) else None,
         "unused_videos": _named([]),
     }
 
@@ -65,7 +69,7 @@ def broken_count(figures: dict[str, Any]) -> int:
     return sum(figures[split]["broken"]["count"] for split in ("train", "val") if figures[split])
 
 
-def _check_videos(folder: Path, clip: ClipFormat, workers: int | None) -> dict[str, Any]:
+def _check_videos(folder: Path, clip: ClipFormat, workers: int | None, tokenizer_json: str | None) -> dict[str, Any]:
     files = {"train": ANNOTATIONS, "val": VALIDATION}
     splits = {
         split: read_annotations(folder, file)
@@ -84,17 +88,17 @@ def _check_videos(folder: Path, clip: ClipFormat, workers: int | None) -> dict[s
             )
             for finding in findings_of_video
         ]
-        report[split] = _summary(findings, [entry.text for entry in entries])
+        report[split] = _summary(findings, [entry.text for entry in entries], tokenizer_json)
     unused = [os.path.relpath(path, folder) for path in _videos_in(os.path.realpath(folder)) if path not in used]
     return report | {"unused_videos": _named(sorted(unused))}
 
 
-def _check_shards(folder: Path, clip: ClipFormat, workers: int | None) -> dict[str, Any]:
+def _check_shards(folder: Path, clip: ClipFormat, workers: int | None, tokenizer_json: str | None) -> dict[str, Any]:
     per_shard = _in_processes(
         partial(_find_in_shard, clip=clip), list_shards(str(folder)), workers, f"check {folder.name}"
     )
     findings = [finding for findings_of_shard in per_shard for finding in findings_of_shard]
-    return _summary(findings, [finding.text for finding in findings if finding.text is not None])
+    return _summary(findings, [finding.text for finding in findings if finding.text is not None], tokenizer_json)
 
 
 def _find_in_video(path: str, clip: ClipFormat) -> list[Finding]:
@@ -117,7 +121,8 @@ def _find(source: Path | BinaryIO, name: str, clip: ClipFormat, text: str | None
     try:
         with open_video(source, name, clip) as video:
             read_clip(video, clip, np.random.default_rng(0))
-            return Finding("", video.bytes, video.seconds, video.fps, f"{video.width}x{video.height}", text)
+            size = f"{video.width}x{video.height}"
+            return Finding("", video.bytes, video.seconds, video.fps, size, not video.covers(clip), text)
     except BrokenClip as error:
         return Finding(str(error), text=text)
 
@@ -156,13 +161,14 @@ def _videos_in(folder: str) -> Iterator[str]:
         yield from (os.path.join(parent, file) for file in files if file.lower().endswith(SUFFIXES))
 
 
-def _summary(findings: list[Finding], captions: list[str]) -> dict[str, Any]:
+def _summary(findings: list[Finding], captions: list[str], tokenizer_json: str | None) -> dict[str, Any]:
     readable = [finding for finding in findings if not finding.reason]
     seconds = [finding.seconds for finding in readable]
     return {
         "captions": len(captions),
         "videos": len(findings),
         "bytes": sum(finding.bytes for finding in readable),
+        "short": sum(finding.short for finding in readable),
         "seconds": _spread(seconds) | {"total": round(sum(seconds), 2)},
         "resolutions": dict(Counter(finding.size for finding in readable).most_common(NAMED)),
         "fps": dict(
@@ -170,6 +176,7 @@ def _summary(findings: list[Finding], captions: list[str]) -> dict[str, Any]:
         ),
         "broken": _named([finding.reason for finding in findings if finding.reason]),
         "caption_words": _spread([len(caption.split()) for caption in captions]),
+        "vocabulary": words_of(tokenizer_json, captions).figures() if tokenizer_json else None,
         "duplicate_captions": len(captions) - len(set(captions)),
     }
 

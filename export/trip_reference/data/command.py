@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trip_rt.command_line import CommandParser, add_json_flag, main_of, report, size_of
+from trip_rt.command_line import CommandParser, add_json_flag, main_of, note, report, size_of
 from trip_rt.errors import InputError, printable
 
 
@@ -51,10 +51,13 @@ def add_check_parser(commands: Any) -> None:
         epilog="example: trip-data check data --frames 16 --size 256x256 --fps 4",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder with annotations.json, or with shards")
-    parser.add_argument("--frames", type=int, default=16, help="frames of a clip (%(default)s)")
     parser.add_argument(
-        "--size", type=size_of, default=(256, 256), metavar="WxH", help="picture size in pixels (256x256)"
+        "--checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="say which words its tokenizer does not know; it has frame number and size too",
     )
+    _add_shape(parser, "the checkpoint's, or 16", "the checkpoint's, or 256x256")
     _add_rate(parser)
     parser.add_argument(
         "--workers", type=_count, metavar="N", help="decoding processes, 0 for none but this (one for each core)"
@@ -67,8 +70,16 @@ def run_check(args: argparse.Namespace) -> int:
     from trip_reference.data.check import broken_count, check_folder
     from trip_reference.data.sample import ClipFormat
 
-    height, width = args.size
-    figures = check_folder(args.folder, ClipFormat(args.frames, height, width, args.fps, args.stride), args.workers)
+    frames, (height, width), tokenizer_json = 16, (256, 256), None
+    if args.checkpoint:
+        from trip_reference import checkpoint
+
+        trip, tokenizer_json = checkpoint.load_config(args.checkpoint), checkpoint.load_tokenizer_json(args.checkpoint)
+        frames, height, width = trip.num_frames, trip.height, trip.width
+    height, width = args.size or (height, width)
+    frames = frames if args.frames is None else args.frames
+    clip = ClipFormat(frames, height, width, args.fps, args.stride)
+    figures = check_folder(args.folder, clip, args.workers, tokenizer_json)
     broken = broken_count(figures)
     sections = [_table(split, figures[split]) for split in ("train", "val") if figures[split]]
     if figures["unused_videos"]["count"]:
@@ -168,11 +179,19 @@ def add_cache_parser(commands: Any) -> None:
     parser.add_argument(
         "checkpoint", type=Path, metavar="CHECKPOINT", help="whose encoders, frame number and size are used"
     )
+    _add_shape(parser, "the checkpoint's", "the checkpoint's")
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="CACHE", help="folder to write, new or empty"
     )
     parser.add_argument(
         "--text", action="store_true", help="encode the sentences too; the text encoder then stays frozen in training"
+    )
+    parser.add_argument(
+        "--unknown-words",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help="of the words that the checkpoint's tokenizer may not know (%(default)s)",
     )
     _add_rate(parser)
     parser.add_argument("--crop", choices=("centre", "random"), default="centre", help="(%(default)s)")
@@ -191,14 +210,20 @@ def run_cache(args: argparse.Namespace) -> int:
     from trip_reference.data.cache import write_cache
     from trip_reference.data.folder import VideoFolder
     from trip_reference.data.sample import ClipFormat
+    from trip_reference.data.words import sentences_of, words_of
+    from trip_reference.shape import reshaped
 
-    model = checkpoint.from_pretrained(args.checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
-    trip = model.config
+    trip, multiple = checkpoint.load_config(args.checkpoint), checkpoint.latent_multiple(args.checkpoint)
+    trip = reshaped(trip, multiple, args.frames, *(args.size or (None, None)))
+    tokenizer_json = checkpoint.load_tokenizer_json(args.checkpoint)
     clip = ClipFormat(trip.num_frames, trip.height, trip.width, args.fps, args.stride, args.crop, args.start)
     clips = VideoFolder(args.folder, clip, args.annotations)
-    broken = write_cache(
-        clips, model, checkpoint.load_tokenizer_json(args.checkpoint), args.output, args.seed, args.text
-    )
+    words = words_of(tokenizer_json, sentences_of(clips))
+    words.check(args.unknown_words, "train a text encoder of your own first, or allow it with --unknown-words 1")
+    note(f"words: {words}")
+    model = checkpoint.from_pretrained(args.checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
+    model.config = trip
+    broken = write_cache(clips, model, tokenizer_json, args.output, args.seed, args.text)
     report(
         args, None, f"{printable(str(args.output))}: {len(clips) - broken} clips encoded, {broken} broken ones left out"
     )
@@ -221,6 +246,11 @@ def _files(folder: Path, annotations: str) -> Iterator[tuple[str, bytes, str]]:
         yield f"{number:08d}", entry.video.read_bytes(), entry.text
 
 
+def _add_shape(parser: argparse.ArgumentParser, frames: str, size: str) -> None:
+    parser.add_argument("--frames", type=_count, metavar="N", help=f"frames of a clip ({frames})")
+    parser.add_argument("--size", type=size_of, metavar="WxH", help=f"picture size in pixels ({size})")
+
+
 def _add_rate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fps", type=float, default=4.0, help="frames a second (%(default)s)")
     parser.add_argument(
@@ -233,11 +263,14 @@ def _table(split: str, figures: dict[str, Any]) -> str:
     rows = {
         "videos": f"{figures['videos']}, {figures['bytes'] / 2**20:.1f} MiB",
         "seconds": f"{_spread(seconds)}, {seconds['total']:g} in all",
+        "short": f"{figures['short']}, padded with their last frame" if figures["short"] else "none",
         "resolutions": ", ".join(f"{size} ({count})" for size, count in figures["resolutions"].items()),
         "fps": ", ".join(f"{fps} ({count})" for fps, count in figures["fps"].items()),
         "captions": f"{figures['captions']}, {figures['duplicate_captions']} of them repeated",
         "words": _spread(words),
     }
+    if figures["vocabulary"]:
+        rows["vocabulary"] = figures["vocabulary"]["in_words"]
     broken = _list("broken", figures["broken"]) if figures["broken"]["count"] else ["broken: none"]
     return "\n".join(
         [split, *(f"  {name:<12} {value}" for name, value in rows.items()), *(f"  {line}" for line in broken)]

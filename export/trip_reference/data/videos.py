@@ -51,6 +51,10 @@ class Video:
         """From the first frame to the last."""
         return float(self.ticks[-1] - self.ticks[0]) * self.tick
 
+    def covers(self, clip: ClipFormat) -> bool:
+        """Whether it is long enough for a whole clip."""
+        return self.seconds + _LATE >= (clip.num_frames - 1) * (clip.stride / clip.fps)
+
     @property
     def fps(self) -> float | None:
         """None for a single frame."""
@@ -86,7 +90,7 @@ def read_clip(video: Video, clip: ClipFormat, rng: np.random.Generator) -> Frame
     grid = np.arange(clip.num_frames) * (clip.stride / clip.fps)
     # The number of frames at which a whole clip can begin; a video shorter than a clip begins at its first frame.
     starts = int(np.searchsorted(times, times[-1] - grid[-1] + _LATE, "right"))
-    if starts == 0 and video.cut_off:
+    if video.cut_off and not video.covers(clip):
         raise BrokenClip(
             f"found a cut-off file with {video.seconds:.2f} s left, expected a whole one or at least {grid[-1]:.2f} s"
         )
