@@ -96,6 +96,7 @@ def _config(vae: str, fusion: str, first_frame: str, seed: int, steps: int, batc
         "model.first_frame": first_frame,
         "vae.steps": 0,
         "data.cache": "false",
+        "data.validation": "demo",
         "stages.0.steps": steps,
         "stages.0.warmup": min(50, steps // 4),
         "run.batch": batch,

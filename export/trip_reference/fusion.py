@@ -84,3 +84,16 @@ class NoiseFusion(nn.Module):
             dtype = self.tnf.in_proj.weight.dtype
             noise = noise + self.tnf(prior.to(dtype), residual.to(dtype), timestep).float()
         return noise.to(residual_noise.dtype)
+
+
+def fusion_for(config: TripConfig, fusion: NoiseFusion) -> NoiseFusion:
+    """`fusion` for clips of `config`'s length: what it has for each frame is interpolated between its first and last
+    frame, which keep theirs; the rest is shared by all frames and copied."""
+    other = NoiseFusion(config)
+    state = fusion.state_dict()
+    for name in {"gate", "tnf.frame_embedding"} & state.keys():
+        by_frame = state[name].reshape(1, len(state[name]), -1).transpose(1, 2)  # [1, width or 1, F]
+        resampled = nn.functional.interpolate(by_frame, config.num_frames, mode="linear", align_corners=True)
+        state[name] = resampled.transpose(1, 2).reshape(config.num_frames, *state[name].shape[1:])
+    other.load_state_dict(state)
+    return other

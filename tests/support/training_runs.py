@@ -31,6 +31,7 @@ SETTINGS = [
     "data.clips=10",
     "data.validation=",
     "vae.steps=0",
+    "vae.untrained=true",
     "run.batch=4",
     "run.save_every=3",
     "run.log_every=1",

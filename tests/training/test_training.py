@@ -382,7 +382,7 @@ def test_train_only_freezes_by_name():
     [
         (["--steps", "0"], "stages.0.steps: found 0, expected at least 1"),
         (["--seed", "-1"], "run.seed: found -1, expected at least 0"),
-        (["--lr", "2"], "stages.0.unet_lr: found 2, expected more than 0 and less than 1"),
+        (["--lr", "2"], "stages.0.unet_lr: found 2, expected 0 to less than 1"),
         (
             ["--set", "run.batch=3", "--set", "run.accumulation=2"],
             "run.batch: found 3, expected a multiple of run.accumulation, which is 2",
@@ -399,7 +399,16 @@ def test_train_only_freezes_by_name():
     ],
 )
 def test_bad_input_is_one_line(tmp_path, capsys, arguments, message):
-    settings = ["--set", "vae.steps=0", "--set", "model.preset=tiny", "--set", "run.tracker=none"]
+    settings = [
+        "--set",
+        "vae.untrained=true",
+        "--set",
+        "vae.steps=0",
+        "--set",
+        "model.preset=tiny",
+        "--set",
+        "run.tracker=none",
+    ]
     assert command.main(["--demo", "-o", str(tmp_path / "run"), *settings, *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"trip-train: {message}")

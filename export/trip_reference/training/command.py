@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from trip_rt.command_line import CommandParser, add_json_flag, main_of, note, report
+from trip_rt.command_line import CommandParser, add_json_flag, main_of, note, report, size_of
 from trip_rt.config import to_json
 
 RECIPES = ("demo", "trip-256")
@@ -15,6 +15,7 @@ EPILOG = """examples:
   trip-train --demo -o checkpoints/mine                            the demo model from nothing (run it again to resume)
   trip-train --demo -o mine --checkpoint checkpoints/demo --steps 4000 --lr 4e-4 --set vae.steps=0      train it on
   trip-train --recipe trip-256 --data webvid --checkpoint start -o run     videos of your own
+  trip-train --data mine -o run --frames 8 --size 96x64 --set model.text=own     … with a small model from nothing
   trip-train recipe.toml -o run --set lora.rank=16 --set run.batch=32
   torchrun --nproc-per-node 8 -m trip_reference.training.command recipe.toml -o run
                                               (or accelerate launch, with DDP or FSDP by its config)
@@ -57,6 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
         " somebody else's could fetch or run anything by them",
     )
     parser.add_argument("--checkpoint", metavar="DIR", help="weights to start from (model.checkpoint)")
+    parser.add_argument("--frames", type=int, metavar="N", help="frames of a clip (model.num_frames)")
+    parser.add_argument("--size", type=size_of, metavar="WxH", help="size in pixels (model.width, model.height)")
     parser.add_argument("--seed", type=int, help="(run.seed)")
     parser.add_argument("--steps", type=int, help="of the last stage")
     parser.add_argument("--lr", type=float, help="the last stage's rates, at their highest")
@@ -72,7 +75,15 @@ def run(args: argparse.Namespace) -> int:
     from trip_reference.training.config import load_config
 
     settings = list(args.set)
-    for name, value in (("data.source", args.data), ("model.checkpoint", args.checkpoint), ("run.seed", args.seed)):
+    height, width = args.size or (None, None)
+    for name, value in (
+        ("data.source", args.data),
+        ("model.checkpoint", args.checkpoint),
+        ("model.num_frames", args.frames),
+        ("model.height", height),
+        ("model.width", width),
+        ("run.seed", args.seed),
+    ):
         if value is not None:
             settings.append(f"{name}={value!r}" if isinstance(value, str) else f"{name}={value}")
     for name, value in (("steps", args.steps), ("unet_lr", args.lr), ("tnf_lr", args.lr)):

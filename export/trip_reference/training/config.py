@@ -14,6 +14,8 @@ from trip_reference.presets import PRESETS
 from trip_rt.config import FirstFrame, Fusion, from_json
 from trip_rt.errors import InputError
 
+OWN_TEXT = "own"  # model.text: a text encoder and a tokenizer made for the data set
+
 RECIPES = Path(__file__).with_name("recipes")
 
 
@@ -26,14 +28,20 @@ class ModelConfig:
     modelscope: str
     stable_diffusion: str
     vae: str
+    text: str
+    text_length: int
     fusion: Fusion
     first_frame: FirstFrame
+    num_frames: int
+    height: int
+    width: int
 
 
 @dataclass(frozen=True)
 class DataConfig:
     source: str
     validation: str
+    unknown_words: float
     cache: bool
     clips: int
     fps: float
@@ -46,9 +54,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class VaeConfig:
-    """The demo's first stage; 0 steps leave the VAE as it is."""
+    """The first stage; 0 steps leave the VAE as it is."""
 
     steps: int
+    untrained: bool
     batch: int
     lr: float
     ema_decay: float
@@ -84,14 +93,19 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """`trains` are patterns of parameter names; rates are at their highest, after `warmup` steps."""
+    """`trains` are patterns of parameter names; rates are at their highest, after `warmup` steps. The rate of a part
+    that the stage does not train may be left out."""
 
     name: str
     steps: int
     trains: tuple[str, ...]
-    unet_lr: float
-    tnf_lr: float
     warmup: int
+    unet_lr: float = 0.0
+    tnf_lr: float = 0.0
+
+    def rate_of(self, parameter: str) -> str:
+        """The name of the setting that holds a parameter's rate."""
+        return "tnf_lr" if parameter.startswith("fusion.") else "unet_lr"
 
 
 @dataclass(frozen=True)
@@ -159,6 +173,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read as TOML: {error}") from error
 
 
+_RATES = ("unet_lr", "tnf_lr")  # which a stage may leave out
+
+
 def _set(data: dict[str, Any], word: str) -> None:
     """Put `section.name=value` (stages by their number from 0, or -1 for the last: stages.0.steps=100) into `data`."""
     where, equals, text = word.partition("=")
@@ -169,7 +186,8 @@ def _set(data: dict[str, Any], word: str) -> None:
             isinstance(target, list) and part.removeprefix("-").isdecimal() and -len(target) <= int(part) < len(target)
         )
         target = target[int(part)] if numbered else target.get(part) if isinstance(target, dict) else None
-    if not equals or not isinstance(target, dict) or name not in target:
+    named = isinstance(target, dict) and (name in target or (path[:-1] == ["stages"] and name in _RATES))
+    if not equals or not named:
         raise InputError(
             f"{word!r}: found no such setting, expected section.name=value with a name that the recipe has, as"
             " run.batch=16"
@@ -192,6 +210,10 @@ def _check(config: TrainConfig) -> None:
         "run.validate_every": (run.validate_every, 0),
         "run.validation_clips": (run.validation_clips, 0),
         "run.checkpoint_every": (run.checkpoint_every, 0),
+        "model.num_frames": (config.model.num_frames, 0),
+        "model.height": (config.model.height, 0),
+        "model.width": (config.model.width, 0),
+        "model.text_length": (config.model.text_length, 0),
         "data.clips": (config.data.clips, 1),
         "data.workers": (config.data.workers, 0),
         "data.stride": (config.data.stride, 1),
@@ -207,15 +229,14 @@ def _check(config: TrainConfig) -> None:
             f"stages.{i}.warmup": (stage.warmup, 0),
             f"stages.{i}.trains": (len(stage.trains), 1),
         }
-        for name in ("unet_lr", "tnf_lr"):
-            if not 0 < getattr(stage, name) < 1:
-                raise InputError(
-                    f"stages.{i}.{name}: found {getattr(stage, name):g}, expected more than 0 and less than 1"
-                )
+        for name in _RATES:
+            if not 0 <= getattr(stage, name) < 1:
+                raise InputError(f"stages.{i}.{name}: found {getattr(stage, name):g}, expected 0 to less than 1")
     for name, (found, minimum) in least.items():
         if found < minimum:
             raise InputError(f"{name}: found {found}, expected at least {minimum}")
     for name, share in (
+        ("data.unknown_words", config.data.unknown_words),
         ("loss.text_dropout", config.loss.text_dropout),
         ("optimizer.ema_decay", optimizer.ema_decay),
         ("optimizer.final_lr", optimizer.final_lr),
@@ -237,6 +258,11 @@ def _check(config: TrainConfig) -> None:
         raise InputError(f"model.preset: found {config.model.preset!r}, expected one of {', '.join(PRESETS)}")
     if bool(config.model.modelscope) != bool(config.model.stable_diffusion):
         raise InputError("model.modelscope and model.stable_diffusion: found one of them, expected both or neither")
+    if config.model.text_length and config.model.text != OWN_TEXT:
+        raise InputError(
+            f"model.text_length: found {config.model.text_length}, expected 0: a text encoder that is there has its"
+            f" length; it can be chosen with model.text={OWN_TEXT} alone"
+        )
     if config.run.batch % config.run.accumulation:
         raise InputError(
             f"run.batch: found {run.batch}, expected a multiple of run.accumulation, which is {run.accumulation}"

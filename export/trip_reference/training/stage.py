@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -17,7 +16,7 @@ from trip_reference.data.collate import Collate
 from trip_reference.data.loader import BatchPlan, Loader
 from trip_reference.data.sample import ClipDataset
 from trip_reference.data.shards import ShardSource
-from trip_reference.data.sources import clip_format, open_source
+from trip_reference.data.sources import read_some
 from trip_reference.data.tokens import tokenizer_of
 from trip_reference.model import TripModel
 from trip_reference.training.average import Average
@@ -35,8 +34,8 @@ WriteCheckpoint = Callable[[Path, dict[str, Tensor]], None]
 
 
 class StageRun:
-    """Trains `stage`, whose first step is the run's step `first`, on `source`; `state` is the run's file, which knows
-    the run by `run_id`."""
+    """Trains `stage`, whose first step is the run's step `first`, on `source`, and validates on `held_out`; `state` is
+    the run's file, which knows the run by `run_id`."""
 
     def __init__(
         self,
@@ -46,12 +45,14 @@ class StageRun:
         model: TripModel,
         tokenizer_json: str,
         source: ClipDataset | ShardSource,
+        held_out: ClipDataset | ShardSource | None,
         accelerator: Accelerator,
         state: Path,
         run_id: str,
         write_checkpoint: WriteCheckpoint,
     ):
         self.config, self.stage, self.model, self.source = config, stage, model, source
+        self.held_out = held_out
         self.tokenizer_json, self.accelerator, self.state, self.run_id = tokenizer_json, accelerator, state, run_id
         self.write_checkpoint = write_checkpoint
         self.stretch = Stretch(stage.name, first, first + stage.steps, stage.warmup)
@@ -80,7 +81,7 @@ class StageRun:
         return train(
             self.accelerator,
             denoiser,
-            lambda name: self.stage.tnf_lr if name.startswith("fusion.") else self.stage.unet_lr,
+            lambda name: getattr(self.stage, self.stage.rate_of(name)),
             self.stretch,
             self._parts_from,
             self._inputs_of(cached_text),
@@ -157,26 +158,17 @@ class StageRun:
                 )
 
             hooks.append(Hook(run.checkpoint_every, write))
-        if run.validate_every and run.validation_clips and self.config.data.validation:
-            validation = self._validation()
+        if run.validate_every and run.validation_clips and self.held_out is not None:
+            validation = self._validation(self.held_out)
             # Under FSDP only a call of the whole denoiser gathers the shards, and sampling calls its parts.
             samples = self.accelerator.distributed_type != DistributedType.FSDP
             hooks.append(Hook(run.validate_every, lambda step: validation.look(denoiser, average, step, samples)))
         return hooks
 
-    def _validation(self) -> Validation:
-        data, count = self.config.data, self.config.run.validation_clips
-        source = open_source(
-            data.validation,
-            self.model.config,
-            clip_format(data, self.model.config, steady=True),
-            count,
-            1,
-            validation=True,
-        )
-        if isinstance(source, ShardSource):
-            raise InputError("data.validation: found shards, expected demo, a cache or a folder with annotations")
-        samples = [source.clip(i, np.random.default_rng(i)) for i in range(min(count, len(source)))]
+    def _validation(self, held_out: ClipDataset | ShardSource) -> Validation:
+        if isinstance(held_out, CachedClips):
+            held_out.check(self.model)
+        samples = read_some(held_out, self.config.run.validation_clips)
         captions = [sample.text for sample in samples]
         ids = tokenizer_of(self.tokenizer_json)([*captions, ""]).to(self.accelerator.device)
         latents = self._latents(Collate(self.tokenizer_json)(samples))
