@@ -11,12 +11,17 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 import msgspec
 from msgspec import Meta
 
-from trip_rt.errors import InputError
+from trip_rt.errors import InputError, printable
 
 Fusion = Literal["tnf", "linear", "none"]
 FirstFrame = Literal["start", "end", "channel"]
 Count = Annotated[int, Meta(ge=1, le=1 << 20)]
 Beta = Annotated[float, Meta(gt=0, lt=1)]
+Timesteps = Annotated[int, Meta(ge=1, le=100_000)]
+Frames = Annotated[int, Meta(ge=1, le=4096)]
+Side = Annotated[int, Meta(ge=1, le=8192)]  # pixels
+Width = Annotated[int, Meta(ge=1, le=1 << 14)]  # of a network
+MOST_CLIP = 1 << 30  # bytes of a clip's pixels
 
 T = TypeVar("T")
 
@@ -28,18 +33,35 @@ class ScheduleConfig:
     beta_schedule: Literal["linear", "scaled_linear"]
     beta_start: Beta
     beta_end: Beta
-    num_train_timesteps: Count
+    num_train_timesteps: Timesteps
     timestep_spacing: Literal["leading", "trailing"]
     steps_offset: Annotated[int, Meta(ge=0, le=1 << 20)]
+
+    def __post_init__(self) -> None:
+        if self.beta_start > self.beta_end:
+            raise InputError(f"beta_end: found {self.beta_end:g}, expected at least beta_start, {self.beta_start:g}")
+        if self.steps_offset >= self.num_train_timesteps:
+            raise InputError(
+                f"steps_offset: found {self.steps_offset}, expected less than num_train_timesteps,"
+                f" {self.num_train_timesteps}"
+            )
 
 
 @dataclass(frozen=True)
 class TNFConfig:
     """Temporal Noise Fusion: width and heads of its transformer over frames."""
 
-    hidden_size: Count
-    num_heads: Count
-    num_layers: Count
+    hidden_size: Width
+    num_heads: Width
+    num_layers: Annotated[int, Meta(ge=1, le=64)]
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % 2:  # half sines, half cosines
+            raise InputError(f"hidden_size: found {self.hidden_size}, expected an even number")
+        if self.hidden_size % self.num_heads:
+            raise InputError(
+                f"num_heads: found {self.num_heads}, expected a divisor of hidden_size, {self.hidden_size}"
+            )
 
 
 @dataclass(frozen=True)
@@ -53,19 +75,36 @@ class TripConfig:
     fusion: Fusion
     first_frame: FirstFrame
     normalize_prior: bool
-    num_frames: Count
-    height: Count
-    width: Count
-    fps: Count
-    latent_channels: Count
-    vae_scale_factor: Count
-    scaling_factor: Annotated[float, Meta(gt=0)]
-    text_length: Count
-    text_width: Count
+    num_frames: Frames
+    height: Side
+    width: Side
+    fps: Annotated[int, Meta(ge=1, le=1000)]
+    latent_channels: Annotated[int, Meta(ge=1, le=1024)]
+    vae_scale_factor: Annotated[int, Meta(ge=1, le=128)]
+    scaling_factor: Annotated[float, Meta(ge=1e-6, le=1e6)]
+    text_length: Annotated[int, Meta(ge=1, le=4096)]
+    text_width: Width
     guidance_scale: Annotated[float, Meta(ge=0, le=100)]
-    num_inference_steps: Count
+    num_inference_steps: Timesteps
     tnf: TNFConfig
     schedule: ScheduleConfig
+
+    def __post_init__(self) -> None:
+        for name, side in (("height", self.height), ("width", self.width)):
+            if side % self.vae_scale_factor:
+                raise InputError(
+                    f"{name}: found {side}, expected a multiple of vae_scale_factor, {self.vae_scale_factor}"
+                )
+        if (size := 3 * self.num_frames * self.height * self.width) > MOST_CLIP:
+            raise InputError(
+                f"found clips of {self.num_frames} frames of {self.width}x{self.height}, {size / 2**30:.1f} GiB,"
+                f" expected at most {MOST_CLIP >> 30}"
+            )
+        if self.num_inference_steps > self.schedule.num_train_timesteps:
+            raise InputError(
+                f"num_inference_steps: found {self.num_inference_steps}, expected at most num_train_timesteps,"
+                f" {self.schedule.num_train_timesteps}"
+            )
 
     @property
     def frame_shape(self) -> tuple[int, int, int]:
@@ -97,7 +136,7 @@ def from_json(cls: type[T], data: Any, where: str, remedy: str = "was it written
     except (UnicodeError, OverflowError, RecursionError) as error:  # half characters, numbers without end, deep nesting
         raise InputError(f"{where}: found values that no file of ours holds ({error}); {remedy}") from error
     if unknown := next(_unknown(data, msgspec.to_builtins(config)), None):
-        raise InputError(f"{where}: found the unknown field {unknown}; {remedy}")
+        raise InputError(f"{where}: found the unknown field {printable(unknown)[:100]}; {remedy}")
     return config
 
 

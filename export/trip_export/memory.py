@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusers.models.attention_processor import Attention
@@ -16,7 +14,6 @@ from trip_rt.errors import InputError
 if TYPE_CHECKING:
     from trip_export.plan import Plan
 
-_PARTS = ("text_encoder", "vae", "unet", "fusion")
 _PROCESS = 1.0  # GB: torch and the other libraries
 _LIVE = 5  # values of an attention's or a picture's size that live at a time
 _BUILDER = 3.9  # GB that TensorRT's builder holds for each GB of weights; measured on trip-256 in fp16
@@ -30,7 +27,13 @@ def estimate_gb(plan: Plan, outline: TripModel) -> float:
     holds it beside its graph's file; in half precision the choice, which reads that file; the builder's process; and
     parity, in which the networks' weights are mapped.
     """
-    weights = {part: 4 * _parameters(plan.source / part) / 1e9 for part in _PARTS}
+    parts = {
+        "text_encoder": outline.text_encoder,
+        "vae": outline.vae,
+        "unet": outline.residual_unet,
+        "fusion": outline.fusion,
+    }
+    weights = {name: 4 * sum(p.numel() for p in part.parameters()) / 1e9 for name, part in parts.items()}
     largest, live = max(weights.values()), _live_gb(plan, outline)
     ratio = 1.0 if plan.options.precision == "fp32" else 0.5
     stages = [
@@ -55,16 +58,6 @@ def check_memory(needed_gb: float, machine_gb: float | None) -> str:
             " larger one, or take a smaller --size, fewer --frames or a smaller --batch"
         )
     return f"memory: about {needed_gb:.1f} GB at most, of {machine_gb:.1f} GB on this machine"
-
-
-def _parameters(folder: Path) -> int:
-    """How many numbers the safetensors files of a folder hold, from their headers."""
-    count = 0
-    for path in folder.glob("*.safetensors"):
-        with open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        count += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    return count
 
 
 def _live_gb(plan: Plan, outline: TripModel) -> float:

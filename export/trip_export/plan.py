@@ -156,12 +156,12 @@ class Plan:
     def ingredients(self, name: str) -> dict[str, Any]:
         """What every engine of a component depends on; not on shapes that it does not have, so that profiles share what
         they can."""
-        shapeless = dataclasses.replace(self.config, num_frames=0, height=0, width=0)
+        shapeless = to_json(self.config) | dict(num_frames=0, height=0, width=0)
         inputs, outputs = self.signatures[name]
         return {
             "name": name,
             "weights": {path: digest for path, digest in self.hashes.items() if path.startswith(f"{ALL[name].part}/")},
-            "config": to_json(shapeless),
+            "config": shapeless,
             "tensors": [to_json(tensor) for tensor in (*inputs, *outputs)],
             "precision": self.options.precision,
             "chosen_on": self.reference_key if self.options.precision != "fp32" else "",

@@ -18,14 +18,17 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet3DConditionModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import nn
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from trip_reference.model import TripModel
+from trip_reference.parts import REMEDY, TEXT_ENCODER, UNET, VAE, Part, load_part, load_weights, read_config
 from trip_rt.config import TripConfig, from_json, to_json
-from trip_rt.errors import InputError
+from trip_rt.errors import InputError, printable
+from trip_rt.plain_files import check_plain, read_json, read_text
 
 _PARTS = {
     "text_encoder": ("transformers", "CLIPTextModel"),
@@ -35,6 +38,7 @@ _PARTS = {
     "fusion": ("trip_reference", "NoiseFusion"),
 }
 _FUSION_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_MOST_TOKENIZER = 64 << 20  # bytes
 
 
 def save_pretrained(
@@ -54,16 +58,6 @@ def save_pretrained(
         model.vae.save_pretrained(draft / "vae")
         model.residual_unet.unet.save_pretrained(draft / "unet")
         model.text_encoder.save_pretrained(draft / "text_encoder")
-        for part in ("vae", "unet"):  # diffusers also writes the path that it loaded them from
-            path = draft / part / "config.json"
-            _write_json(
-                path,
-                {
-                    name: value
-                    for name, value in json.loads(path.read_text(encoding="utf-8")).items()
-                    if name != "_name_or_path"
-                },
-            )
         (draft / "fusion").mkdir()
         save_file(model.fusion.state_dict(), draft / "fusion" / _FUSION_WEIGHTS)
         (draft / "tokenizer").mkdir()
@@ -87,46 +81,75 @@ def from_pretrained(folder: str | os.PathLike[str], only: str | None = None) -> 
     """
     folder = Path(folder)
     config = load_config(folder)
-    model = TripModel(
-        config,
-        _load_part(UNet3DConditionModel, folder / "unet", only not in (None, "unet"), torch_dtype=torch.float32),
-        load_vae(folder, only not in (None, "vae")),
-        _load_part(CLIPTextModel, folder / "text_encoder", only not in (None, "text_encoder"), dtype=torch.float32),
-    )
-    weights = folder / "fusion" / _FUSION_WEIGHTS
-    with _named(weights):
-        model.fusion.load_state_dict(load_file(weights))
-    return model.float().eval()
+
+    def part(kind: Part, name: str) -> Any:
+        return load_part(kind, folder / name, only not in (None, name))
+
+    unet, vae, text_encoder = part(UNET, "unet"), part(VAE, "vae"), part(TEXT_ENCODER, "text_encoder")
+    channels = config.latent_channels * (2 if config.first_frame == "channel" else 1)
+    with _named(folder):
+        _check_fit(config, channels, unet, vae, text_encoder, REMEDY)
+        with torch.device("meta"):
+            model = TripModel(config, unet, vae, text_encoder)
+    load_weights(model.fusion, folder / "fusion" / _FUSION_WEIGHTS)
+    return model.eval()
 
 
 def load_config(folder: str | os.PathLike[str]) -> TripConfig:
     """The TripConfig of a checkpoint folder."""
     folder = Path(folder)
-    if not (folder / "model_index.json").is_file():
-        raise InputError(f"{folder}: found no model_index.json, expected a checkpoint folder; make one with trip-train")
+    index = folder / "model_index.json"
+    check_plain(index, "that of a checkpoint folder; make one with trip-train")
     path = folder / "trip_config.json"
-    with _named(path):
-        data = json.loads(path.read_text(encoding="utf-8"))
-    return from_json(TripConfig, data, str(path))
+    return from_json(TripConfig, read_json(path, f"the config of a TRIP model; {REMEDY}"), printable(str(path)))
 
 
-def load_vae(folder: str | os.PathLike[str], empty: bool = False) -> AutoencoderKL:
-    """The VAE of a checkpoint or Stable Diffusion folder, fp32; `empty`: without its weights, on the meta device."""
-    return _load_part(AutoencoderKL, Path(folder) / "vae", empty, torch_dtype=torch.float32)
+def load_vae(folder: str | os.PathLike[str]) -> AutoencoderKL:
+    """The VAE of a checkpoint or Stable Diffusion folder, fp32."""
+    return load_part(VAE, Path(folder) / "vae")
 
 
 def latent_multiple(folder: str | os.PathLike[str]) -> int:
     """What the sides of the latents must be multiples of: each of the UNet's levels but the last halves them."""
-    path = Path(folder) / "unet" / "config.json"
-    with _named(path):
-        return 2 ** (len(json.loads(path.read_text(encoding="utf-8"))["block_out_channels"]) - 1)
+    return 2 ** (len(read_config(UNET, Path(folder) / "unet").block_out_channels) - 1)
 
 
 def load_tokenizer_json(folder: str | os.PathLike[str]) -> str:
-    """The text of the checkpoint's tokenizer.json."""
-    path = Path(folder) / "tokenizer" / "tokenizer.json"
+    """The text of the checkpoint's tokenizer.json; InputError unless it gives the ids that the text encoder takes, as
+    many as it takes."""
+    folder = Path(folder)
+    path = folder / "tokenizer" / "tokenizer.json"
+    text = read_text(path, f"a tokenizer; {REMEDY}", _MOST_TOKENIZER)
+    length = load_config(folder).text_length
+    vocabulary = read_config(TEXT_ENCODER, folder / "text_encoder").vocab_size
     with _named(path):
-        return path.read_text(encoding="utf-8")
+        _check_tokenizer(text, length, vocabulary)
+    return text
+
+
+def _check_tokenizer(text: str, length: int, vocabulary: int) -> None:
+    try:
+        tokenizer = Tokenizer.from_str(text)
+        for name, found in (
+            ("padding", (tokenizer.padding or {}).get("length")),
+            ("truncation", (tokenizer.truncation or {}).get("max_length")),
+        ):
+            if found != length:
+                raise InputError(f"{name}: found {found}, expected {length} tokens, as trip_config.json says; {REMEDY}")
+        ids = [*tokenizer.get_vocab(with_added_tokens=True).values()]
+        for sentence in ("", "a ball rolls to the left"):
+            found = tokenizer.encode(sentence).ids
+            if len(found) != length:
+                raise InputError(f"found {len(found)} tokens of a sentence, expected {length}; {REMEDY}")
+            ids += found
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust, and no Exception
+            raise
+        raise InputError(f"found what the library tokenizers fails on; {REMEDY}") from error
+    if (largest := max(ids)) >= vocabulary:
+        raise InputError(
+            f"found the token {largest}, expected at most {vocabulary - 1} for this text encoder; {REMEDY}"
+        )
 
 
 def assemble(
@@ -139,18 +162,10 @@ def assemble(
     frame the UNet's first convolution gets input channels of zeros, so that it starts as the published network.
     """
     modelscope, stable_diffusion = Path(modelscope), Path(stable_diffusion)
-    unet = _load_part(UNet3DConditionModel, modelscope / "unet", torch_dtype=torch.float32)
+    unet = load_part(UNET, modelscope / "unet")
     vae = load_vae(stable_diffusion)
     text_encoder, tokenizer_json = load_text(stable_diffusion)
-    for what, found, expected in (
-        ("UNet cross_attention_dim", unet.config["cross_attention_dim"], config.text_width),
-        ("UNet in_channels", unet.config["in_channels"], config.latent_channels),
-        ("VAE latent_channels", vae.config["latent_channels"], config.latent_channels),
-        ("text encoder hidden_size", text_encoder.config.hidden_size, config.text_width),
-        ("text encoder max_position_embeddings", text_encoder.config.max_position_embeddings, config.text_length),
-    ):
-        if found != expected:
-            raise InputError(f"{what}: found {found}, expected {expected}; choose parts that fit the preset")
+    _check_fit(config, config.latent_channels, unet, vae, text_encoder, "choose parts that fit the preset")
     if config.first_frame == "channel":
         widen_conv_in(unet)
     return TripModel(config, unet, vae, text_encoder).eval(), tokenizer_json
@@ -160,9 +175,9 @@ def load_text(folder: str | os.PathLike[str]) -> tuple[CLIPTextModel, str]:
     """The text encoder of a folder with text_encoder/ and tokenizer/ in transformers' layout, fp32, and the text of a
     tokenizer.json that cuts and pads to the encoder's length."""
     folder = Path(folder)
-    text_encoder = _load_part(CLIPTextModel, folder / "text_encoder", dtype=torch.float32)
-    with _named(folder / "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True, use_fast=True)
+    text_encoder = load_part(TEXT_ENCODER, folder / "text_encoder")
+    with _named(folder / "tokenizer"):  # by its own class: AutoTokenizer would run code that a folder brings
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     length, backend = text_encoder.config.max_position_embeddings, tokenizer.backend_tokenizer
     backend.enable_truncation(length)
     backend.enable_padding(length=length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
@@ -180,31 +195,40 @@ def widen_conv_in(unet: UNet3DConditionModel) -> None:
     unet.register_to_config(in_channels=new.in_channels)
 
 
-def _load_part(cls: Any, folder: Path, empty: bool = False, **dtype: torch.dtype) -> Any:
-    if not folder.is_dir():
-        raise InputError(f"{folder}: not found, expected the folder of a {cls.__name__}")
-    disable_progress_bar()
-    with _named(folder):
-        if empty:
-            with torch.device("meta"):
-                if cls is CLIPTextModel:
-                    return cls(CLIPTextConfig.from_pretrained(folder, local_files_only=True))
-                return cls.from_config(cls.load_config(folder, local_files_only=True))
-        return cls.from_pretrained(folder, local_files_only=True, use_safetensors=True, **dtype)
+def _check_fit(
+    config: TripConfig,
+    in_channels: int,
+    unet: UNet3DConditionModel,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    remedy: str,
+) -> None:
+    """InputError unless the parts' sizes are those of `config`."""
+    for what, found, expected in (
+        ("UNet cross_attention_dim", unet.config["cross_attention_dim"], config.text_width),
+        ("UNet in_channels", unet.config["in_channels"], in_channels),
+        ("UNet out_channels", unet.config["out_channels"], config.latent_channels),
+        ("VAE latent_channels", vae.config["latent_channels"], config.latent_channels),
+        ("VAE pixels to a latent", 2 ** (len(vae.config["block_out_channels"]) - 1), config.vae_scale_factor),
+        ("VAE scaling_factor", vae.config["scaling_factor"], config.scaling_factor),
+        ("text encoder hidden_size", text_encoder.config.hidden_size, config.text_width),
+        ("text encoder max_position_embeddings", text_encoder.config.max_position_embeddings, config.text_length),
+    ):
+        if found != expected:
+            raise InputError(f"{what}: found {found}, expected {expected}; {remedy}")
 
 
 @contextlib.contextmanager
 def _named(path: Path) -> Any:
     """Turn whatever a library raises for a broken file into one line that names the file."""
+    where = printable(str(path))
     try:
         yield
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
     except Exception as error:
-        line = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{path}: cannot be read ({type(error).__name__}: {line}); restore it from its source"
-        ) from error
+        line = printable(" ".join(str(error).split()))[:200]
+        raise InputError(f"{where}: cannot be read ({type(error).__name__}: {line}); {REMEDY}") from error
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

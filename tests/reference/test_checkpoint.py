@@ -1,13 +1,17 @@
 import dataclasses
 import json
+import os
+import shutil
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet3DConditionModel
+from safetensors.torch import load_file, save_file
 from tiny import TINY, save_published, tiny_model
 from tokenizers import Tokenizer
 
 from trip_reference import checkpoint
+from trip_reference.model import build_vae
 from trip_reference.presets import PRESETS
 from trip_reference.training.config import load_config
 from trip_reference.training.start import start_model
@@ -60,8 +64,6 @@ def test_saving_over_a_checkpoint_replaces_it(tmp_path):
     "broken", ["model_index.json", "trip_config.json", "unet/config.json", "fusion/diffusion_pytorch_model.safetensors"]
 )
 def test_what_is_missing_is_named(tiny_checkpoint, tmp_path, broken):
-    import shutil
-
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
     (folder / broken).unlink()
     with pytest.raises(InputError, match=broken.split("/")[0]) as caught:
@@ -71,8 +73,6 @@ def test_what_is_missing_is_named(tiny_checkpoint, tmp_path, broken):
 
 @pytest.mark.parametrize("part", ["unet", "fusion", "text_encoder", "vae"])
 def test_truncated_weights_are_named(tiny_checkpoint, tmp_path, part):
-    import shutil
-
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
     (weights,) = (folder / part).glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -140,3 +140,135 @@ def test_training_starts_from_published_parts(published, monkeypatch):
     )
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert len(Tokenizer.from_str(tokenizer_json).encode("ab").ids) == TINY.trip.text_length
+
+
+@pytest.fixture
+def copy(tiny_checkpoint, tmp_path):
+    return shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        ("unet", {"block_out_channels": [8, -1]}, "block_out_channels.*expected int >= 1|Expected `int` >= 1"),
+        ("unet", {"layers_per_block": 2**40}, "layers_per_block: found 1099511627776, expected int <= 8"),
+        ("unet", {"down_block_types": ["Evil3D", "DownBlock3D"]}, "Evil3D|enum value"),
+        ("unet", {"norm_num_groups": 3}, "found sizes of no UNet3DConditionModel"),
+        ("unet", {"_class_name": "UNet2DModel"}, "_class_name: found 'UNet2DModel', expected 'UNet3DConditionModel'"),
+        ("unet", {"cross_attention_dim": 32}, "expected \\[.*\\] as config.json says"),
+        ("vae", {"scaling_factor": -1}, "scaling_factor: found -1, expected float > 0"),
+        ("vae", {"scaling_factor": 0.5}, "VAE scaling_factor: found 0.5, expected 1.0"),
+        ("vae", {"latent_channels": "8"}, "latent_channels: found '8', expected int"),
+        ("text_encoder", {"hidden_size": 2**31}, "hidden_size: found 2147483648, expected int <= 65536"),
+        ("text_encoder", {"num_hidden_layers": 2}, "found no tensor encoder.layers.1"),
+        ("text_encoder", {"model_type": "llama"}, "model_type: found 'llama', expected 'clip_text_model'"),
+    ],
+)
+def test_a_part_that_is_not_what_its_config_says_is_refused(copy, part, changes, message):
+    change_json(copy / part / "config.json", **changes)
+    with pytest.raises(InputError, match=message) as caught:
+        checkpoint.from_pretrained(copy)
+    assert str(copy) in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_a_config_of_another_size_than_the_parts_is_refused(copy):
+    change_json(copy / "trip_config.json", text_length=8)
+    with pytest.raises(InputError, match="max_position_embeddings: found 16, expected 8"):
+        checkpoint.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "fusion"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda name, tensor: {}, "found no tensor"),
+        (lambda name, tensor: {name: tensor, "extra": tensor.clone()}, "found the tensor extra"),
+        (lambda name, tensor: {name: tensor[None].contiguous()}, "found shape"),
+        (lambda name, tensor: {name: tensor.long()}, "found int64, expected fp32"),
+        (lambda name, tensor: {name: tensor * torch.nan}, "a number that is not finite"),
+    ],
+)
+def test_weights_that_lack_what_the_config_asks_for_are_refused(copy, part, change, message):
+    """The libraries' loaders give random numbers for what is missing."""
+    (path,) = (copy / part).glob("*.safetensors")
+    tensors = load_file(path)
+    name = next(iter(tensors))
+    save_file(tensors | change(name, tensors.pop(name)), path)
+    with pytest.raises(InputError, match=message) as caught:
+        checkpoint.from_pretrained(copy)
+    assert str(path) in str(caught.value)
+
+
+def test_a_config_cannot_have_code_or_other_folders_loaded(copy):
+    """What transformers and diffusers would follow: adapters and their base model, remote code, quantisers."""
+    for part in ("unet", "vae", "text_encoder"):
+        change_json(
+            copy / part / "config.json",
+            auto_map={"AutoModel": "evil.Evil"},
+            quantization_config={"quant_method": "bitsandbytes"},
+            _attn_implementation="stranger/kernel",
+        )
+        (copy / part / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+        (copy / part / "evil.py").write_text("raise SystemExit('run')")
+    expected = tiny_model().state_dict()
+    for name, tensor in checkpoint.from_pretrained(copy).state_dict().items():
+        assert torch.equal(tensor, expected[name])
+
+
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "trip_config.json", "unet/config.json", "vae/diffusion_pytorch_model.safetensors"]
+)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_plain_file_is_not_opened(copy, name, make):
+    (copy / name).unlink()
+    make(copy / name)  # to open a named pipe would wait for somebody to write to it
+    with pytest.raises(InputError, match=r"found a (named pipe|folder)"):
+        checkpoint.from_pretrained(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data["padding"].update(strategy={"Fixed": 2**40}), "padding: found 1099511627776, expected 16"),
+        (lambda data: data.update(truncation=None), "truncation: found None, expected 16"),
+        (lambda data: data["model"]["vocab"].update(surprise=10**6), "the token 1000000, expected at most"),
+        (lambda data: data["padding"].update(pad_id=10**6), "the token 1000000, expected at most"),
+        (lambda data: data.clear(), "cannot be read"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_the_text_encoder_is_refused(copy, change, message):
+    path = copy / "tokenizer" / "tokenizer.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(InputError, match=message):
+        checkpoint.load_tokenizer_json(copy)
+
+
+def test_published_weights_of_earlier_libraries_are_read(published, tmp_path):
+    """transformers' names with text_model and positions, diffusers' former names of attentions."""
+    modelscope, stable_diffusion = published
+    older = shutil.copytree(stable_diffusion, tmp_path / "sd")
+    text = older / "text_encoder" / "model.safetensors"
+    tensors = {f"text_model.{name}": tensor for name, tensor in load_file(text).items()}
+    save_file(tensors | {"text_model.embeddings.position_ids": torch.arange(16)[None]}, text)
+    one, _ = checkpoint.assemble(TINY.trip, modelscope, stable_diffusion)
+    other, _ = checkpoint.assemble(TINY.trip, modelscope, older)
+    for a, b in zip(one.text_encoder.parameters(), other.text_encoder.parameters(), strict=True):
+        assert torch.equal(a, b)
+    torch.manual_seed(0)
+    vae = build_vae(TINY.trip, TINY.vae | dict(mid_block_add_attention=True))
+    vae.save_pretrained(tmp_path / "vae")
+    weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    former = [("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")]
+    tensors = load_file(weights)
+    for new, old in former:
+        tensors = {name.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): t for name, t in tensors.items()}
+    assert "encoder.mid_block.attentions.0.proj_attn.weight" in tensors
+    save_file(tensors, weights)
+    for a, b in zip(vae.parameters(), checkpoint.load_vae(tmp_path).parameters(), strict=True):
+        assert torch.equal(a, b)

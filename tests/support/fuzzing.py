@@ -196,6 +196,7 @@ HOSTILE: list[Any] = [
     {},
     {"x": {"y": None}},
 ]
+_NAMES = ["x", "", "a\nb", "\ud800", "__class__", "auto_map", "_class_name"]
 hostile = st.sampled_from(HOSTILE).map(copy.deepcopy)
 
 
@@ -213,7 +214,9 @@ def hostile_json(draw: st.DrawFn, values: Sequence[Any]) -> bytes:
         elif how == "drop":
             del holder[key]
         elif how == "add" and isinstance(holder, dict):
-            holder[draw(st.sampled_from(["x", "", "__class__", "auto_map", "_class_name"]))] = draw(hostile)
+            holder[draw(st.sampled_from(["x", "", "a\nb", "\ud800", "__class__", "auto_map", "_class_name"]))] = draw(
+                hostile
+            )
         elif how == "add":
             holder.extend([holder[key]] * draw(st.sampled_from([1, 100])))
         else:
