@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from trip_rt.errors import InputError, printable
+
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than files may be here",
+}
 
 
 @contextlib.contextmanager
@@ -18,10 +28,11 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     part = _beside(path)
     try:
-        yield part
-        with open(part, "r+b") as file:
-            os.fsync(file.fileno())  # or the new name could outlive a power cut, and its contents not
-        os.replace(part, path)
+        with disk_full(path):
+            yield part
+            with open(part, "r+b") as file:
+                os.fsync(file.fileno())  # or the new name could outlive a power cut, and its contents not
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -35,8 +46,9 @@ def whole_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """
     part, old = _beside(path), _beside(path)
     try:
-        part.mkdir()
-        yield part
+        with disk_full(path):
+            part.mkdir()
+            yield part
         if replace and path.is_dir():
             os.rename(path, old)
         os.rename(part, path)
@@ -45,6 +57,20 @@ def whole_folder(path: Path, replace: bool = False) -> Iterator[Path]:
             os.rename(old, path)
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def disk_full(path: Path, remedy: str = "make room and run the same command again") -> Iterator[None]:
+    """InputError where there is no room for what is written to `path`, whichever library finds out: those in Rust
+    (safetensors) raise errors of their own, which end in the system's number."""
+    try:
+        yield
+    except Exception as error:
+        written = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(written[1]) if written else None
+        if number not in _FULL:
+            raise
+        raise InputError(f"{printable(str(path))}: {_FULL[number]}; {remedy}") from error
 
 
 def _beside(path: Path) -> Path:

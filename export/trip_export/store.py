@@ -4,7 +4,6 @@ remembered."""
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -18,6 +17,7 @@ from typing import Any
 from trip_rt.bundle import file_spec, read_manifest
 from trip_rt.config import from_json, to_json
 from trip_rt.errors import InputError
+from trip_rt.files import disk_full
 from trip_rt.manifest import EngineSpec, FileName, FileSpec, KernelSpec, Manifest
 
 _DRAFT = ".exporting-"
@@ -124,11 +124,10 @@ def store(bundle: Path) -> Iterator[Store]:
             ) from error
         for leftover in bundle.glob(f"{_DRAFT}*"):
             shutil.rmtree(leftover)
-        with tempfile.TemporaryDirectory(dir=bundle, prefix=_DRAFT) as draft:
+        with (
+            disk_full(bundle, "make room and run the export again, which goes on"),
+            tempfile.TemporaryDirectory(dir=bundle, prefix=_DRAFT) as draft,
+        ):
             yield Store(bundle, Path(draft))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise InputError(f"{bundle}: the disk is full; make room and run the export again, which goes on") from error
     finally:
         os.close(handle)

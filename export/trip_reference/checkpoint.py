@@ -28,6 +28,7 @@ from trip_reference.model import TripModel
 from trip_reference.parts import REMEDY, TEXT_ENCODER, UNET, VAE, Part, load_part, load_weights, read_config
 from trip_rt.config import TripConfig, from_json, to_json
 from trip_rt.errors import InputError, printable
+from trip_rt.files import disk_full
 from trip_rt.plain_files import check_plain, read_json, read_text
 
 _PARTS = {
@@ -51,7 +52,7 @@ def save_pretrained(
     disable_progress_bar()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+    with disk_full(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
         draft = Path(temporary)
         model = copy.deepcopy(model).to(dtype)
         model.vae.register_to_config(scaling_factor=model.config.scaling_factor)
