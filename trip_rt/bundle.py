@@ -11,10 +11,13 @@ from pathlib import Path
 
 from trip_rt.errors import InputError
 from trip_rt.manifest import EngineSpec, FileSpec, Manifest, parse
+from trip_rt.plain_files import check_plain, read_plain, read_text
+from trip_rt.tokenizer_file import MAX_MEGABYTES
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 MAX_MANIFEST_BYTES = 4 << 20
+_AGAIN = "export the bundle again"
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,7 @@ def open_bundle(folder: Path | str) -> Bundle:
     manifest = read_manifest(folder)
     for name, spec in manifest.files.items():
         verify_file(folder / name, spec)
-    tokenizer = folder / TOKENIZER
-    try:
-        return Bundle(folder, manifest, tokenizer.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{tokenizer}: found bytes that are not UTF-8, expected a tokenizer; export the bundle again"
-        ) from error
+    return Bundle(folder, manifest, read_text(folder / TOKENIZER, f"a tokenizer; {_AGAIN}", MAX_MEGABYTES << 20))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -50,31 +47,22 @@ def read_manifest(folder: Path) -> Manifest:
     with _readable(folder):
         if not folder.is_dir():
             raise InputError(f"{folder}: found no such folder, expected a bundle; make one with trip-export")
-        if not path.is_file():
+        if not path.exists():
             raise InputError(
                 f"{folder}: found no {MANIFEST}, so this is no (finished) bundle; make one with trip-export"
             )
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise InputError(
-                f"{path}: found {path.stat().st_size} bytes, expected at most {MAX_MANIFEST_BYTES}; export the bundle"
-                " again"
-            )
-        return parse(path.read_bytes(), str(path))
+    return parse(read_plain(path, f"a bundle's manifest; {_AGAIN}", MAX_MANIFEST_BYTES), str(path))
 
 
 def verify_file(path: Path, spec: FileSpec) -> None:
     """InputError unless the file has this size and hash."""
+    size = check_plain(path, f"one of the bundle's; {_AGAIN}")
+    if size != spec.bytes:  # cheaper to refuse by
+        raise InputError(f"{path}: found {size} bytes, expected {spec.bytes}; {_AGAIN}")
     with _readable(path):
-        if not path.is_file():
-            raise InputError(f"{path}: found no such file, expected one of the bundle's; export the bundle again")
-        if path.stat().st_size != spec.bytes:  # cheaper to refuse by
-            raise InputError(
-                f"{path}: found {path.stat().st_size} bytes, expected {spec.bytes}; export the bundle again"
-            )
-        if (found := file_sha256(path)) != spec.sha256:
-            raise InputError(
-                f"{path}: damaged, found SHA-256 {found[:12]}…, expected {spec.sha256[:12]}…; export the bundle again"
-            )
+        found = file_sha256(path)
+    if found != spec.sha256:
+        raise InputError(f"{path}: damaged, found SHA-256 {found[:12]}…, expected {spec.sha256[:12]}…; {_AGAIN}")
 
 
 def file_sha256(path: Path) -> str:

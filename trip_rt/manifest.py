@@ -220,7 +220,10 @@ def _check_consistent(manifest: Manifest, where: str) -> None:
                             f"{where}: found the tensor {tensor.name[:100]} of {tensor.nbytes >> 20} MB, expected at"
                             f" most {MAX_TENSOR_BYTES >> 20} MB; {again}"
                         )
-        config = manifest.config_of(profile)
+        try:
+            config = manifest.config_of(profile)
+        except InputError as error:
+            raise InputError(f"{where}: {profile.name}: {error}; {again}") from error
         expected = signatures(
             config, profile.batch, profile.decode_frames, profile.context_width, profile.features_shape
         )

@@ -23,11 +23,12 @@ class PromptTokenizer:
         file does not fit them."""
         self._tokenizer = open_tokenizer(tokenizer_json)
         self._length = length
-        padding = self._tokenizer.padding
-        if padding is None or padding["length"] != length:
-            raise InputError(
-                f"tokenizer.json: found padding {padding}, expected padding to {length} tokens; export the bundle again"
-            )
+        padding, truncation = self._tokenizer.padding or {}, self._tokenizer.truncation or {}
+        for name, found in (("padding", padding.get("length")), ("truncation", truncation.get("max_length"))):
+            if found != length:
+                raise InputError(
+                    f"tokenizer.json: {name}: found {found}, expected {length} tokens; export the bundle again"
+                )
         self._unknown = self._tokenizer.token_to_id("<unk>")
         self._tokenizer.no_truncation()
         with guarded():

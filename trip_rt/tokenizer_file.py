@@ -117,6 +117,10 @@ class _Added(Struct):
     content: Annotated[str, Meta(min_length=1, max_length=64)]
 
 
+class _Truncation(Struct):
+    max_length: Annotated[int, Meta(ge=1, lt=1 << 31)]
+
+
 class _Padding(Struct):
     pad_id: Id
     strategy: Any
@@ -130,6 +134,7 @@ class _File(Struct):
     post_processor: _Template | _Roberta | _ByteLevel | None
     added_tokens: Annotated[list[_Added], Meta(max_length=1 << 16)]
     padding: _Padding | None
+    truncation: _Truncation | None
 
 
 def open_tokenizer(tokenizer_json: str) -> Tokenizer:
@@ -144,8 +149,8 @@ def open_tokenizer(tokenizer_json: str) -> Tokenizer:
         unknown = file.model.unk_token
         if unknown is not None and unknown not in file.model.vocab:
             raise _refused(f"found that the unknown token {excerpt(unknown)!r} is no entry of its vocabulary")
-        # Truncation is the caller's matter; the decoder, which nothing asks for, holds expressions too.
-        return Tokenizer.from_str(json.dumps(data | {"truncation": None, "decoder": None}))
+        # Nothing asks for the decoder, which holds expressions too.
+        return Tokenizer.from_str(json.dumps(data | {"decoder": None}))
 
 
 @contextlib.contextmanager
@@ -161,4 +166,4 @@ def guarded() -> Iterator[None]:
 
 
 def _refused(what: str) -> InputError:
-    return InputError(f"tokenizer.json: {what}; export the bundle again")
+    return InputError(f"tokenizer.json: {what}; restore it, or export the bundle again")

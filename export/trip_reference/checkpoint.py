@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet3DConditionModel
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
@@ -30,6 +29,8 @@ from trip_rt.config import TripConfig, from_json, to_json
 from trip_rt.errors import InputError, printable
 from trip_rt.files import disk_full
 from trip_rt.plain_files import check_plain, read_json, read_text
+from trip_rt.tokenizer import PromptTokenizer
+from trip_rt.tokenizer_file import MAX_MEGABYTES
 
 _PARTS = {
     "text_encoder": ("transformers", "CLIPTextModel"),
@@ -39,7 +40,6 @@ _PARTS = {
     "fusion": ("trip_reference", "NoiseFusion"),
 }
 _FUSION_WEIGHTS = "diffusion_pytorch_model.safetensors"
-_MOST_TOKENIZER = 64 << 20  # bytes
 
 
 def save_pretrained(
@@ -120,37 +120,14 @@ def load_tokenizer_json(folder: str | os.PathLike[str]) -> str:
     many as it takes."""
     folder = Path(folder)
     path = folder / "tokenizer" / "tokenizer.json"
-    text = read_text(path, f"a tokenizer; {REMEDY}", _MOST_TOKENIZER)
+    text = read_text(path, f"a tokenizer; {REMEDY}", MAX_MEGABYTES << 20)
     length = load_config(folder).text_length
     vocabulary = read_config(TEXT_ENCODER, folder / "text_encoder").vocab_size
-    with _named(path):
-        _check_tokenizer(text, length, vocabulary)
-    return text
-
-
-def _check_tokenizer(text: str, length: int, vocabulary: int) -> None:
     try:
-        tokenizer = Tokenizer.from_str(text)
-        for name, found in (
-            ("padding", (tokenizer.padding or {}).get("length")),
-            ("truncation", (tokenizer.truncation or {}).get("max_length")),
-        ):
-            if found != length:
-                raise InputError(f"{name}: found {found}, expected {length} tokens, as trip_config.json says; {REMEDY}")
-        ids = [*tokenizer.get_vocab(with_added_tokens=True).values()]
-        for sentence in ("", "a ball rolls to the left"):
-            found = tokenizer.encode(sentence).ids
-            if len(found) != length:
-                raise InputError(f"found {len(found)} tokens of a sentence, expected {length}; {REMEDY}")
-            ids += found
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of Rust, and no Exception
-            raise
-        raise InputError(f"found what the library tokenizers fails on; {REMEDY}") from error
-    if (largest := max(ids)) >= vocabulary:
-        raise InputError(
-            f"found the token {largest}, expected at most {vocabulary - 1} for this text encoder; {REMEDY}"
-        )
+        PromptTokenizer(text, length, vocabulary)
+    except InputError as error:
+        raise InputError(f"{printable(str(path))}: {error}") from error
+    return text
 
 
 def assemble(

@@ -92,9 +92,9 @@ def test_tokenizers(fuzz, folder, original):
         config = original.config
         for ids in (
             tokenizer_of(text)(["", "a ball", "x" * 1000]),
-            torch.tensor(PromptTokenizer(text, config.text_length)(["", "a ball rolls"])),
+            torch.tensor(PromptTokenizer(text, config.text_length, original.vocabulary)(["", "a ball rolls"])),
         ):
             assert ids.shape[1] == config.text_length
-            assert ids.min() >= 0 and ids.max() < original.text_encoder.config.vocab_size
+            assert ids.min() >= 0 and ids.max() < original.vocabulary
 
     fuzz(mutated_json(valid) | st.sampled_from([b"", b"{}", b"[]"]), load, folder=folder)

@@ -220,8 +220,13 @@ def test_verify_file_names_what_it_found(tmp_path):
     ):
         with pytest.raises(InputError, match=says):
             verify_file(path, FileSpec(sha256, size))
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="found a folder"):
         verify_file(tmp_path, FileSpec("0" * 64, 0))
+    with pytest.raises(InputError, match="no such file"):
+        verify_file(tmp_path / "none", FileSpec("0" * 64, 0))
+    os.mkfifo(tmp_path / "pipe")  # to open it would wait for somebody to write to it
+    with pytest.raises(InputError, match="found a named pipe"):
+        verify_file(tmp_path / "pipe", FileSpec("0" * 64, 0))
 
 
 @pytest.mark.parametrize(

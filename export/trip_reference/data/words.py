@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from trip_reference.data.sample import BrokenClip, ClipDataset
 from trip_reference.data.shard_files import RawSample, read_shard
 from trip_reference.data.shards import ShardSource
 from trip_reference.word_tokenizer import UNKNOWN
 from trip_rt.errors import InputError, printable
+from trip_rt.tokenizer_file import open_tokenizer
 
 MOST_UNKNOWN = 0.2  # of the words: beyond it, one sentence in a few lacks what it is about
 MOST_READ = 100_000  # sentences that are looked at
@@ -72,7 +72,7 @@ class Words:
 
 def words_of(tokenizer_json: str, sentences: Sequence[str]) -> Words:
     """What a tokenizer.json makes of the sentences. Those without <unk>, such as CLIP's of bytes, know all words."""
-    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer = open_tokenizer(tokenizer_json)
     special = tokenizer.num_special_tokens_to_add(False)
     length = tokenizer.truncation["max_length"] if tokenizer.truncation else 0
     tokenizer.no_truncation()
