@@ -150,13 +150,15 @@ def test_frames_of_clips_that_are_not_square_are_cropped_anywhere():
     assert len({x for x, _ in corners}) > 20 and len({y for _, y in corners}) > 15
 
 
-def test_a_denoiser_is_not_trained_on_a_vae_of_random_weights(videos, trained, tmp_path):
+def test_a_denoiser_is_not_trained_on_a_vae_of_random_weights(videos, trained, tmp_path, capfd):
     options = [on(videos), *OWN, "vae.untrained=false", "stages.0.steps=1"]
     with pytest.raises(InputError, match=r"vae.steps: found 0 and a VAE of random weights, .* by --checkpoint"):
         train_tiny(tmp_path / "run", *options)
     assert not (tmp_path / "run").exists()
     for trusted in ("vae", "checkpoint"):
-        train_tiny(tmp_path / trusted, *options, f"model.{trusted}={str(trained)!r}")
+        result = train_tiny(tmp_path / trusted, *options, f"model.{trusted}={str(trained)!r}")
+        found = f"VAE gives frames of the data back at {result['vae_psnr_db']:.2f} dB, expected 20 dB or more"
+        assert found in capfd.readouterr().err  # for this one has not learned anything
 
 
 def test_latents_train_no_vae(videos, trained, tmp_path):

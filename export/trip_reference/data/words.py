@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from trip_reference.data.sample import BrokenClip, ClipDataset
-from trip_reference.data.shard_files import RawSample, read_shard
+from trip_reference.data.shard_files import RawSample, is_remote, read_shard
 from trip_reference.data.shards import ShardSource
 from trip_reference.word_tokenizer import UNKNOWN
 from trip_rt.errors import InputError, printable
@@ -95,22 +98,20 @@ def words_of(tokenizer_json: str, sentences: Sequence[str]) -> Words:
 
 
 def sentences_of(source: ClipDataset | ShardSource, most: int = MOST_READ) -> list[str]:
-    """One sentence for each clip: of shards the first `most`, of other data as many, evenly spread."""
+    """One sentence for each clip: of shards the first `most`, of other data as many, evenly spread. Of shards that are
+    fetched only the first is read."""
     if isinstance(source, ShardSource):
-        return _sentences_in_shards(source, most)
+        return list(islice(_sentences_in_shards(source), most))
     rng = np.random.default_rng(0)
     return [source.text(i, rng) for i in np.unique(np.linspace(0, len(source) - 1, most).astype(int)).tolist()]
 
 
-def _sentences_in_shards(source: ShardSource, most: int) -> list[str]:
-    sentences: list[str] = []
+def _sentences_in_shards(source: ShardSource) -> Iterator[str]:
+    small = dataclasses.replace(source.clip, max_bytes=0)  # so that the videos are passed over, not read
     for shard in source.shards:
-        for raw in read_shard(shard, source.clip):
+        for raw in read_shard(shard, small):
             if isinstance(raw, RawSample):
-                try:
-                    sentences.append(raw.text)
-                except BrokenClip:
-                    continue  # training warns of it
-            if len(sentences) == most:
-                return sentences
-    return sentences
+                with suppress(BrokenClip):  # training warns of it
+                    yield raw.text
+        if is_remote(shard):
+            return

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tomli_w
 import torch
 from accelerate import Accelerator
@@ -47,6 +48,8 @@ _FREE = {
     "data": ("validation", "workers", "unknown_words"),
     "vae": ("untrained",),
 }
+LOOKED_AT = 8  # clips on which a VAE that is not trained is measured
+GOOD_VAE = 20  # dB: below it, little more than colours comes through
 LOST = 0.1  # of what a run has changed, to fp16's rounding: from here on it is said
 
 
@@ -62,7 +65,6 @@ def train_run(config: TrainConfig, folder: Path, allow_remote: bool = False) -> 
 class _Run:
     def __init__(self, config: TrainConfig, folder: Path, allow_remote: bool):
         self.config, self.folder, self.work = config, folder, folder / "training"
-        self.allow_remote = allow_remote
         check_device(config.run)
         self.accelerator = Accelerator(
             cpu=not torch.accelerator.is_available(),  # without it, several processes on CPUs do not form a group
@@ -114,7 +116,7 @@ class _Run:
         accelerator.wait_for_everyone()
         if accelerator.log_with:
             accelerator.init_trackers("tracker")
-        psnr = self._train_vae() if config.vae.steps else None
+        psnr = self._train_vae() if config.vae.steps else self._look_at_vae()
         source = self._cached() if config.data.cache else self.source
         first = 0
         for stage in config.stages:
@@ -175,6 +177,17 @@ class _Run:
         self.trip = dataclasses.replace(self.trip, scaling_factor=scale)
         psnr = reconstruction_psnr(self.vae, Clips(held_out.frames[:SCALE_CLIPS, ::5]).each)
         self._note(f"VAE gives {'its own' if held_out is clips else 'held-out'} frames back at {psnr:.2f} dB")
+        return round(psnr, 2)
+
+    def _look_at_vae(self) -> float | None:
+        """The PSNR in dB of a VAE that comes from elsewhere, on some frames of the data: no clip can look better. None
+        on a cache, which has no frames, and in other processes than the main one."""
+        if isinstance(self.source, CachedClips) or not self.accelerator.is_main_process:
+            return None
+        frames = np.stack([sample.frames[0] for sample in read_some(self.source, LOOKED_AT)])
+        psnr = reconstruction_psnr(self.vae, frames)
+        remedy = f", expected {GOOD_VAE} dB or more; set vae.steps to train it on the data" if psnr < GOOD_VAE else ""
+        self._note(f"VAE gives frames of the data back at {psnr:.2f} dB{remedy}")
         return round(psnr, 2)
 
     def _cached(self) -> CachedClips:
