@@ -43,12 +43,11 @@ def run(command, folder, seconds):
     if not (folder / "examples").exists():
         (folder / "examples").symlink_to(ROOT / "examples")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     done = subprocess.run(
         command,
         shell=True,
         cwd=folder,
-        env=environment | {"PATH": path},
+        env=os.environ | {"PATH": path},
         capture_output=True,
         text=True,
         timeout=seconds,
