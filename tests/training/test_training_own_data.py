@@ -348,6 +348,12 @@ def test_updates_that_half_precision_would_lose_are_said_and_kept_in_the_state(t
     assert "warning" not in capfd.readouterr().err
 
 
+def test_small_updates_by_adapters_are_said_to_be_lost_too(trained, tmp_path, capfd):
+    adapters = ["lora.rank=2", "stages.0.trains=['residual_unet.*']", "stages.0.unet_lr=1e-6", "stages.0.steps=2"]
+    train_tiny(tmp_path / "run", f"model.checkpoint={str(trained)!r}", *adapters, "run.weights=fp16")
+    assert "warning: weights in fp16 lose" in capfd.readouterr().err
+
+
 def test_what_half_precision_loses():
     """1 + 2⁻¹² is rounded to 1, 1 + 2⁻¹⁰ is kept."""
     before, after = torch.nn.Linear(2, 1, bias=False), torch.nn.Linear(2, 1, bias=False)
