@@ -19,6 +19,7 @@ from trip_rt.config import from_json, to_json
 from trip_rt.errors import InputError
 from trip_rt.files import disk_full
 from trip_rt.manifest import EngineSpec, FileName, FileSpec, KernelSpec, Manifest
+from trip_rt.plain_files import read_json
 
 _DRAFT = ".exporting-"
 _FINISHED = ".finished-"
@@ -101,8 +102,9 @@ class Store:
                 yield spec, {name: self.previous.files[name] for name in spec.files}
         for path in self.bundle.glob(f"{_FINISHED}*"):
             with contextlib.suppress(ValueError):  # what is no note of ours is passed over; InputError is one, too
-                finished = from_json(_Finished, json.loads(path.read_bytes()), str(path))
-                if spec := finished.engine or finished.kernel:
+                finished = from_json(_Finished, read_json(path, "a note of an export"), str(path))
+                spec = finished.engine or finished.kernel
+                if spec and finished.files.keys() == set(spec.files):
                     yield spec, finished.files
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import pickle
 import tarfile
+import time
 from itertools import islice
 
 import numpy as np
@@ -294,3 +296,93 @@ def test_writing_is_whole_or_not_at_all(tmp_path, videos):
     with pytest.raises(InputError, match="new or an empty folder"):
         write_shards([("a", videos[1], "clip 1")], tmp_path / "x")
     assert (tmp_path / "x/shard-000000.tar").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "{0..999999999}.tar",
+        "{0..999}{0..999}.tar",
+        "{a..z}{a..z}{a..z}{a..z}.tar",
+        "{{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b}{a,b},x}{0..9}{0..9}{0..9}.tar",
+        "{0..9}" * 200,
+    ],
+)
+def test_a_pattern_of_endless_names_is_refused_before_they_are_made(tmp_path, pattern):
+    began = time.monotonic()
+    with pytest.raises(InputError, match="found a pattern of too many names"):
+        list_shards(f"{tmp_path}/{pattern}")
+    assert time.monotonic() - began < 1
+
+
+def test_a_pattern_cannot_have_the_whole_disk_searched(tmp_path):
+    with pytest.raises(InputError, match="found wildcards in more than 2 parts of the path"):
+        list_shards("/*/*/*/*/*.tar")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "c.tar").touch()
+    assert list_shards(f"{tmp_path}/*/b/*.tar") == [str(tmp_path / "a" / "b" / "c.tar")]
+
+
+@pytest.mark.parametrize("pattern", ["", "/*.tar", "/pipe.tar"])
+def test_a_shard_that_is_no_plain_file_is_not_opened(tmp_path, pattern):
+    os.mkfifo(tmp_path / "pipe.tar")  # to open it would wait for somebody to write to it
+    with pytest.raises(InputError, match=r"found no file .*pipe.tar, or no plain one"):
+        list_shards(f"{tmp_path}{pattern}")
+
+
+def header(name, size, kind=tarfile.REGTYPE):
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def pax(text):
+    data = text.encode()
+    return header("pax", len(data), tarfile.XHDTYPE) + data.ljust(512, b"\0")
+
+
+END = bytes(1024)
+
+
+@pytest.mark.parametrize(
+    ("tar", "message"),
+    [
+        (header("long", 2**33, tarfile.GNUTYPE_LONGNAME), "an extended header of 8589934592 bytes"),
+        (header("pax", 2**40, tarfile.XHDTYPE), "an extended header of 1099511627776 bytes"),
+        (header("a.mp4", -512), "damaged tar"),
+        (pax("17 size=-100000\n") + header("a.mp4", 0), "damaged tar"),  # would lead back to the beginning, for ever
+        (b"".join(header("x", 0, tarfile.GNUTYPE_LONGNAME) for _ in range(3000)), "damaged tar"),
+    ],
+)
+def test_headers_that_would_take_memory_or_never_end_are_damage(tmp_path, tar, message):
+    path = tmp_path / "a.tar"
+    path.write_bytes(tar + END)
+    *_, broken = islice(read_shard(str(path), CLIP), 10)
+    assert isinstance(broken, BrokenClip) and message in str(broken)
+
+
+def test_sparse_members_are_not_unfolded(tmp_path):
+    """A few bytes may stand for gigabytes of zeros."""
+    fields = {"major": "1", "minor": "0", "name": "a.mp4", "realsize": "999"}
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        info = tarfile.TarInfo("a.mp4")
+        info.size, info.pax_headers = 512, {f"GNU.sparse.{name}": value for name, value in fields.items()}
+        archive.addfile(info, io.BytesIO(b"0\n".ljust(512, b"\0")))
+    (sample,) = read_shard(str(tmp_path / "a.tar"), CLIP)
+    with pytest.raises(BrokenClip, match=r"found a sparse \.mp4, expected a plain one"):
+        _ = sample.video
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_frames": 100_000_000}, "num_frames: found 100000000, expected 1 to 4096"),
+        ({"height": 2**31}, "height: found 2147483648, expected 1 to 8192"),
+        ({"num_frames": 4096, "height": 4096, "width": 4096}, "clips of 4096 frames of 4096x4096, 192.0 GiB, expected"),
+        ({"stride": 2**40}, "stride: found 1099511627776"),
+        ({"fps": float("nan")}, "fps: found nan"),
+    ],
+)
+def test_a_clip_that_memory_cannot_hold_is_not_asked_of_videos(fields, message):
+    with pytest.raises(InputError, match=message):
+        ClipFormat(**({"num_frames": 2, "height": 16, "width": 16} | fields))

@@ -1,6 +1,7 @@
 """What is measured of clips: against closed forms, other implementations, and clips whose figures are known."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -137,6 +138,18 @@ def test_pictures_are_prepared_as_transformers_does(networks, size):
 def test_a_folder_that_is_no_encoder_is_one_line(tmp_path):
     with pytest.raises(InputError, match="cannot be read as a CLIP image encoder"):
         ClipEncoder(tmp_path)
+
+
+def test_an_encoder_that_lacks_weights_is_refused(networks, tmp_path):
+    """transformers would draw them at random, and the figure would be worth nothing."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(networks / "clip-encoder", tmp_path / "encoder")
+    weights = load_file(folder / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"found no weights visual_projection\.weight"):
+        ClipEncoder(folder)
 
 
 # FVD and FID

@@ -34,7 +34,7 @@ from trip_export.store import store
 from trip_rt import Animator, InputError
 from trip_rt.backends import EngineOptions, engine_class
 from trip_rt.bundle import open_bundle
-from trip_rt.components import ALL, REQUIRED, VARIANTS
+from trip_rt.components import ALL, REQUIRED, VARIANTS, TensorSpec
 from trip_rt.manifest import EngineSpec
 
 EVERYTHING_REUSED = [f"{name} (onnx)" for name in ALL]
@@ -425,3 +425,22 @@ def test_a_graph_with_a_dynamic_shape_is_refused(tmp_path):
     with pytest.raises(ValueError, match="x: found a dynamic shape"):
         finish_onnx_engine(tmp_path / "g.onnx", tmp_path / "out.onnx")
     assert not (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.parametrize("change", ["files", "pipe", "text"])
+def test_a_note_that_an_export_did_not_leave_is_passed_over(tmp_path, change):
+    tensor = TensorSpec("x", "float32", (1, 2))
+    (tmp_path / "a.onnx").write_bytes(b"graph")
+    with store(tmp_path) as made:
+        made.finish(EngineSpec(("a.onnx",), "0" * 64, "fp32", {}, 1.0, {}, (tensor,), (tensor,)))
+        assert made.finished("0" * 64)
+    (note,) = tmp_path.glob(".finished-*")
+    if change == "files":  # which would be looked up in vain
+        note.write_text(json.dumps(json.loads(note.read_text()) | {"files": {}}))
+    elif change == "pipe":
+        note.unlink()
+        os.mkfifo(note)
+    else:
+        note.write_text("[" * 100_000)
+    with store(tmp_path) as again:
+        assert again.finished("0" * 64) is None

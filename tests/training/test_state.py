@@ -7,50 +7,23 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from small_run import SCALE, SmallRun
 
 from trip_reference.training import state
-from trip_reference.training.average import Average
-from trip_reference.training.state import Place, load_state, read_place, save_state
+from trip_reference.training.state import Place, read_place
 from trip_rt import InputError
-
-SCALE = {"scale": 2.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 3}
-
-
-class Run:
-    """A run of two small layers."""
-
-    def __init__(self):
-        torch.manual_seed(0)
-        self.module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
-        self.tensors = dict(self.module.named_parameters())
-        self.names = {tensor: name for name, tensor in self.tensors.items()}
-        self.average = Average(self.tensors, 0.9)
-        self.optimizer = torch.optim.AdamW(self.module.parameters())
-
-    def step(self):
-        self.module(torch.ones(2, 3)).sum().backward()
-        self.optimizer.step()
-        self.average.update(0)
-
-    def save(self, path):
-        place = Place(5, 1.5, ([3, 4],), SCALE)
-        save_state(path, "run", place, self.tensors, self.average, self.optimizer, self.names, True)
-
-    def load(self, path):
-        load_state(path, self.tensors, self.average, self.optimizer, self.names)
 
 
 @pytest.fixture
 def path(tmp_path):
-    run = Run()
+    run = SmallRun()
     run.step()
     run.save(tmp_path / "state.safetensors")
     return tmp_path / "state.safetensors"
 
 
 def test_a_state_comes_back(path):
-    expected, run = Run(), Run()
+    expected, run = SmallRun(), SmallRun()
     expected.step()
     assert read_place(path, "run") == Place(5, 1.5, ([3, 4],), SCALE)
     run.load(path)
@@ -103,7 +76,7 @@ def test_tensors_that_are_not_the_runs_are_refused(path, change, message):
     tensors = {name: tensor for name, tensor in (load_file(path) | change).items() if tensor is not None}
     save_file(tensors, path)
     with pytest.raises(InputError, match=message) as caught:
-        Run().load(path)
+        SmallRun().load(path)
     assert str(path) in str(caught.value)
 
 
@@ -122,7 +95,7 @@ def test_a_full_disk_is_said_in_one_line(path, monkeypatch):
 
     monkeypatch.setattr(state, "save_file", full)
     with pytest.raises(InputError, match="the disk is full; make room and run the same command again"):
-        Run().save(path)
+        SmallRun().save(path)
     assert path.read_bytes() == before and [*path.parent.iterdir()] == [path]
 
 
@@ -132,7 +105,7 @@ def test_a_file_that_may_not_grow_is_said_in_one_line(path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
         with pytest.raises(InputError, match="larger than files may be here"):
-            Run().save(path)
+            SmallRun().save(path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before and [*path.parent.iterdir()] == [path]

@@ -11,13 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from msgspec import Meta
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -28,11 +31,14 @@ from trip_reference.data.tokens import tokenizer_of
 from trip_reference.model import TripModel
 from trip_reference.progress import shown_progress
 from trip_rt.command_line import note
-from trip_rt.errors import InputError
+from trip_rt.config import Count, from_json, to_json
+from trip_rt.errors import InputError, printable
+from trip_rt.plain_files import check_plain, read_json
 
 INDEX = "cache.json"
 VERSION = 1
 PER_FILE = 256
+_REMEDY = "make the cache anew with trip-data cache"
 TEXTS = 8  # sentences drawn for a clip whose data set words it differently each time
 
 
@@ -46,22 +52,30 @@ class CachedSample:
     embedding: Tensor | None
 
 
+@dataclass(frozen=True)
+class Index:
+    """cache.json: how many clips, the shape of their latents [C, F, h, w], and which encoders made them."""
+
+    version: Literal[1]
+    clips: Annotated[int, Meta(ge=1, le=1 << 40)]
+    shape: Annotated[list[Count], Meta(min_length=4, max_length=4)]
+    vae: Annotated[str, Meta(max_length=200)]
+    text_encoder: Annotated[str, Meta(max_length=200)] | None
+
+
 class CachedClips:
     """The clips of a cache folder; a clip with several sentences gets one of them at random."""
 
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder)
         path = self.folder / INDEX
-        try:
-            self.index = json.loads(path.read_text(encoding="utf-8"))
-            version, self.clips = self.index["version"], int(self.index["clips"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        index = from_json(Index, read_json(path, f"the index of a cache; {_REMEDY}"), printable(str(path)), _REMEDY)
+        self.index, self.clips = to_json(index), index.clips
+        files = sum(1 for _ in self.folder.glob("latents-*.safetensors"))
+        if files != (expected := -(-self.clips // PER_FILE)):
             raise InputError(
-                f"{path}: cannot be read as a cache's index ({error}); make the cache anew with trip-data cache"
-            ) from error
-        if version != VERSION:
-            raise InputError(
-                f"{path}: found version {version}, expected {VERSION}; make the cache anew with trip-data cache"
+                f"{printable(str(self.folder))}: found {files} files of latents, expected {expected} for {self.clips}"
+                f" clips; {_REMEDY}"
             )
 
     def __len__(self) -> int:
@@ -69,10 +83,17 @@ class CachedClips:
 
     def clip(self, index: int, rng: np.random.Generator) -> CachedSample:
         file, row = divmod(index, PER_FILE)
-        tensors, texts = _opened(self.folder / _file_name(file))
-        latents = tensors.get_slice("latents")[row].float()
-        embedding = tensors.get_slice("text")[row].float() if self.index["text_encoder"] else None
-        return CachedSample(latents, str(rng.choice(texts[row])), f"{self.folder}, clip {index}", embedding)
+        path = self.folder / _file_name(file)
+        shapes = {"latents": self.index["shape"]}
+        if self.index["text_encoder"]:
+            shapes["text"] = [*self._empty.shape]
+        tensors, texts = _opened(path, min(PER_FILE, self.clips - file * PER_FILE), json.dumps(shapes))
+        read = {name: tensors.get_slice(name)[row].float() for name in shapes}
+        if not all(tensor.isfinite().all() for tensor in read.values()):
+            raise InputError(f"{path}: clip {row}: found a number that is not finite; {_REMEDY}")
+        return CachedSample(
+            read["latents"], str(rng.choice(texts[row])), f"{self.folder}, clip {index}", read.get("text")
+        )
 
     def text(self, index: int, rng: np.random.Generator) -> str:
         """One of the clip's sentences."""
@@ -81,15 +102,25 @@ class CachedClips:
 
     def empty_text(self) -> Tensor:
         """The embedding [L, D] of the empty sentence."""
-        with safe_open(self.folder / "empty.safetensors", "pt") as file:
-            return file.get_tensor("text").float()
+        return self._empty
+
+    @cached_property
+    def _empty(self) -> Tensor:
+        path = self.folder / "empty.safetensors"
+        with _readable(path), safe_open(path, "pt") as file:
+            tensor: Tensor = file.get_tensor("text")
+        if tensor.dtype != torch.float16 or tensor.ndim != 2 or not tensor.isfinite().all():
+            raise InputError(f"{path}: found no embedding [L, D] in fp16; {_REMEDY}")
+        return tensor.float()
 
     def check(self, model: TripModel) -> None:
         """Raise InputError unless the cache was made with this model's encoders."""
         shape = list(model.config.latent_shape)
+        text = [model.config.text_length, model.config.text_width]
         for what, found, expected in (
             ("latents of shape", self.index["shape"], shape),
             ("latents of the VAE", self.index["vae"], encoder_digest(model)),
+            ("embeddings of shape", list(self._empty.shape) if self.index["text_encoder"] else None, text),
             ("embeddings of the text encoder", self.index["text_encoder"], digest(model.text_encoder)),
         ):
             if found not in (None, expected):
@@ -180,11 +211,33 @@ def _file_name(number: int) -> str:
 
 
 @lru_cache(maxsize=256)
-def _opened(path: Path) -> tuple[Any, list[list[str]]]:
-    try:
+def _opened(path: Path, clips: int, shapes: str) -> tuple[Any, list[list[str]]]:
+    """The file, and the sentences of each of its clips; `shapes`, as JSON, are those of a clip's tensors by name."""
+    with _readable(path):
         file = safe_open(path, "pt")
-        return file, json.loads(file.metadata()["texts"])
-    except Exception as error:
-        raise InputError(
-            f"{path}: cannot be read ({' '.join(str(error).split())[:200]}); make the cache anew with trip-data cache"
-        ) from error
+        for name, shape in json.loads(shapes).items():
+            entry = file.get_slice(name)
+            if (found := [entry.get_dtype(), *entry.get_shape()]) != (expected := ["F16", clips, *shape]):
+                raise InputError(f"{path}: {name}: found {found}, expected {expected}; {_REMEDY}")
+        texts = json.loads((file.metadata() or {}).get("texts", ""))
+        whole = isinstance(texts, list) and len(texts) == clips
+        if not (whole and all(isinstance(entry, list) and entry and all(map(_is_text, entry)) for entry in texts)):
+            raise InputError(f"{path}: found no sentences for each of {clips} clips; {_REMEDY}")
+        return file, texts
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what a damaged file raises into one line."""
+    check_plain(path, f"a file of a cache; {_REMEDY}")
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # safetensors' own errors are of several kinds
+        reason = printable(" ".join(str(error).split()))[:200]
+        raise InputError(f"{path}: cannot be read ({reason}); {_REMEDY}") from error

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from trip_rt.config import MOST_CLIP
 from trip_rt.errors import InputError
 
 Frames = NDArray[np.uint8]
@@ -47,9 +48,14 @@ class ClipFormat:
     max_seconds: float = 3600.0
 
     def __post_init__(self) -> None:
-        for name in ("num_frames", "height", "width", "stride"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: found {getattr(self, name)}, expected at least 1")
+        for name, most in (("num_frames", 4096), ("height", 8192), ("width", 8192), ("stride", 1_000_000)):
+            if not 1 <= getattr(self, name) <= most:
+                raise InputError(f"{name}: found {getattr(self, name)}, expected 1 to {most}")
+        if (size := 3 * self.num_frames * self.height * self.width) > MOST_CLIP:
+            raise InputError(
+                f"found clips of {self.num_frames} frames of {self.width}x{self.height}, {size / 2**30:.1f} GiB,"
+                f" expected at most {MOST_CLIP >> 30}"
+            )
         if not 0 < self.fps <= 1000:
             raise InputError(f"fps: found {self.fps:g}, expected more than 0 and at most 1000")
 

@@ -20,6 +20,14 @@ from trip_rt.errors import printable
 
 _TEXTS = (".txt", ".json")
 _MOST_TEXT = 2**20  # bytes
+# Types of members that hold names and the like of the next one, and that tarfile reads as a whole.
+_EXTENDED = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 
 
 @dataclass
@@ -87,6 +95,9 @@ def read_shard(shard: str, clip: ClipFormat, contents: bool = True) -> Iterator[
                     if sample:
                         yield sample
                     key, sample, any_sample = prefix, RawSample(f"{name}: {printable(prefix)}"), True
+                if member.issparse():  # a few bytes may stand for gigabytes
+                    sample.problem = f"found a sparse {suffix}, expected a plain one"
+                    continue
                 most = clip.max_bytes if suffix in SUFFIXES else _MOST_TEXT
                 if member.size > most:
                     sample.problem = (
@@ -98,7 +109,7 @@ def read_shard(shard: str, clip: ClipFormat, contents: bool = True) -> Iterator[
                 yield sample
             if not any_sample:
                 yield BrokenClip(f"{name}: found no samples, expected members such as 000.mp4 and 000.txt")
-    except (tarfile.TarError, OSError, ValueError, ArithmeticError) as error:
+    except (tarfile.TarError, OSError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
         reason = printable(getattr(error, "strerror", None) or str(error))[:120]
         yield BrokenClip(
             f"{name}: found a damaged tar ({reason}), expected a whole one; the samples after the damage are left out"
@@ -106,17 +117,28 @@ def read_shard(shard: str, clip: ClipFormat, contents: bool = True) -> Iterator[
 
 
 class _StrictHeader(tarfile.TarInfo):
-    """Reports a garbled header, and a file without its end mark, as damage; tarfile takes both for the end of
-    the tar."""
+    """Reports as damage what tarfile takes for the end of the tar (a garbled header, a file without its end mark), and
+    headers that would take much memory or lead back in the file."""
+
+    @classmethod
+    def frombuf(cls, buf: Any, encoding: str, errors: str) -> Any:
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _EXTENDED and header.size > _MOST_TEXT:
+            raise tarfile.InvalidHeaderError(f"found an extended header of {header.size} bytes")
+        return header
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> Any:
+        before = archive.offset
         try:
-            return super().fromtarfile(archive)
+            header = super().fromtarfile(archive)
         except tarfile.EOFHeaderError:
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from error
+        if header.size < 0 or archive.offset <= before:  # or the same members would be read for ever
+            raise tarfile.ReadError("found a negative size")
+        return header
 
 
 def _open(shard: str) -> BinaryIO:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from trip_reference.data.new_folder import new_folder
+from trip_reference.data.patterns import expand, matching
 from trip_reference.data.sample import BrokenClip, ClipFormat, Sample
 from trip_reference.data.shard_files import RawSample, decode_sample, is_remote, read_shard
 from trip_rt.errors import InputError, printable
@@ -86,32 +87,25 @@ def list_shards(pattern_or_folder: str, remote: bool = False) -> list[str]:
     """Paths in order and, where `remote` allows them, addresses (https://, gs://, hf://, pipe:). webdataset opens
     these: it fetches what they name, some by a command of the shell, and runs what follows pipe: as one. So they are
     for a person to allow, and not for a recipe. Raises InputError where there are none, or where one is not allowed."""
-    import braceexpand
-
     where = printable(str(pattern_or_folder))
     if os.path.isdir(pattern_or_folder):
         shards = sorted(glob.glob(os.path.join(glob.escape(str(pattern_or_folder)), "*.tar")))
     else:
-        try:
-            names = list(braceexpand.braceexpand(str(pattern_or_folder)))
-        except braceexpand.UnbalancedBracesError as error:
-            raise InputError(
-                f"{where}: found a brace without its partner, expected a pattern such as"
-                " data/shard-{000000..000099}.tar"
-            ) from error
         shards = [
-            shard for name in names for shard in ([name] if is_remote(name) else sorted(glob.glob(name)) or [name])
+            shard
+            for name in expand(str(pattern_or_folder))
+            for shard in ([name] if is_remote(name) else matching(name))
         ]
         if not remote and (address := next(filter(is_remote, shards), None)):
             raise InputError(
                 f"{where}: found {printable(address)[:100]}, which is fetched or run as a command, expected local"
                 " shards; pass --allow-remote if you trust it"
             )
-        if missing := next((shard for shard in shards if not is_remote(shard) and not os.path.isfile(shard)), None):
-            raise InputError(
-                f"{where}: found no file {printable(missing)}, expected a folder of shards, or a pattern of shards that"
-                " exist"
-            )
+    if missing := next((shard for shard in shards if not is_remote(shard) and not os.path.isfile(shard)), None):
+        raise InputError(
+            f"{where}: found no file {printable(missing)}, or no plain one, expected a folder of shards, or a pattern"
+            " of shards that exist"
+        )
     if not shards:
         raise InputError(f"{where}: found no *.tar, expected shards; `trip-data pack` makes them")
     return shards

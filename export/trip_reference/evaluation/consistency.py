@@ -28,11 +28,14 @@ class ClipEncoder:
     def __init__(self, folder: Path, device: str = "cpu"):
         disable_progress_bar()
         try:
-            self.model = (
-                CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-                .to(device)
-                .eval()
+            if (Path(folder) / "adapter_config.json").exists():  # transformers would go on to the folder that it names
+                raise ValueError("found adapter_config.json, expected no adapters")
+            model, loading = CLIPVisionModelWithProjection.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
+            if missing := min(loading["missing_keys"], default=None):  # transformers makes up what is missing
+                raise ValueError(f"found no weights {missing}")
+            self.model = model.to(device).eval()
             file = Path(folder) / "preprocessor_config.json"
             config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
             mean, std = config.get("image_mean", MEAN), config.get("image_std", STD)

@@ -66,7 +66,9 @@ def _video(path: Path, most: int) -> list[NDArray[np.uint8]]:
 
     try:
         if path.suffix.lower() == ".mp4":
-            with av.open(str(path), container_options={"protocol_whitelist": "file"}) as container:
+            # As a file, and by these formats alone: FFmpeg takes names for addresses, and playlists open other files.
+            options = {"format_whitelist": "mov,mp4", "protocol_whitelist": "file"}
+            with path.open("rb") as file, av.open(file, container_options=options) as container:
                 return [frame.to_ndarray(format="rgb24") for frame in islice(container.decode(video=0), most)]
         with Image.open(path, formats=("GIF", "WEBP")) as animation:
             return [np.array(frame.convert("RGB")) for frame in islice(ImageSequence.Iterator(animation), most)]

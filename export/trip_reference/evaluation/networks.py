@@ -17,6 +17,7 @@ from tqdm import tqdm
 from trip_reference.evaluation.frechet import distance_of, extrapolated
 from trip_reference.model import to_model_range
 from trip_rt.errors import InputError
+from trip_rt.plain_files import check_plain
 
 Clip = NDArray[np.uint8]
 
@@ -29,6 +30,7 @@ class Network:
     """A TorchScript file that gives features [B, D]. It is code that runs with your rights: open files you trust."""
 
     def __init__(self, path: Path, device: str = "cpu"):
+        check_plain(path, "a TorchScript network by torch.jit.save")
         try:
             self.module = torch.jit.load(str(path), map_location=device).eval()
         except Exception as error:

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from trip_reference.presets import PRESETS
 from trip_rt.config import FirstFrame, Fusion, from_json
-from trip_rt.errors import InputError
+from trip_rt.errors import InputError, printable
+from trip_rt.plain_files import read_text
 
 OWN_TEXT = "own"  # model.text: a text encoder and a tokenizer made for the data set
 
@@ -167,10 +168,12 @@ def load_config(recipe: str, file: Path | None = None, settings: Sequence[str] =
 
 
 def _read(path: Path) -> dict[str, Any]:
+    text = read_text(path, "a recipe in TOML", 1 << 20)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as TOML: {error}") from error
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = printable(str(error)) if isinstance(error, ValueError) else "lists in lists without end"
+        raise InputError(f"{path}: cannot be read as TOML: {reason[:200]}") from error
 
 
 _RATES = ("unet_lr", "tnf_lr")  # which a stage may leave out
@@ -194,7 +197,7 @@ def _set(data: dict[str, Any], word: str) -> None:
         )
     try:
         target[name] = tomllib.loads(f"value = {text}")["value"]
-    except ValueError:
+    except (ValueError, RecursionError):
         target[name] = text  # a bare word
 
 
