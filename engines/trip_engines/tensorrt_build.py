@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from trip_rt.backends.tensorrt import PLATFORM, this_machine, version_numbers
 from trip_rt.bundle import file_sha256
 from trip_rt.errors import InputError
 from trip_rt.files import whole_file
+from trip_rt.plain_files import check_plain
 
 # backend: its Python module, and the oldest version whose interface this code knows.
 LIBRARIES = {"tensorrt": ("tensorrt", (10, 13)), "tensorrt-rtx": ("tensorrt_rtx", (1, 4))}
@@ -58,8 +60,12 @@ class BuildOptions:
     refittable: bool = False
 
     def __post_init__(self) -> None:
-        if not self.workspace_gb > 0:
-            raise InputError(f"workspace: found {self.workspace_gb} GiB, expected more than 0; leave it out for 8")
+        if not 0 < self.workspace_gb <= 4096:
+            raise InputError(
+                f"workspace: found {self.workspace_gb} GiB, expected more than 0 and at most 4096; leave it out for 8"
+            )
+        if self.timing_cache and os.path.lexists(self.timing_cache):
+            check_plain(self.timing_cache, "a cache of measured tactics; name another file", 1 << 30)
         if not 0 <= self.optimization_level <= 5:
             raise InputError(
                 f"optimization level: found {self.optimization_level}, expected 0 to 5; leave it out for 3"

@@ -65,8 +65,8 @@ class Plan:
         ):
             if found not in expected:
                 raise InputError(f"{name}: found {found!r}, expected one of {', '.join(expected)}")
-        if options.batch < 1:
-            raise InputError(f"batch: found {options.batch}, expected at least 1")
+        if not 1 <= options.batch <= 1024:
+            raise InputError(f"batch: found {options.batch}, expected 1 to 1024")
         self.decode_frames = default_decode_frames(self.config)
         self.steps = self.config.num_inference_steps if options.parity_steps is None else options.parity_steps
         if not 0 <= self.steps <= self.config.schedule.num_train_timesteps:

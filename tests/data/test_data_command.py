@@ -227,6 +227,7 @@ def test_demo_as_shards(tmp_path, demo):
     [
         (["check", "."], "found no such file"),
         (["check", "DEMO", "--frames", "0"], "num_frames: found 0"),
+        (["check", "DEMO", "--frames", "100000000"], "num_frames: found 100000000, expected 1 to 4096"),
         (["check", "DEMO", "--fps", "-1"], "fps: found -1"),
         (["demo", "DEMO"], "found something there"),
         (["demo", "new", "--clips", "0"], "found 0 clips"),

@@ -215,6 +215,7 @@ def test_damaged_tars_cost_their_remainder(copied, damage):
         ({"a.mp4": b"?", "a.json": b"[]"}, "found no sentence"),
         ({"a.mp4": b"?", "a.json": b'{"text": 3}'}, "empty sentence"),
         ({"a.mp4": b"?", "a.json": b"[" * 100_000}, "found no sentence"),
+        ({"a.mp4": b"?", "a.json": b'{"text": "\\ud800"}'}, "half of a surrogate pair"),
         ({"a.mp4": b"?", "a.txt": b"clip 1"}, "damaged or unsupported"),
         ({"a.mp4": b"", "a.txt": b"clip 1"}, "empty file"),
         ({"a.mp4": bytes(3 * 2**20), "a.txt": b"clip 1"}, "3.0 MiB, expected at most 2.0 MiB"),
@@ -328,6 +329,12 @@ def test_a_shard_that_is_no_plain_file_is_not_opened(tmp_path, pattern):
     os.mkfifo(tmp_path / "pipe.tar")  # to open it would wait for somebody to write to it
     with pytest.raises(InputError, match=r"found no file .*pipe.tar, or no plain one"):
         list_shards(f"{tmp_path}{pattern}")
+
+
+@pytest.mark.parametrize("name", ["\0/*.tar", "\ud800/*.tar"])
+def test_a_pattern_that_is_no_name_is_refused(name):
+    with pytest.raises(InputError, match=r"found (a null byte|half of a surrogate pair)"):
+        list_shards(name)
 
 
 def header(name, size, kind=tarfile.REGTYPE):

@@ -302,7 +302,14 @@ def test_a_finished_plan_of_tensorrts_is_opened_again_and_its_layers_are_read() 
 
 @pytest.mark.parametrize(
     "options",
-    [{"workspace_gb": 0}, {"workspace_gb": float("nan")}, {"optimization_level": 6}, {"optimization_level": -1}],
+    [
+        {"workspace_gb": 0},
+        {"workspace_gb": float("nan")},
+        {"workspace_gb": float("inf")},
+        {"timing_cache": Path("/")},
+        {"optimization_level": 6},
+        {"optimization_level": -1},
+    ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="expected"):

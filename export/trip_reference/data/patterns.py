@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import glob
 import math
+import os
 import re
 
 from trip_rt.errors import InputError, printable
@@ -25,6 +26,12 @@ def expand(pattern: str) -> list[str]:
         raise InputError(
             f"{where}: found a pattern of too many names, expected at most {MOST_NAMES} in {MOST_CHARACTERS} characters"
         )
+    try:
+        os.fsencode(pattern)
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: found half of a surrogate pair, expected whole characters") from error
+    if "\0" in pattern:
+        raise InputError(f"{where}: found a null byte, expected the name of files")
     try:
         return list(braceexpand.braceexpand(pattern))
     except braceexpand.UnbalancedBracesError as error:

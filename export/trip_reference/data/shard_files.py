@@ -61,6 +61,8 @@ class RawSample:
             raise BrokenClip(f'{self.name}: found no sentence, expected UTF-8 in .txt, or .json with "text"') from error
         if not isinstance(text, str) or not text.strip():
             raise BrokenClip(f"{self.name}: found an empty sentence or none, expected some text")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise BrokenClip(f"{self.name}: found half of a surrogate pair in the sentence, expected whole characters")
         return text.strip()
 
 
