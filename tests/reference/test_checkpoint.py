@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import resource
 import shutil
 
 import pytest
@@ -272,3 +273,15 @@ def test_published_weights_of_earlier_libraries_are_read(published, tmp_path):
     save_file(tensors, weights)
     for a, b in zip(vae.parameters(), checkpoint.load_vae(tmp_path).parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_checkpoint_that_finds_no_room_is_one_line_and_leaves_what_was_there(copy):
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # a full disk, as far as libraries can tell
+    try:
+        with pytest.raises(InputError, match=r"larger than files may be here; make room"):
+            checkpoint.save_pretrained(tiny_model(seed=1), "{}", copy)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
