@@ -36,7 +36,8 @@ class Job:
 
 
 def read_batch(path: Path, seed: int) -> list[Job]:
-    """The jobs of a JSON Lines file, `seed` where a line has none; InputError names the first line that is wrong."""
+    """The jobs of a JSON Lines file, `seed` where a line has none; InputError names the first line that is wrong. The
+    file may be a pipe: whoever runs the command names it."""
     try:
         with path.open("rb") as file:
             data = file.read((MAX_BATCH_FILE_MEGABYTES << 20) + 1)

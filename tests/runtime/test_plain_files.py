@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from trip_rt import InputError
-from trip_rt.clip_requests import read_batch
 from trip_rt.plain_files import check_plain, read_json, read_text
 
 
@@ -23,7 +22,7 @@ def make(path, kind):
         path.symlink_to("/dev/zero")
 
 
-@pytest.mark.parametrize("read", [read_text, read_json, check_plain, lambda path, expected: read_batch(path, 0)])
+@pytest.mark.parametrize("read", [read_text, read_json, check_plain])
 @pytest.mark.parametrize("kind", ["folder", "named pipe", "socket", "device"])
 def test_what_is_no_plain_file_is_not_opened(tmp_path, monkeypatch, kind, read):
     monkeypatch.chdir(tmp_path)  # a socket's name must be short
