@@ -119,11 +119,15 @@ class _Added(Struct):
 
 class _Truncation(Struct):
     max_length: Annotated[int, Meta(ge=1, lt=1 << 31)]
+    strategy: Literal["LongestFirst", "OnlyFirst"]
+    stride: Literal[0]
+    direction: Literal["Right"] = "Right"
 
 
 class _Padding(Struct):
     pad_id: Id
     strategy: Any
+    direction: Literal["Right"]
     pad_to_multiple_of: None = None
 
 

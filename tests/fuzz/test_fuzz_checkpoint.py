@@ -91,7 +91,7 @@ def test_tokenizers(fuzz, folder, original):
         text = checkpoint.load_tokenizer_json(folder)
         config = original.config
         for ids in (
-            tokenizer_of(text)(["", "a ball", "x" * 1000]),
+            tokenizer_of(text)(["", "a ball", "x" * 1000, "a ball " * 100]),
             torch.tensor(PromptTokenizer(text, config.text_length, original.vocabulary)(["", "a ball rolls"])),
         ):
             assert ids.shape[1] == config.text_length

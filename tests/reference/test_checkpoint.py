@@ -236,6 +236,9 @@ def test_what_is_no_plain_file_is_not_opened(copy, name, make):
     [
         (lambda data: data["padding"].update(strategy={"Fixed": 2**40}), "padding: found 1099511627776, expected 16"),
         (lambda data: data.update(truncation=None), "truncation: found None, expected 16"),
+        (lambda data: data["truncation"].update(stride=99), "not a tokenizer such as CLIP's"),  # the library panics
+        (lambda data: data["truncation"].update(strategy="OnlySecond"), "not a tokenizer such as CLIP's"),
+        (lambda data: data["padding"].update(pad_to_multiple_of=7), "not a tokenizer such as CLIP's"),
         (lambda data: data["model"]["vocab"].update(surprise=10**6), "the token id 1000000, expected less than"),
         (lambda data: data["padding"].update(pad_id=10**6), "the token id 1000000, expected less than"),
         (lambda data: data.clear(), "not a tokenizer such as CLIP's"),
