@@ -97,8 +97,8 @@ class TripConfig:
                 )
         if (size := 3 * self.num_frames * self.height * self.width) > MOST_CLIP:
             raise InputError(
-                f"found clips of {self.num_frames} frames of {self.width}x{self.height}, {size / 2**30:.1f} GiB,"
-                f" expected at most {MOST_CLIP >> 30}"
+                f"size: found {self.num_frames} frames of {self.width}x{self.height}, {size / 2**30:.1f} GiB of pixels,"
+                f" expected at most {MOST_CLIP >> 30}; take fewer or smaller ones"
             )
         if self.num_inference_steps > self.schedule.num_train_timesteps:
             raise InputError(

@@ -7,8 +7,6 @@ import dataclasses
 from trip_rt.config import TripConfig
 from trip_rt.errors import InputError
 
-MOST_PIXELS = 2**26  # of a clip, as 64 frames of 1024x1024: beyond it no VAE's activations fit into any memory
-
 
 def reshaped(
     trip: TripConfig,
@@ -26,9 +24,4 @@ def reshaped(
     step = trip.vae_scale_factor * latent_multiple
     if trip.height % step or trip.width % step:
         raise InputError(f"size: found {trip.width}x{trip.height}, expected multiples of {step}")
-    if trip.num_frames * trip.height * trip.width > MOST_PIXELS:
-        raise InputError(
-            f"size: found {trip.num_frames} frames of {trip.width}x{trip.height}, expected at most {MOST_PIXELS} pixels"
-            " in all; take fewer or smaller ones"
-        )
     return trip

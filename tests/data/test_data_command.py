@@ -233,7 +233,7 @@ def test_demo_as_shards(tmp_path, demo):
         (["demo", "new", "--clips", "0"], "found 0 clips"),
         (["demo", "new", "--fps", "0"], "fps: found 0"),
         (["pack", "DEMO", "-o", "DEMO"], "found something there"),
-        (["check", "DEMO", "--checkpoint", "nowhere"], "nowhere: found no model_index.json"),
+        (["check", "DEMO", "--checkpoint", "nowhere"], "nowhere/model_index.json: found no such file"),
         (["pack", ".", "-o", "new"], "found no such file"),
         (["pack", "LOSS", "-o", "new"], "found no such file, which annotations.json names on line 1"),
     ],

@@ -53,7 +53,7 @@ def test_a_tokenizer_for_sentences_knows_their_words_in_any_order():
     assert words_of(text, STRANGE).unknown == 0
     shuffled = random.Random(0).sample(STRANGE, len(STRANGE))
     assert tokenizer_for(shuffled, 12).to_str() == text
-    tokenize = PromptTokenizer(text, 12)  # as the runtime reads it
+    tokenize = PromptTokenizer(text, 12, 100)  # as the runtime reads it
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         known = tokenize(["the dog, on a red ball"])
@@ -113,7 +113,7 @@ def test_a_cache_of_another_length_and_size(folder, trained, tmp_path, capsys):
     for words, message in (
         (["--frames", "1"], "frames: found 1, expected at least 2"),
         (["--size", "40x32"], "size: found 40x32, expected multiples of 16"),
-        (["--size", "65536x65536"], "size: found 3 frames of 65536x65536, expected at most 67108864 pixels in all"),
+        (["--size", "65536x65536"], "size: found 3 frames of 65536x65536, 36.0 GiB of pixels, expected at most 1"),
     ):
         capsys.readouterr()
         assert main([*cache[:-1], str(tmp_path / "other"), *words]) == 2

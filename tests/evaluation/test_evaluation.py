@@ -186,7 +186,7 @@ def test_a_network_without_features_is_one_line(tmp_path):
     torch.jit.save(torch.jit.script(Mean()), str(tmp_path / "mean.pt"))
     with pytest.raises(InputError, match=r"found no features \[B, D\]"):
         Network(tmp_path / "mean.pt")(torch.zeros(2, 3, 4, 8, 8))
-    with pytest.raises(InputError, match="cannot be opened as a TorchScript network"):
+    with pytest.raises(InputError, match="found a folder, expected a TorchScript network"):
         Network(tmp_path)
 
 
@@ -333,11 +333,11 @@ def test_a_bundle_and_a_model_that_is_not_square(tiny_checkpoint, tiny_bundle, t
         (["{trained}", "--generated", "nowhere"], "nowhere: found no such folder, expected one of clips"),
         (
             ["{trained}", "--seed", str(2**64 - 1), "--clips", "2"],
-            "seed: found 18446744073709551616, expected 0 to 2^64",
+            "seed: found 18446744073709551616, expected a whole number from 0 to 2^64",
         ),
         (["nowhere"], "nowhere: found no such folder, expected a checkpoint or a bundle"),
         (["{trained}", "--clips", "0"], "clips: found 0, expected at least 1"),
-        (["{trained}", "--i3d", "nowhere.pt"], "nowhere.pt: cannot be opened as a TorchScript network"),
+        (["{trained}", "--i3d", "nowhere.pt"], "nowhere.pt: found no such file, expected a TorchScript network"),
         (["{trained}", "--clip-encoder", "nowhere"], "nowhere: cannot be read as a CLIP image encoder"),
         (["{trained}", "--data", "nowhere"], "nowhere"),
     ],

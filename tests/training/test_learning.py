@@ -86,7 +86,7 @@ def test_the_example_with_real_videos(tmp_path):
 
     config = checkpoint.load_config(tmp_path / "run")
     assert (config.num_frames, config.width, config.height, config.fps) == (8, 96, 64, 4)
-    tokenize = PromptTokenizer(checkpoint.load_tokenizer_json(tmp_path / "run"), config.text_length)
+    tokenize = PromptTokenizer(checkpoint.load_tokenizer_json(tmp_path / "run"), config.text_length, 49408)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tokenize([entry["text"] for entry in json.loads((tmp_path / "mine" / "annotations.json").read_text())])

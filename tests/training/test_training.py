@@ -395,7 +395,7 @@ def test_train_only_freezes_by_name():
             ),
         ),
         (["--data", "nowhere"], "data: found neither annotations.json, shards nor cache.json in nowhere"),
-        (["nowhere.toml"], "nowhere.toml: cannot be read as TOML"),
+        (["nowhere.toml"], "nowhere.toml: found no such file, expected a recipe in TOML"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, capsys, arguments, message):

@@ -32,7 +32,7 @@ from trip_reference.model import TripModel
 from trip_reference.progress import shown_progress
 from trip_rt.command_line import note
 from trip_rt.config import Count, from_json, to_json
-from trip_rt.errors import InputError, printable
+from trip_rt.errors import InputError, one_line, printable
 from trip_rt.plain_files import check_plain, read_json
 
 INDEX = "cache.json"
@@ -82,13 +82,8 @@ class CachedClips:
         return self.clips
 
     def clip(self, index: int, rng: np.random.Generator) -> CachedSample:
-        file, row = divmod(index, PER_FILE)
-        path = self.folder / _file_name(file)
-        shapes = {"latents": self.index["shape"]}
-        if self.index["text_encoder"]:
-            shapes["text"] = [*self._empty.shape]
-        tensors, texts = _opened(path, min(PER_FILE, self.clips - file * PER_FILE), json.dumps(shapes))
-        read = {name: tensors.get_slice(name)[row].float() for name in shapes}
+        path, row, tensors, texts = self._file_of(index)
+        read = {name: tensors.get_slice(name)[row].float() for name in self._shapes}
         if not all(tensor.isfinite().all() for tensor in read.values()):
             raise InputError(f"{path}: clip {row}: found a number that is not finite; {_REMEDY}")
         return CachedSample(
@@ -97,8 +92,20 @@ class CachedClips:
 
     def text(self, index: int, rng: np.random.Generator) -> str:
         """One of the clip's sentences."""
+        _, row, _, texts = self._file_of(index)
+        return str(rng.choice(texts[row]))
+
+    def _file_of(self, index: int) -> tuple[Path, int, Any, list[list[str]]]:
+        """The file of a clip, its place there, the file's tensors, and the sentences of all its clips."""
         file, row = divmod(index, PER_FILE)
-        return str(rng.choice(_opened(self.folder / _file_name(file))[1][row]))
+        path = self.folder / _file_name(file)
+        return path, row, *_opened(path, min(PER_FILE, self.clips - file * PER_FILE), json.dumps(self._shapes))
+
+    @property
+    def _shapes(self) -> dict[str, list[int]]:
+        """Those of a clip's tensors by name."""
+        embedding = {"text": [*self._empty.shape]} if self.index["text_encoder"] else {}
+        return {"latents": self.index["shape"], **embedding}
 
     def empty_text(self) -> Tensor:
         """The embedding [L, D] of the empty sentence."""
@@ -239,5 +246,4 @@ def _readable(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # safetensors' own errors are of several kinds
-        reason = printable(" ".join(str(error).split()))[:200]
-        raise InputError(f"{path}: cannot be read ({reason}); {_REMEDY}") from error
+        raise InputError(f"{path}: cannot be read ({one_line(error)}); {_REMEDY}") from error
