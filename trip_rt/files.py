@@ -49,9 +49,9 @@ def whole_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         with disk_full(path):
             part.mkdir()
             yield part
-        if replace and path.is_dir():
-            os.rename(path, old)
-        os.rename(part, path)
+            if replace and path.is_dir():
+                os.rename(path, old)
+            os.rename(part, path)
     finally:
         if old.is_dir() and not path.exists():
             os.rename(old, path)
@@ -60,7 +60,7 @@ def whole_folder(path: Path, replace: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def disk_full(path: Path, remedy: str = "make room and run the same command again") -> Iterator[None]:
+def disk_full(path: Path, remedy: str = "make room and try again") -> Iterator[None]:
     """InputError where there is no room for what is written to `path`, whichever library finds out: those in Rust
     (safetensors) raise errors of their own, which end in the system's number."""
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import io
 import os
@@ -196,6 +195,4 @@ def _refuse_foreign(folder: str | Path, name: str) -> None:
 
 def _cannot_write(name: str, error: OSError) -> InputError:
     reason = (error.strerror or type(error).__name__).lower()
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    remedy = "free some or choose another place" if full else "choose another place"
-    return InputError(f"cannot write {name}: {printable(reason)}; {remedy}")
+    return InputError(f"cannot write {name}: {printable(reason)}; choose another place")

@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 from trip_reference.model import TripModel
 from trip_reference.parts import REMEDY, TEXT_ENCODER, UNET, VAE, Part, load_part, load_weights, read_config
 from trip_rt.config import TripConfig, from_json, to_json
-from trip_rt.errors import InputError, printable
+from trip_rt.errors import InputError, one_line, printable
 from trip_rt.files import disk_full
 from trip_rt.plain_files import check_plain, read_json, read_text
 from trip_rt.tokenizer import PromptTokenizer
@@ -205,8 +205,7 @@ def _named(path: Path) -> Any:
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     except Exception as error:
-        line = printable(" ".join(str(error).split()))[:200]
-        raise InputError(f"{where}: cannot be read ({type(error).__name__}: {line}); {REMEDY}") from error
+        raise InputError(f"{where}: cannot be read ({type(error).__name__}: {one_line(error)}); {REMEDY}") from error
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

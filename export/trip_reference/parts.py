@@ -22,7 +22,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from trip_rt.config import from_json
-from trip_rt.errors import InputError, printable
+from trip_rt.errors import InputError, one_line, printable
 from trip_rt.plain_files import check_plain, read_json
 from trip_rt.process_memory import machine_memory_gb
 
@@ -187,9 +187,9 @@ def load_part(part: Part, folder: Path, empty: bool = False) -> Any:
         with torch.device("meta"):
             model = part.build(config).eval()
     except Exception as error:  # sizes that do not fit each other: both libraries say so in many ways
-        reason = printable(" ".join(str(error).split()))[:200]
         raise InputError(
-            f"{printable(str(folder / 'config.json'))}: found sizes of no {part.named_by[1]} ({reason}); {REMEDY}"
+            f"{printable(str(folder / 'config.json'))}: found sizes of no {part.named_by[1]} ({one_line(error)});"
+            f" {REMEDY}"
         ) from error
     load_weights(model, folder / part.weights, part.renamed, empty)
     if part is TEXT_ENCODER and not empty:  # the one tensor that a network computes, and does not store
@@ -218,8 +218,7 @@ def load_weights(
     except InputError:
         raise
     except Exception as error:  # safetensors' own errors are of several kinds
-        reason = printable(" ".join(str(error).split()))[:200]
-        raise InputError(f"{where}: cannot be read ({type(error).__name__}: {reason}); {REMEDY}") from error
+        raise InputError(f"{where}: cannot be read ({type(error).__name__}: {one_line(error)}); {REMEDY}") from error
     if not empty:
         model.load_state_dict(tensors, assign=True)
 

@@ -79,7 +79,7 @@ def test_checking_a_bundle_needs_no_pytorch(tiny_bundle):
 @pytest.mark.parametrize(
     ("main", "arguments", "message"),
     [
-        (export_main, ["nowhere", "-o", "{tmp}/bundle"], "nowhere: found no model_index.json"),
+        (export_main, ["nowhere", "-o", "{tmp}/bundle"], "nowhere/model_index.json: found no such file"),
         (
             export_main,
             ["{checkpoint}", "-o", "{checkpoint}/model_index.json"],
@@ -89,7 +89,7 @@ def test_checking_a_bundle_needs_no_pytorch(tiny_bundle):
         (export_main, ["{checkpoint}", "--check", "{bundle}"], "found --check beside CHECKPOINT"),
         (export_main, ["--check", "nowhere"], "nowhere: found no such folder"),
         (parity_main, ["nowhere", "{checkpoint}"], "nowhere: found no such folder"),
-        (parity_main, ["{bundle}", "nowhere"], "nowhere: found no model_index.json"),
+        (parity_main, ["{bundle}", "nowhere"], "nowhere/model_index.json: found no such file"),
     ],
 )
 def test_bad_input_is_one_line(main, arguments, message, tiny_bundle, tiny_checkpoint, tmp_path, capsys):

@@ -285,7 +285,7 @@ def test_two_exports_into_one_folder_do_not_mix(tiny_checkpoint, bundle):
         ({"frames": 7}, "frames: found 7"),
         ({"size": (40, 32)}, "size: found 32x40, expected multiples of 16"),
         ({"size": (0, 32)}, "size: found 32x0"),
-        ({"size": (2**20, 2**20)}, "found clips of 5 frames of 1048576x1048576, 15360.0 GiB, expected at most 1"),
+        ({"size": (2**20, 2**20)}, "found 5 frames of 1048576x1048576, 15360.0 GiB of pixels, expected at most 1"),
         ({"batch": 0}, "batch: found 0"),
         ({"batch": 2**40}, "batch: found 1099511627776, expected 1 to 1024"),
         ({"backends": ("abacus",)}, "backend: found 'abacus', expected one of tensorrt-rtx, tensorrt, openvino"),

@@ -391,7 +391,8 @@ for limit in (600, 20_000):
     note, clip, _, sheet = ran.stderr.splitlines()
     assert note.startswith("backend: ")
     assert [clip, sheet] == [
-        f"trip-animate: cannot write {name}: file too large; choose another place" for name in ("clip.gif", "sheet.png")
+        f"trip-animate: {name}: the file is larger than files may be here; make room and try again"
+        for name in (here / "clip.gif", "sheet.png")
     ]
 
 

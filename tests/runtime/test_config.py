@@ -20,7 +20,7 @@ def test_presets_survive_json(name):
         ({"fusion": "sum"}, "fusion: found 'sum', expected one of tnf, linear, none"),
         ({"num_frames": "16"}, "num_frames: found '16', expected int"),
         ({"num_frames": True}, "num_frames: found True, expected int"),
-        ({"fusion": "\ud800"}, "found text that is no Unicode"),
+        ({"fusion": "\ud800"}, "found values that no file of ours holds"),
         ({"a\nb": 1}, "found the unknown field a.b"),
         ({"surprise": 1}, "found the unknown field surprise"),
         ({"tnf": 3}, "tnf: found 3, expected object"),

@@ -254,7 +254,7 @@ def test_a_failure_keeps_the_earlier_clip(tmp_path, monkeypatch, name, call, err
     with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else InputError) as caught:
         save(moving(3), path, 8)
     if caught.type is InputError:
-        assert str(caught.value) == f"cannot write {path}: no space left on device; free some or choose another place"
+        assert str(caught.value) == f"{path}: the disk is full; make room and try again"
     assert (sorted(path.iterdir()) if path.is_dir() else path.read_bytes()) == before
     assert os.listdir(tmp_path) == [name]
 
@@ -295,5 +295,7 @@ for name in ("clip.mp4", "clip.gif", "clip.webp", "frames"):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=environment
     )
     names = ("clip.mp4", "clip.gif", "clip.webp", "frames")
-    assert ran.stdout.splitlines() == [f"cannot write {name}: file too large; choose another place" for name in names]
+    assert ran.stdout.splitlines() == [
+        f"{tmp_path / name}: the file is larger than files may be here; make room and try again" for name in names
+    ]
     assert ran.stderr == "" and os.listdir(tmp_path) == []

@@ -94,7 +94,7 @@ def test_a_full_disk_is_said_in_one_line(path, monkeypatch):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(state, "save_file", full)
-    with pytest.raises(InputError, match="the disk is full; make room and run the same command again"):
+    with pytest.raises(InputError, match="the disk is full; make room and try again"):
         SmallRun().save(path)
     assert path.read_bytes() == before and [*path.parent.iterdir()] == [path]
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import CLIPVisionModelWithProjection
 from transformers.utils.logging import disable_progress_bar
 
-from trip_rt.errors import InputError
+from trip_rt.errors import InputError, one_line
 
 Pairs = Literal["consecutive", "first"]
 
@@ -43,10 +43,9 @@ class ClipEncoder:
                 torch.tensor(values, dtype=torch.float32, device=device)[:, None, None] for values in (mean, std)
             )
         except Exception as error:
-            line = " ".join(str(error).split())[:200]
             raise InputError(
-                f"{folder}: cannot be read as a CLIP image encoder ({line}); expected a transformers folder with"
-                " safetensors"
+                f"{folder}: cannot be read as a CLIP image encoder ({one_line(error)}); expected a transformers folder"
+                " with safetensors"
             ) from error
         self.size = int(self.model.config.image_size)
 

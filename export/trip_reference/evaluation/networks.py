@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from trip_reference.evaluation.frechet import distance_of, extrapolated
 from trip_reference.model import to_model_range
-from trip_rt.errors import InputError
+from trip_rt.errors import InputError, one_line
 from trip_rt.plain_files import check_plain
 
 Clip = NDArray[np.uint8]
@@ -34,9 +34,9 @@ class Network:
         try:
             self.module = torch.jit.load(str(path), map_location=device).eval()
         except Exception as error:
-            line = " ".join(str(error).split())[:200]
             raise InputError(
-                f"{path}: cannot be opened as a TorchScript network ({line}); expected a file by torch.jit.save"
+                f"{path}: cannot be opened as a TorchScript network ({one_line(error)}); expected a file by"
+                " torch.jit.save"
             ) from error
         self.path, self.device = path, device
         arguments = {argument.name for argument in self.module.forward.schema.arguments}

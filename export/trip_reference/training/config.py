@@ -176,6 +176,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read as TOML: {reason[:200]}") from error
 
 
+_MOST = 1 << 40
 _RATES = ("unet_lr", "tnf_lr")  # which a stage may leave out
 
 
@@ -203,41 +204,44 @@ def _set(data: dict[str, Any], word: str) -> None:
 
 def _check(config: TrainConfig) -> None:
     run, optimizer = config.run, config.optimizer
-    least = {
-        "run.seed": (run.seed, 0),
-        "run.batch": (run.batch, 1),
-        "run.accumulation": (run.accumulation, 1),
-        "run.save_every": (run.save_every, 1),
-        "run.log_every": (run.log_every, 1),
-        "run.max_bad_steps": (run.max_bad_steps, 1),
-        "run.validate_every": (run.validate_every, 0),
-        "run.validation_clips": (run.validation_clips, 0),
-        "run.checkpoint_every": (run.checkpoint_every, 0),
-        "model.num_frames": (config.model.num_frames, 0),
-        "model.height": (config.model.height, 0),
-        "model.width": (config.model.width, 0),
-        "model.text_length": (config.model.text_length, 0),
-        "data.clips": (config.data.clips, 1),
-        "data.workers": (config.data.workers, 0),
-        "data.stride": (config.data.stride, 1),
-        "data.shuffle": (config.data.shuffle, 1),
-        "lora.rank": (config.lora.rank, 0),
-        "vae.steps": (config.vae.steps, 0),
-        "vae.batch": (config.vae.batch, 1),
-        "stages": (len(config.stages), 1),
+    # Least and most: beyond the latter no machine has the memory, or no run the time.
+    bounds = {
+        "run.seed": (run.seed, 0, _MOST),
+        "run.batch": (run.batch, 1, 1 << 16),
+        "run.accumulation": (run.accumulation, 1, 1 << 16),
+        "run.save_every": (run.save_every, 1, _MOST),
+        "run.log_every": (run.log_every, 1, _MOST),
+        "run.max_bad_steps": (run.max_bad_steps, 1, _MOST),
+        "run.validate_every": (run.validate_every, 0, _MOST),
+        "run.validation_clips": (run.validation_clips, 0, 1 << 10),
+        "run.checkpoint_every": (run.checkpoint_every, 0, _MOST),
+        "model.num_frames": (config.model.num_frames, 0, 1 << 12),
+        "model.height": (config.model.height, 0, 1 << 13),
+        "model.width": (config.model.width, 0, 1 << 13),
+        "model.text_length": (config.model.text_length, 0, 1 << 12),
+        "data.clips": (config.data.clips, 1, _MOST),
+        "data.workers": (config.data.workers, 0, 256),
+        "data.stride": (config.data.stride, 1, 1 << 20),
+        "data.shuffle": (config.data.shuffle, 1, 1 << 20),
+        "lora.rank": (config.lora.rank, 0, 1 << 12),
+        "vae.steps": (config.vae.steps, 0, _MOST),
+        "vae.batch": (config.vae.batch, 1, 1 << 16),
+        "stages": (len(config.stages), 1, 100),
     }
     for i, stage in enumerate(config.stages):
-        least |= {
-            f"stages.{i}.steps": (stage.steps, 1),
-            f"stages.{i}.warmup": (stage.warmup, 0),
-            f"stages.{i}.trains": (len(stage.trains), 1),
+        bounds |= {
+            f"stages.{i}.steps": (stage.steps, 1, _MOST),
+            f"stages.{i}.warmup": (stage.warmup, 0, _MOST),
+            f"stages.{i}.trains": (len(stage.trains), 1, 1000),
         }
         for name in _RATES:
             if not 0 <= getattr(stage, name) < 1:
                 raise InputError(f"stages.{i}.{name}: found {getattr(stage, name):g}, expected 0 to less than 1")
-    for name, (found, minimum) in least.items():
-        if found < minimum:
-            raise InputError(f"{name}: found {found}, expected at least {minimum}")
+    for name, (found, least, most) in bounds.items():
+        if found < least:
+            raise InputError(f"{name}: found {found}, expected at least {least}")
+        if found > most:
+            raise InputError(f"{name}: found {found}, expected at most {most}")
     for name, share in (
         ("data.unknown_words", config.data.unknown_words),
         ("loss.text_dropout", config.loss.text_dropout),
@@ -248,8 +252,23 @@ def _check(config: TrainConfig) -> None:
             raise InputError(f"{name}: found {share:g}, expected 0 to 1")
     if len(optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in optimizer.betas):
         raise InputError(f"optimizer.betas: found {list(optimizer.betas)}, expected two numbers from 0 to less than 1")
-    if optimizer.clip <= 0 or config.data.fps <= 0 or config.loss.max_weight <= 0 or config.loss.min_snr_gamma <= 0:
-        raise InputError("optimizer.clip, data.fps, loss.max_weight and loss.min_snr_gamma: expected more than 0")
+    for name, value in (
+        ("optimizer.clip", optimizer.clip),
+        ("data.fps", config.data.fps),
+        ("loss.max_weight", config.loss.max_weight),
+        ("loss.min_snr_gamma", config.loss.min_snr_gamma),
+        ("lora.alpha", config.lora.alpha),
+        ("vae.lr", config.vae.lr),
+    ):
+        if not 0 < value < math.inf:  # nor NaN
+            raise InputError(f"{name}: found {value:g}, expected more than 0")
+    for name, value in (
+        ("optimizer.weight_decay", optimizer.weight_decay),
+        ("vae.ema_decay", config.vae.ema_decay),
+        ("vae.kl_weight", config.vae.kl_weight),
+    ):
+        if not 0 <= value < math.inf:
+            raise InputError(f"{name}: found {value:g}, expected 0 or more")
     if run.tracker == "wandb" and find_spec("wandb") is None:
         raise InputError(
             "run.tracker: found wandb, which is not installed; `pip install wandb`, or set tensorboard or none"

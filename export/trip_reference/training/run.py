@@ -161,7 +161,8 @@ class _Run:
         some."""
         config = self.config
         if config.data.source == DEMO:
-            rendered, unseen = render_clips(self.trip, config.data.clips), render_clips(self.trip, 32, held_out=True)
+            count = min(config.data.clips, most_clips(self.trip))
+            rendered, unseen = render_clips(self.trip, count), render_clips(self.trip, 32, held_out=True)
             clips, held_out = Clips(rendered.frames, rendered.centres), Clips(unseen.frames)
         else:
             clips = Clips.of(read_some(self.source, most_clips(self.trip)))

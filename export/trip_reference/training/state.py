@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trip_reference.training.average import Average
 from trip_rt.config import from_json, to_json
-from trip_rt.errors import InputError, printable
+from trip_rt.errors import InputError, one_line, printable
 from trip_rt.files import whole_file
 from trip_rt.plain_files import check_plain
 
@@ -157,5 +157,4 @@ def _opened(path: Path) -> Any:
     try:
         return safe_open(path, "pt")
     except Exception as error:  # safetensors' own errors are of several kinds
-        reason = printable(" ".join(str(error).split()))[:200]
-        raise InputError(f"{path}: cannot be read ({reason}); {_REMEDY}") from error
+        raise InputError(f"{path}: cannot be read ({one_line(error)}); {_REMEDY}") from error
