@@ -159,8 +159,9 @@ def _called(module: Any) -> Network:
 
 
 def _onnxruntime(parts: Parts, folder: Path, threads: int | None) -> tuple[list[Network], str]:
-    import onnxruntime
+    from trip_rt.backends.onnxruntime import library
 
+    onnxruntime = library()
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = threads or 0
     settings.add_session_config_entry("session.force_spinning_stop", "1")  # two sessions take turns

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import os
 import stat
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -26,6 +27,7 @@ MIN_SIDE = 8
 
 Fit = Literal["crop", "letterbox"]
 Picture: TypeAlias = "str | os.PathLike[str] | IO[bytes] | Image.Image | NDArray[np.uint8] | NDArray[np.floating[Any]]"
+_FILTERS = threading.Lock()  # the process has one set of warnings' filters, which threads must not put back crosswise
 _EXPECTED = f"expected a picture file ({', '.join(ACCEPTED_FORMATS)})"
 
 
@@ -45,10 +47,9 @@ def load_image(source: Picture, height: int, width: int, fit: Fit = "crop") -> N
     one_of("fit", fit, get_args(Fit))
     if height < 1 or width < 1:
         raise InputError(f"size: found height {height} and width {width}, expected both to be at least 1")
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # Pillow warns of large pictures and broken metadata; here they are refused or do no harm
+    with _FILTERS, warnings.catch_warnings():
+        # Pillow warns of large pictures and broken metadata; here they are refused or do no harm.
+        warnings.simplefilter("ignore")
         if isinstance(source, np.ndarray):
             return _fitted(_from_array(source), "image array", height, width, fit)
         if isinstance(source, Image.Image):

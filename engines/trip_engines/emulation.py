@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 from numpy.typing import NDArray
 
 from trip_rt.backends import EngineOptions
 from trip_rt.backends.base import HostEngine
+from trip_rt.backends.onnxruntime import library
 from trip_rt.devices import Device, Kind, open_device
 from trip_rt.manifest import EngineSpec
 
@@ -75,6 +75,7 @@ class Emulation:
         path = graph.with_name(f"emulated-{graph.name}")
         try:
             ir.save(model, path)
+            onnxruntime = library()
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3
             options.intra_op_num_threads = threads or 0
@@ -103,7 +104,7 @@ class Emulation:
         return results[: len(self._outputs)], peaks
 
     def _run(self, outputs: Sequence[str], inputs: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        options = onnxruntime.RunOptions()
+        options = library().RunOptions()
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")  # or it kept the largest call's
         return list(self._session.run(outputs, dict(inputs), options))
 
@@ -134,7 +135,7 @@ class EmulatedEngine(HostEngine):
         }
 
     def describe(self) -> dict[str, Any]:
-        return {"backend": "emulation", "version": onnxruntime.__version__, "device": "cpu"}
+        return {"backend": "emulation", "version": library().__version__, "device": "cpu"}
 
     def close(self) -> None:
         self._emulation = None

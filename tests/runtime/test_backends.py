@@ -1,6 +1,7 @@
 """Choosing a backend, and what each does on a machine without a GPU. TensorRT and Inductor have files of their own."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -123,6 +124,15 @@ except KeyboardInterrupt:
 """
     ran = subprocess.run([sys.executable, "-c", code, str(tiny_bundle)], capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (0, "interrupted\n"), ran
+
+
+def test_onnxruntime_keeps_and_sends_nothing(tiny_bundle, tmp_path):
+    """By itself it would leave a session's id where temporary files are, and send its maker what it does."""
+    code = "import sys; from trip_rt import Animator; Animator(sys.argv[1], 'onnxruntime').close()"
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "TMPDIR": str(tmp_path)}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    subprocess.run([sys.executable, "-c", code, tiny_bundle], check=True, env=environment)
+    assert not os.listdir(tmp_path)
 
 
 def test_both_packages_of_onnxruntime_are_refused(monkeypatch, profile):

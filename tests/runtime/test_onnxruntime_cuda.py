@@ -43,7 +43,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         RunOptions=lambda: SimpleNamespace(add_run_config_entry=lambda *_: None),
         InferenceSession=Session,
     )
-    monkeypatch.setattr(backend, "_library", lambda: package)
+    monkeypatch.setattr(backend, "library", lambda: package)
     monkeypatch.setattr(backend, "_refuse_both", lambda: None)
     monkeypatch.setattr(backend, "open_device", lambda kind: SimpleNamespace(kind=kind, stream=7, close=lambda: None))
     backend._has_gpu.cache_clear()

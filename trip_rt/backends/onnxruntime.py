@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -41,7 +42,7 @@ class OnnxRuntimeEngine(Engine):
 
     @classmethod
     def probe(cls, spec: EngineSpec, options: EngineOptions) -> Kind:
-        onnxruntime = _library()
+        onnxruntime = library()
         _refuse_both()
         # The package may know CUDA on a machine that has none; whether a session takes it shows when it opens.
         if (
@@ -64,7 +65,7 @@ class OnnxRuntimeEngine(Engine):
     def open(
         cls, path: Path, spec: EngineSpec, options: EngineOptions, device: Device | None = None
     ) -> OnnxRuntimeEngine:
-        onnxruntime = _library()
+        onnxruntime = library()
         kind = cls.probe(spec, options)
         check_onnx_file(path, spec.files[1:])
         owns_device, device = device is None, device or open_device(kind)
@@ -168,7 +169,9 @@ def _is_installed(package: str) -> bool:
     return True
 
 
-def _library() -> Any:
+def library() -> Any:
+    """The package, which sends nothing to its maker unless the environment says so."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read as it is imported
     try:
         import onnxruntime
     except ImportError as error:
