@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import IOBase
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from trip_rt import backends, images, video
 from trip_rt.bundle import Bundle, open_bundle
-from trip_rt.checks import shown
+from trip_rt.checks import check_array, several, shown
 from trip_rt.components import REQUIRED
 from trip_rt.devices import open_device
 from trip_rt.errors import EngineError, InputError
@@ -79,6 +78,7 @@ class Animator:
         self._tokenizer = PromptTokenizer(opened.tokenizer_json, self.config.text_length, opened.manifest.vocabulary)
         self._device = open_device(cls.probe(self.profile.engines["unet"][self.backend], options))
         self.engines: dict[str, backends.Engine] = {}
+        self._closed = False
         self._bundle, self._engine_class, self._options = opened, cls, options
         try:
             if self._device.kind == "cpu":
@@ -127,9 +127,9 @@ class Animator:
         `on_step` counting the steps of all groups.
         """
         settings = _settings(settings, changes)
-        pictures = _several("pictures", pictures)
-        prompts = [prompts] * len(pictures) if isinstance(prompts, str) else _several("prompts", prompts)
-        seeds = list(range(len(pictures))) if seeds is None else _several("seeds", seeds)
+        pictures = several("pictures", pictures)
+        prompts = [prompts] * len(pictures) if isinstance(prompts, str) else several("prompts", prompts)
+        seeds = list(range(len(pictures))) if seeds is None else several("seeds", seeds)
         fitted = self._fitted(pictures, settings)
         clips: list[Animation] = []
         for rows, latents in self._denoised(fitted, prompts, seeds, settings, on_step):
@@ -166,7 +166,7 @@ class Animator:
     ) -> Array:
         """The denoised latents float32 [n, C, F, h, w] of fitted pictures uint8 [n, H, W, 3]."""
         config = self.config
-        _check_array("pictures", pictures, "uint8", (None, config.height, config.width, 3))
+        check_array("pictures", pictures, "uint8", (None, config.height, config.width, 3))
         groups = [
             latents for _, latents in self._denoised(pictures, prompts, seeds, _settings(settings, changes), on_step)
         ]
@@ -180,14 +180,14 @@ class Animator:
 
     def decode_pixels(self, latents: Array) -> Iterator[Array]:
         """As `decode`, but the decoder's own float32 [n, 3, H, W], about −1 to 1."""
-        _check_array("latents", latents, "float32", self.config.latent_shape)
+        check_array("latents", latents, "float32", self.config.latent_shape)
         yield from self._pipeline.decode(latents)
 
     def _frames(self, pixels: Array) -> NDArray[np.uint8]:
         try:
             return images.to_frames(pixels)
         except EngineError as error:
-            half = any(engine.spec.precision == "fp16" for engine in self.engines.values())
+            half = any(engine.spec.precision == "fp16" for engine in list(self.engines.values()))
             remedy = (
                 "a half-precision engine may have overflowed: export the bundle in fp32 or bf16"
                 if half
@@ -256,10 +256,12 @@ class Animator:
 
     def close(self) -> None:
         """Free the engines, after the call that is under way; calling it again does nothing."""
-        with self._pipeline.turn:
-            self._free()
+        if not self._closed:
+            with self._pipeline.turn:
+                self._free()
 
     def _free(self) -> None:
+        self._closed = True
         for engine in self.engines.values():
             engine.close()
         self._device.close()
@@ -275,22 +277,3 @@ def _settings(settings: Settings | None, changes: SettingsKeywords) -> Settings:
     if settings is not None and not isinstance(settings, Settings):
         raise InputError(f"settings: found {shown(settings)}, expected Settings(...)")
     return (settings or Settings()).changed(changes)
-
-
-def _several(name: str, values: Any) -> Any:
-    """`values` as something with a length and an order."""
-    single = (str, bytes, os.PathLike, IOBase)
-    if isinstance(values, np.ndarray):
-        values = list(values) if values.ndim else None
-    if isinstance(values, Iterable) and not isinstance(values, single):
-        return values if isinstance(values, Sequence) else list(values)
-    raise InputError(f"{name}: found {shown(values)}, expected a list of them")
-
-
-def _check_array(name: str, array: Any, dtype: str, shape: tuple[int | None, ...]) -> None:
-    wanted = f"{dtype} [{', '.join('n' if side is None else str(side) for side in shape)}]"
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"{name}: found {shown(array)}, expected an array {wanted}")
-    fits = array.ndim == len(shape) and all(side in (None, have) for have, side in zip(array.shape, shape, strict=True))
-    if array.dtype != dtype or not fits:
-        raise InputError(f"{name}: found {array.dtype} {list(array.shape)}, expected {wanted}")

@@ -5,8 +5,12 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
+from io import IOBase
 from typing import Any
+
+import numpy as np
 
 from trip_rt.errors import InputError, printable
 
@@ -53,6 +57,25 @@ def text(name: str, value: Any) -> str:
             f"{name}: found undecodable characters in {shown(value)}, expected Unicode text; write it as UTF-8"
         ) from error
     return value
+
+
+def several(name: str, values: Any) -> Sequence[Any]:
+    """`values` as something with a length and an order; a text, a path or an open file is one thing."""
+    if isinstance(values, np.ndarray):
+        values = list(values) if values.ndim else None
+    if isinstance(values, Iterable) and not isinstance(values, (str, bytes, os.PathLike, IOBase)):
+        return values if isinstance(values, Sequence) else list(values)
+    raise InputError(f"{name}: found {shown(values)}, expected a list of them")
+
+
+def check_array(name: str, value: Any, dtype: str, shape: Sequence[int | None]) -> None:
+    """InputError unless `value` is an array of that dtype and shape; None is a side of any length."""
+    wanted = f"{dtype} [{', '.join('n' if side is None else str(side) for side in shape)}]"
+    if not isinstance(value, np.ndarray):
+        raise InputError(f"{name}: found {shown(value)}, expected an array {wanted}")
+    fits = value.ndim == len(shape) and all(side in (None, have) for have, side in zip(value.shape, shape, strict=True))
+    if value.dtype != dtype or not fits:
+        raise InputError(f"{name}: found {value.dtype} {list(value.shape)}, expected {wanted}")
 
 
 def shown(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -165,6 +166,22 @@ def test_between_encoding_and_decoding_nothing_waits_for_the_host(gpu, bundle):
         "cudaEventDestroy",
     }
     assert loop.count("cudaEventSynchronize") == steps - 3, "two steps are under way before the host waits for one"
+
+
+def test_threads_and_streams_take_turns(gpu, bundle):
+    with animator_on(bundle) as animator:
+        alone = [animator(PICTURE, PROMPT, seed=seed, num_inference_steps=1).frames for seed in range(4)]
+        streams = [animator.stream(PICTURE, PROMPT, seed=seed, num_inference_steps=1) for seed in range(4)]
+        mixed = [np.stack(frames) for frames in zip(*zip(*streams, strict=True), strict=True)]
+        gpu.calls.clear()
+        with ThreadPoolExecutor(4) as pool:
+            calls = [pool.submit(animator, PICTURE, PROMPT, seed=i % 4, num_inference_steps=1) for i in range(12)]
+            threaded = [call.result(timeout=100).frames for call in calls]
+        assert "cudaSetDevice" in gpu.calls, "a new thread's calls go to the same GPU"
+        for i, frames in enumerate([*mixed, *threaded]):
+            assert (frames == alone[i % 4]).all()
+    with pytest.raises(RuntimeError, match="closed GPU device"):
+        animator(PICTURE, PROMPT, num_inference_steps=1)
 
 
 @pytest.mark.parametrize("kernels", [False, True])

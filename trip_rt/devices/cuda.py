@@ -25,7 +25,8 @@ class CudaDevice(Device):
     def __init__(self) -> None:
         self.name, self.compute_capability = gpu()
         self._index = call("cudaGetDevice")
-        self.use()
+        # This makes the primary context current, for the driver's functions too.
+        call("cudaSetDevice", self._index)
         self._stream = call("cudaStreamCreateWithFlags", cuda().cudaStreamNonBlocking)
         self.stream = int(self._stream)
         self._device: list[int] = []
@@ -35,7 +36,8 @@ class CudaDevice(Device):
         self._modules: list[Any] = []
 
     def use(self) -> None:
-        # This makes the primary context current, for the driver's functions too.
+        if self._stream is None:
+            raise RuntimeError("found a closed GPU device, expected an open one; open the bundle again")
         call("cudaSetDevice", self._index)
 
     def zeros(self, dtype: str, shape: Sequence[int]) -> Buffer:
