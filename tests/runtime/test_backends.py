@@ -4,13 +4,16 @@ import dataclasses
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from trip_rt import InputError, backends
+from trip_rt import EngineError, InputError, backends
 from trip_rt.backends import EngineOptions, choose, engine_class, onnxruntime
+from trip_rt.backends.inductor import InductorEngine
 from trip_rt.bundle import open_bundle
+from trip_rt.devices import open_device
 
 
 @pytest.fixture
@@ -124,6 +127,17 @@ except KeyboardInterrupt:
 """
     ran = subprocess.run([sys.executable, "-c", code, str(tiny_bundle)], capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (0, "interrupted\n"), ran
+
+
+@pytest.mark.parametrize("shape", [(1,), (2, 16, 1)])
+def test_native_code_that_gives_other_shapes_is_told_so(profile, shape):
+    """copy_ would stretch them to the output's."""
+    torch = pytest.importorskip("torch")
+    spec = profile.engines["text_encoder"]["onnxruntime"]
+    loader = SimpleNamespace(run=lambda inputs: [torch.zeros(shape)])
+    engine = InductorEngine(spec, torch, loader, open_device("cpu"), EngineOptions(), owns_device=True)
+    with pytest.raises(EngineError, match=r"it gave \[.*\] for an output of \["):
+        engine.run({tensor.name: np.zeros(tensor.shape, tensor.dtype) for tensor in spec.inputs})
 
 
 def test_onnxruntime_keeps_and_sends_nothing(tiny_bundle, tmp_path):
