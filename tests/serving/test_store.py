@@ -1,0 +1,265 @@
+"""Jobs: every transition of the state machine, in any order, and by several at once."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+
+from trip_rt.errors import InputError
+from trip_rt.serving.jobs import FINISHED, MOST_ATTEMPTS, Failure
+from trip_rt.serving.store import JobStore, OtherRequest, QueueFull
+
+ROOT = Path(__file__).resolve().parents[2]
+LOST = Failure("worker_lost", "the worker died")
+REQUEST = {"prompt": "a red ball rolls", "seed": 7}
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def store(tmp_path, clock):
+    made = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}", lifetime=60, clock=clock)
+    yield made
+    made.close()
+
+
+def add(store, model="demo", owner="", key=None, most=100, request=REQUEST):
+    return store.add(owner, model, request, 50, most, key)
+
+
+def test_a_job_goes_its_way(store, clock):
+    job = add(store)
+    assert (job.state, job.attempt, job.request, job.created_at) == ("queued", 0, REQUEST, 1000.0)
+    clock.now += 1
+    (begun,) = store.claim("demo")
+    assert (begun.id, begun.state, begun.attempt, begun.started_at) == (job.id, "in_progress", 1, 1001.0)
+    assert store.step(begun, 12) and store.get(job.id).steps_done == 12
+    clock.now += 1
+    assert store.complete(begun, {"file": "a.mp4"})
+    done = store.get(job.id)
+    assert (done.state, done.result, done.steps_done, done.finished_at) == ("completed", {"file": "a.mp4"}, 50, 1002.0)
+    assert store.expired() == []
+    clock.now += 60
+    assert [job.id for job in store.expired()] == [done.id] and store.delete(done.id) and store.get(done.id) is None
+
+
+def test_what_comes_late_changes_nothing(store):
+    add(store)
+    (begun,) = store.claim("demo")
+    assert store.cancel(begun.id) and not store.cancel(begun.id)
+    for change in (
+        lambda: store.step(begun, 3),
+        lambda: store.complete(begun, {}),
+        lambda: store.fail(begun, LOST),
+        lambda: store.give_back(begun, LOST),
+    ):
+        assert not change() and store.get(begun.id).state == "cancelled"
+
+
+def test_an_attempt_that_was_given_up_cannot_finish_the_next_one(store):
+    add(store)
+    (first,) = store.claim("demo")
+    assert store.give_back(first, LOST)
+    (second,) = store.claim("demo")
+    assert second.attempt == 2 and not store.complete(first, {"file": "old"})
+    assert store.complete(second, {"file": "new"}) and store.get(first.id).result == {"file": "new"}
+
+
+def test_a_job_is_tried_so_many_times(store):
+    job = add(store)
+    for attempt in range(1, MOST_ATTEMPTS + 1):
+        (begun,) = store.claim("demo")
+        assert begun.attempt == attempt and store.give_back(begun, LOST)
+    assert store.claim("demo") == [] and store.get(job.id).failure == LOST and store.get(job.id).state == "failed"
+
+
+def test_a_job_that_is_given_back_keeps_its_place(store):
+    jobs = [add(store) for _ in range(3)]
+    (first,) = store.claim("demo")
+    assert store.ahead(jobs[2]) == 1 and store.give_back(first, LOST) and store.ahead(jobs[2]) == 2
+    assert [job.id for job in store.claim("demo", 2)] == [job.id for job in jobs[:2]]
+
+
+def test_after_a_start_nothing_is_in_progress(store):
+    running, waiting = add(store), add(store)
+    store.claim("demo")
+    assert [job.id for job in store.give_back_all(LOST)] == [running.id]
+    assert {store.get(job.id).state for job in (running, waiting)} == {"queued"}
+
+
+def test_models_have_queues_of_their_own(store):
+    add(store, "one")
+    other = add(store, "other")
+    assert store.ahead(other) == 0 and [job.id for job in store.claim("other", 9)] == [other.id]
+    assert store.counts() == {"queued": 1, "in_progress": 1}
+
+
+def test_the_queue_is_bounded(store):
+    for _ in range(2):
+        add(store, most=2)
+    with pytest.raises(QueueFull):
+        add(store, most=2)
+    store.claim("demo")
+    add(store, most=2)
+
+
+def test_the_same_key_is_the_same_job(store):
+    job = add(store, key="k", owner="a")
+    assert add(store, key="k", owner="a").id == job.id and add(store, key="k", owner="b").id != job.id
+    with pytest.raises(OtherRequest):
+        add(store, key="k", owner="a", request=REQUEST | {"seed": 8})
+    assert add(store, owner="a").id != add(store, owner="a").id
+
+
+def test_owners_see_their_own(store):
+    job = add(store, owner="a")
+    assert store.get(job.id, "a") and store.get(job.id, "b") is None and store.page("b", None, 10) == ([], False)
+
+
+def test_pages(store):
+    ids = [add(store).id for _ in range(5)]
+    jobs, more = store.page("", None, 2)
+    assert [job.id for job in jobs] == ids[:2:-1] and more
+    jobs, more = store.page("", jobs[-1].id, 3)
+    assert [job.id for job in jobs] == ids[2::-1] and not more
+    jobs, more = store.page("", ids[1], 2, ascending=True)
+    assert [job.id for job in jobs] == ids[2:4] and more
+    assert store.page("", "video_none", 2) is None
+
+
+def test_only_finished_jobs_are_deleted(store):
+    job = add(store)
+    assert not store.delete(job.id)
+    (begun,) = store.claim("demo")
+    assert not store.delete(job.id) and store.fail(begun, LOST) and store.delete(job.id) and not store.delete(job.id)
+
+
+def test_many_claim_at_once_and_each_job_is_claimed_once(tmp_path):
+    url = f"sqlite:///{tmp_path / 'jobs.db'}"
+    store = JobStore(url)
+    ids = {add(store).id for _ in range(60)}
+    claimed: list[str] = []
+    start = threading.Barrier(6)
+
+    def work(_: int) -> list[str]:
+        own = JobStore(url)
+        start.wait()
+        mine = []
+        while jobs := own.claim("demo"):
+            mine += [job.id for job in jobs]
+            assert own.complete(jobs[0], {})
+        own.close()
+        return mine
+
+    with ThreadPoolExecutor(6) as pool:
+        for mine in pool.map(work, range(6)):
+            claimed += mine
+    assert len(claimed) == 60 and set(claimed) == ids and store.counts() == {"completed": 60}
+    store.close()
+
+
+def test_a_process_that_is_killed_loses_no_job_that_was_promised(tmp_path):
+    code = """
+import os, signal, sys
+from trip_rt.serving.store import JobStore
+store = JobStore(sys.argv[1])
+for i in range(5):
+    print(store.add("", "demo", {"i": i}, 5, 100).id, flush=True)
+store.claim("demo")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    url = f"sqlite:///{tmp_path / 'jobs.db'}"
+    ran = subprocess.run(
+        [sys.executable, "-c", code, url], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}
+    )
+    store = JobStore(url)
+    assert len(store.give_back_all(LOST)) == 1
+    assert [job.id for job in store.claim("demo", 9)] == ran.stdout.split()
+    store.close()
+
+
+def test_readers_do_not_wait_for_a_writer(store, tmp_path):
+    job = add(store)
+    writer = sqlite3.connect(tmp_path / "jobs.db", isolation_level=None)
+    writer.execute("BEGIN IMMEDIATE")
+    assert store.get(job.id).state == "queued" and store.page("", None, 5)[0][0].id == job.id
+    writer.close()
+
+
+@pytest.mark.parametrize("url", ["nonsense", "sqlite:////nowhere/jobs.db", "mystery://host/jobs"])
+def test_no_database_is_one_line(url):
+    with pytest.raises(InputError, match=r"^jobs: cannot open the database") as caught:
+        JobStore(url)
+    assert str(caught.value).isprintable()
+
+
+class Machine(RuleBasedStateMachine):
+    """Any order of calls by clients and workers: a finished job stays as it is, an attempt finishes at most once."""
+
+    jobs = Bundle("jobs")
+    attempts = Bundle("attempts")
+
+    def __init__(self):
+        super().__init__()
+        self.store = JobStore("sqlite://")
+        self.finished: dict[str, tuple[str, object]] = {}
+
+    @rule(target=jobs)
+    def add(self):
+        return add(self.store).id
+
+    @rule(target=attempts)
+    def claim(self):
+        return tuple(self.store.claim("demo"))
+
+    @rule(attempt=attempts, how=st.sampled_from(["step", "complete", "fail", "give_back"]))
+    def change(self, attempt, how):
+        for job in attempt:
+            before = self.store.get(job.id)
+            arguments = {"step": (3,), "complete": ({"of": job.attempt},)}.get(how, (LOST,))
+            changed = getattr(self.store, how)(job, *arguments)
+            assert changed == (before.state == "in_progress" and before.attempt == job.attempt)
+
+    @rule(job=jobs)
+    def cancel(self, job):
+        before = self.store.get(job)
+        assert self.store.cancel(job) == (not before.finished)
+
+    @rule()
+    def restart(self):
+        self.store.give_back_all(LOST)
+        assert "in_progress" not in self.store.counts()
+
+    @invariant()
+    def finished_jobs_stay_as_they_are(self):
+        for job in self.store.page("", None, 1000)[0]:
+            assert job.attempt <= MOST_ATTEMPTS and job.finished == (job.state in FINISHED)
+            if job.finished:
+                now = (job.state, job.result or job.failure)
+                assert self.finished.setdefault(job.id, now) == now
+
+    def teardown(self):
+        self.store.close()
+
+
+Machine.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None, derandomize=True)
+test_any_order_of_calls = Machine.TestCase
