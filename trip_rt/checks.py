@@ -50,13 +50,19 @@ def text(name: str, value: Any) -> str:
     none."""
     if not isinstance(value, str):
         raise InputError(f"{name}: found {shown(value)}, expected text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
+    if not is_text(value):
         raise InputError(
             f"{name}: found undecodable characters in {shown(value)}, expected Unicode text; write it as UTF-8"
-        ) from error
+        )
     return value
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is a str of whole characters."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def several(name: str, values: Any) -> Sequence[Any]:

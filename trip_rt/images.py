@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import io
 import os
-import stat
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from trip_rt.checks import one_of, shown
 from trip_rt.errors import EngineError, InputError, printable
+from trip_rt.plain_files import check_plain
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,7 +28,8 @@ MIN_SIDE = 8
 Fit = Literal["crop", "letterbox"]
 Picture: TypeAlias = "str | os.PathLike[str] | IO[bytes] | Image.Image | NDArray[np.uint8] | NDArray[np.floating[Any]]"
 _FILTERS = threading.Lock()  # the process has one set of warnings' filters, which threads must not put back crosswise
-_EXPECTED = f"expected a picture file ({', '.join(ACCEPTED_FORMATS)})"
+_KIND = f"a picture file ({', '.join(ACCEPTED_FORMATS)})"
+_EXPECTED = f"expected {_KIND}"
 
 
 def load_image(source: Picture, height: int, width: int, fit: Fit = "crop") -> NDArray[np.uint8]:
@@ -47,6 +48,8 @@ def load_image(source: Picture, height: int, width: int, fit: Fit = "crop") -> N
     one_of("fit", fit, get_args(Fit))
     if height < 1 or width < 1:
         raise InputError(f"size: found height {height} and width {width}, expected both to be at least 1")
+    if hasattr(source, "read") and not isinstance(source, Image.Image):
+        source = _in_memory(source)  # before the lock: it may be slow
     with _FILTERS, warnings.catch_warnings():
         # Pillow warns of large pictures and broken metadata; here they are refused or do no harm.
         warnings.simplefilter("ignore")
@@ -59,8 +62,8 @@ def load_image(source: Picture, height: int, width: int, fit: Fit = "crop") -> N
             _check_file(source, name)
             with open(source, "rb") as file, _open(file, name) as image:
                 return _fitted(image, name, height, width, fit)
-        if hasattr(source, "read"):
-            with _open(_in_memory(source), "image file") as image:
+        if isinstance(source, io.BytesIO):
+            with _open(source, "image file") as image:
                 return _fitted(image, "image file", height, width, fit)
     if isinstance(source, (list, tuple)):
         raise InputError(f"image: found a {type(source).__name__}, expected one picture; Animator.batch takes several")
@@ -172,24 +175,13 @@ def _in_memory(file: Any) -> io.BytesIO:
 
 
 def _check_file(path: str | os.PathLike[str], name: str) -> None:
-    try:
-        found = os.stat(path)
-    except FileNotFoundError as error:
-        raise InputError(f"{name}: found no such file, {_EXPECTED}; check the path") from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"{name}: found an unreadable path ({printable(str(reason))}), {_EXPECTED}; check the path"
-        ) from error
-    if not stat.S_ISREG(found.st_mode):
-        what = "a folder" if stat.S_ISDIR(found.st_mode) else "something that is not a plain file"
-        raise InputError(f"{name}: found {what}, {_EXPECTED}; name one file")
-    if found.st_size == 0:
+    size = check_plain(path, f"{_KIND}; check the path")
+    if size == 0:
         raise InputError(f"{name}: found an empty file (0 bytes), {_EXPECTED}; copy or download it again")
-    if found.st_size > MAX_FILE_MEGABYTES * 2**20:
-        size = f"{found.st_size / 2**20:.0f} MB"
+    if size > MAX_FILE_MEGABYTES * 2**20:
         raise InputError(
-            f"{name}: found a file of {size}, expected at most {MAX_FILE_MEGABYTES} MB; save it smaller, as PNG or JPEG"
+            f"{name}: found a file of {size / 2**20:.0f} MB, expected at most {MAX_FILE_MEGABYTES} MB; save it smaller,"
+            " as PNG or JPEG"
         )
     if not os.access(path, os.R_OK):
         raise InputError(

@@ -22,7 +22,6 @@ from trip_rt.components import ALL, REQUIRED, VARIANTS
 from trip_rt.config import TripConfig, to_json
 from trip_rt.errors import InputError
 from trip_rt.manifest import Precision
-from trip_rt.tokenizer import PromptTokenizer
 
 PRECISIONS = get_args(Precision)
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
@@ -104,7 +103,6 @@ class Plan:
         self.components = (*REQUIRED, *(VARIANTS if options.speedups else ()))
         self.vocabulary = outline.vocabulary
         self.tokenizer_json = checkpoint.load_tokenizer_json(source)
-        PromptTokenizer(self.tokenizer_json, self.config.text_length, self.vocabulary)  # or no animator would open it
         self.versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
         self.hashes = {path.relative_to(source).as_posix(): file_sha256(path) for path in _checkpoint_files(source)}
 

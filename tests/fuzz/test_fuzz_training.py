@@ -7,7 +7,7 @@ import pytest
 from fuzzing import HOSTILE, damaged, fuzz_area, hostile_json, json_text, mutated_json
 from hypothesis import strategies as st
 from small_cache import SENTENCES, save_cache
-from small_run import SmallRun
+from small_run import SmallRun, saved_state
 
 from trip_reference.data.cache import CachedClips, _opened
 from trip_reference.training.config import RECIPES, load_config
@@ -47,10 +47,7 @@ def test_settings(fuzz):
 
 @pytest.fixture
 def state(tmp_path):
-    run = SmallRun()
-    run.step()
-    run.save(tmp_path / "state.safetensors")
-    return tmp_path / "state.safetensors"
+    return saved_state(tmp_path)
 
 
 @fuzz_area("states", quick=60, full=1500)

@@ -327,7 +327,7 @@ GOOD = {"image": "photo.png", "prompt": PROMPT, "output": "a.mp4"}
         (GOOD | {"output": "b.mp4", "image": "\ud800.png"}, "image: found undecodable"),
         (GOOD | {"output": "\udcff.mp4"}, "output: found undecodable"),
         (GOOD | {"output": "b.mp4", "image": "no.png"}, "no.png: found no such file"),
-        (GOOD | {"output": "b.mp4", "image": "a\0b"}, "unreadable path"),
+        (GOOD | {"output": "b.mp4", "image": "a\0b"}, "cannot be read"),
         (GOOD | {"output": "b.avi"}, "'.avi'"),
         (GOOD | {"output": "a\0.mp4"}, "output: found"),
         (GOOD | {"output": "./a.mp4"}, "would replace or disturb another clip"),

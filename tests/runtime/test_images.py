@@ -257,11 +257,11 @@ def test_unusable_paths(tmp_path):
     for path, words in [
         (tmp_path, "a folder"),
         (huge, "257 MB"),
-        (tmp_path / "pipe", "not a plain file"),
+        (tmp_path / "pipe", "found a named pipe"),
         (tmp_path / ("x" * 300), "name too long"),
         (tmp_path / "a\nb.png", "a?b.png"),
         ("nul\0.png", "nul?.png"),
-        (huge / "inner.png", "unreadable path"),
+        (huge / "inner.png", "cannot be read"),
     ]:
         with pytest.raises(InputError) as caught:
             load_image(path, 16, 16)

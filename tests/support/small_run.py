@@ -13,6 +13,14 @@ from trip_reference.training.state import Place, load_state, save_state
 SCALE = {"scale": 2.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 3}
 
 
+def saved_state(folder: Path) -> Path:
+    """The state of a run after a step."""
+    run = SmallRun()
+    run.step()
+    run.save(folder / "state.safetensors")
+    return folder / "state.safetensors"
+
+
 class SmallRun:
     """A run of two small layers."""
 

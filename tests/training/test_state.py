@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from small_run import SCALE, SmallRun
+from small_run import SCALE, SmallRun, saved_state
 
 from trip_reference.training import state
 from trip_reference.training.state import Place, read_place
@@ -16,10 +16,7 @@ from trip_rt import InputError
 
 @pytest.fixture
 def path(tmp_path):
-    run = SmallRun()
-    run.step()
-    run.save(tmp_path / "state.safetensors")
-    return tmp_path / "state.safetensors"
+    return saved_state(tmp_path)
 
 
 def test_a_state_comes_back(path):

@@ -30,15 +30,6 @@ from trip_rt import InputError
 LOSS = load_config("demo").loss
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As the children have; networks this small gain nothing from more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """A run of two stages in one process and one thread, as the children run."""

@@ -30,14 +30,6 @@ SENTENCES = ["the dog runs on a beach", "a cat sleeps", "two birds fly over the 
 OWN = ["data.cache=false", "model.text=own"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def worded(folder, sentences=SENTENCES, name="annotations.json"):
     entries = json.loads((folder / name).read_text())
     for i, entry in enumerate(entries):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trip_rt.checks import is_text
 from trip_rt.errors import InputError, printable
 
 ANNOTATIONS, VALIDATION = "annotations.json", "val_annotations.json"
@@ -133,10 +134,8 @@ def _text_field(entry: Any, field: str) -> str:
         raise ValueError(f"{field}: found {type(value).__name__}, expected a string")
     if not value.strip():
         raise ValueError(f"{field}: found an empty string, expected some text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{field}: found half of a surrogate pair, expected whole characters") from error
+    if not is_text(value):
+        raise ValueError(f"{field}: found half of a surrogate pair, expected whole characters")
     return value
 
 

@@ -30,6 +30,7 @@ from trip_reference.data.sample import BrokenClip, ClipDataset
 from trip_reference.data.tokens import tokenizer_of
 from trip_reference.model import TripModel
 from trip_reference.progress import shown_progress
+from trip_rt.checks import is_text
 from trip_rt.command_line import note
 from trip_rt.config import Count, from_json, to_json
 from trip_rt.errors import InputError, one_line, printable
@@ -228,13 +229,9 @@ def _opened(path: Path, clips: int, shapes: str) -> tuple[Any, list[list[str]]]:
                 raise InputError(f"{path}: {name}: found {found}, expected {expected}; {_REMEDY}")
         texts = json.loads((file.metadata() or {}).get("texts", ""))
         whole = isinstance(texts, list) and len(texts) == clips
-        if not (whole and all(isinstance(entry, list) and entry and all(map(_is_text, entry)) for entry in texts)):
+        if not (whole and all(isinstance(entry, list) and entry and all(map(is_text, entry)) for entry in texts)):
             raise InputError(f"{path}: found no sentences for each of {clips} clips; {_REMEDY}")
         return file, texts
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 @contextmanager

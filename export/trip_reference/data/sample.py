@@ -60,6 +60,11 @@ class ClipFormat:
             raise InputError(f"fps: found {self.fps:g}, expected more than 0 and at most 1000")
 
 
+def evenly(count: int, most: int) -> list[int]:
+    """At most `most` numbers below `count`, evenly spread, the first and the last among them."""
+    return [int(number) for number in np.unique(np.linspace(0, count - 1, most).astype(int))]
+
+
 class ClipDataset(Protocol):
     """Clips that can be had in any order."""
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from trip_reference.data.sample import BrokenClip, ClipFormat, Sample
 from trip_reference.data.videos import SUFFIXES, decode_clip
+from trip_rt.checks import is_text
 from trip_rt.errors import printable
 
 _TEXTS = (".txt", ".json")
@@ -61,7 +62,7 @@ class RawSample:
             raise BrokenClip(f'{self.name}: found no sentence, expected UTF-8 in .txt, or .json with "text"') from error
         if not isinstance(text, str) or not text.strip():
             raise BrokenClip(f"{self.name}: found an empty sentence or none, expected some text")
-        if any("\ud800" <= character <= "\udfff" for character in text):
+        if not is_text(text):
             raise BrokenClip(f"{self.name}: found half of a surrogate pair in the sentence, expected whole characters")
         return text.strip()
 

@@ -12,7 +12,7 @@ import numpy as np
 from trip_reference.data.annotations import ANNOTATIONS, VALIDATION, held_out
 from trip_reference.data.cache import INDEX, CachedClips
 from trip_reference.data.folder import VideoFolder
-from trip_reference.data.sample import BrokenClip, ClipDataset, ClipFormat, Sample
+from trip_reference.data.sample import BrokenClip, ClipDataset, ClipFormat, Sample, evenly
 from trip_reference.data.shard_files import RawSample, decode_sample, read_shard
 from trip_reference.data.shards import ShardSource
 from trip_reference.demo_world.clips import DemoWorldClips
@@ -104,7 +104,7 @@ def _readers(source: ClipDataset | ShardSource, most: int) -> Iterator[Callable[
             if isinstance(raw, RawSample):
                 yield partial(decode_sample, raw, source.clip)
     else:
-        for index in np.unique(np.linspace(0, len(source) - 1, most).astype(int)).tolist():
+        for index in evenly(len(source), most):
             yield partial(source.clip, index)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from trip_reference.data.sample import BrokenClip, ClipDataset
+from trip_reference.data.sample import BrokenClip, ClipDataset, evenly
 from trip_reference.data.shard_files import RawSample, is_remote, read_shard
 from trip_reference.data.shards import ShardSource
 from trip_reference.word_tokenizer import UNKNOWN
@@ -103,7 +103,7 @@ def sentences_of(source: ClipDataset | ShardSource, most: int = MOST_READ) -> li
     if isinstance(source, ShardSource):
         return list(islice(_sentences_in_shards(source), most))
     rng = np.random.default_rng(0)
-    return [source.text(i, rng) for i in np.unique(np.linspace(0, len(source) - 1, most).astype(int)).tolist()]
+    return [source.text(i, rng) for i in evenly(len(source), most)]
 
 
 def _sentences_in_shards(source: ShardSource) -> Iterator[str]:
