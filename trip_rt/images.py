@@ -32,7 +32,9 @@ _KIND = f"a picture file ({', '.join(ACCEPTED_FORMATS)})"
 _EXPECTED = f"expected {_KIND}"
 
 
-def load_image(source: Picture, height: int, width: int, fit: Fit = "crop") -> NDArray[np.uint8]:
+def load_image(
+    source: Picture, height: int, width: int, fit: Fit = "crop", max_megapixels: float = MAX_MEGAPIXELS
+) -> NDArray[np.uint8]:
     """A picture as uint8 [height, width, 3], upright and never distorted.
 
     `source` is a path, a file opened for reading bytes (such as BytesIO), a PIL image, or an array [h, w], [h, w, 3] or
@@ -40,7 +42,7 @@ def load_image(source: Picture, height: int, width: int, fit: Fit = "crop") -> N
     16-bit greyscale is scaled to 8 bits; of an animation the first frame counts. `fit="crop"` keeps the largest centred
     part of the target's aspect; `fit="letterbox"` keeps all of it, padded with the mean colour of its outermost pixels.
 
-    Raises InputError for what cannot be used, before decoding it where it is larger than MAX_MEGAPIXELS or
+    Raises InputError for what cannot be used, before decoding it where it is larger than `max_megapixels` or
     MAX_FILE_MEGABYTES.
     """
     from PIL import Image
@@ -54,17 +56,17 @@ def load_image(source: Picture, height: int, width: int, fit: Fit = "crop") -> N
         # Pillow warns of large pictures and broken metadata; here they are refused or do no harm.
         warnings.simplefilter("ignore")
         if isinstance(source, np.ndarray):
-            return _fitted(_from_array(source), "image array", height, width, fit)
+            return _fitted(_from_array(source, max_megapixels), "image array", height, width, fit, max_megapixels)
         if isinstance(source, Image.Image):
-            return _fitted(source, "image", height, width, fit)
+            return _fitted(source, "image", height, width, fit, max_megapixels)
         if isinstance(source, (str, os.PathLike)):
             name = printable(os.fsdecode(source))
             _check_file(source, name)
             with open(source, "rb") as file, _open(file, name) as image:
-                return _fitted(image, name, height, width, fit)
+                return _fitted(image, name, height, width, fit, max_megapixels)
         if isinstance(source, io.BytesIO):
             with _open(source, "image file") as image:
-                return _fitted(image, "image file", height, width, fit)
+                return _fitted(image, "image file", height, width, fit, max_megapixels)
     if isinstance(source, (list, tuple)):
         raise InputError(f"image: found a {type(source).__name__}, expected one picture; Animator.batch takes several")
     raise InputError(
@@ -140,7 +142,7 @@ def _shortened(text: str, fits: Callable[[str], bool]) -> str:
     return text + "..."
 
 
-def _from_array(array: NDArray[Any]) -> Image.Image:
+def _from_array(array: NDArray[Any], max_megapixels: float) -> Image.Image:
     from PIL import Image
 
     found = f"{array.dtype} {list(array.shape)}"
@@ -150,7 +152,7 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
     ):
         expected = "uint8, or floating-point from 0 to 1, [h, w], [h, w, 3] or [h, w, 4]"
         raise InputError(f"image array: found {found}, expected {expected}; convert it first")
-    _check_size("image array", array.shape[1], array.shape[0])
+    _check_size("image array", array.shape[1], array.shape[0], max_megapixels)
     if floating:
         if not (array.min() >= 0 and array.max() <= 1):  # False of NaN
             raise InputError(
@@ -189,14 +191,14 @@ def _check_file(path: str | os.PathLike[str], name: str) -> None:
         )
 
 
-def _check_size(name: str, width: int, height: int) -> None:
+def _check_size(name: str, width: int, height: int, max_megapixels: float) -> None:
     if min(width, height) < MIN_SIDE:
         raise InputError(
             f"{name}: found {width} x {height} pixels, expected at least {MIN_SIDE} on each side; use a larger picture"
         )
-    if width * height > MAX_MEGAPIXELS * 1_000_000:
+    if width * height > max_megapixels * 1_000_000:
         found = f"{width} x {height} pixels ({width * height / 1e6:.0f} megapixels)"
-        raise InputError(f"{name}: found {found}, expected at most {MAX_MEGAPIXELS} megapixels; scale it down first")
+        raise InputError(f"{name}: found {found}, expected at most {max_megapixels:g} megapixels; scale it down first")
 
 
 def _open(file: IO[bytes], name: str) -> Image.Image:
@@ -225,10 +227,12 @@ def _damaged(name: str, error: Exception) -> InputError:
     )
 
 
-def _fitted(image: Image.Image, name: str, height: int, width: int, fit: Fit) -> NDArray[np.uint8]:
+def _fitted(
+    image: Image.Image, name: str, height: int, width: int, fit: Fit, max_megapixels: float
+) -> NDArray[np.uint8]:
     from PIL import Image, ImageOps
 
-    _check_size(name, *image.size)
+    _check_size(name, *image.size, max_megapixels)
     try:
         image.load()
         image = ImageOps.exif_transpose(image)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
 from trip_rt.errors import InputError
-from trip_rt.serving.jobs import FINISHED, MOST_ATTEMPTS, Failure
+from trip_rt.serving.jobs import FINISHED, MOST_LOSSES, Failure, NewJob
 from trip_rt.serving.store import JobStore, OtherRequest, QueueFull
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,15 +42,23 @@ def store(tmp_path, clock):
     made.close()
 
 
-def add(store, model="demo", owner="", key=None, most=100, request=REQUEST):
-    return store.add(owner, model, request, 50, most, key)
+def new(model="demo", owner="", key=None, request=REQUEST, batch_key="exact"):
+    return NewJob(owner, model, request, b"a picture", 50, batch_key, str(request), key)
+
+
+def add(store, most=100, **given):
+    return store.add(new(**given), most)[0]
+
+
+def claim(store, model="demo", most=1):
+    return [job for job, _ in store.claim(model, most)]
 
 
 def test_a_job_goes_its_way(store, clock):
     job = add(store)
     assert (job.state, job.attempt, job.request, job.created_at) == ("queued", 0, REQUEST, 1000.0)
     clock.now += 1
-    (begun,) = store.claim("demo")
+    (begun,) = claim(store)
     assert (begun.id, begun.state, begun.attempt, begun.started_at) == (job.id, "in_progress", 1, 1001.0)
     assert store.step(begun, 12) and store.get(job.id).steps_done == 12
     clock.now += 1
@@ -64,8 +72,8 @@ def test_a_job_goes_its_way(store, clock):
 
 def test_what_comes_late_changes_nothing(store):
     add(store)
-    (begun,) = store.claim("demo")
-    assert store.cancel(begun.id) and not store.cancel(begun.id)
+    (begun,) = claim(store)
+    assert store.cancel(begun.id, "").state == "in_progress" and not store.cancel(begun.id, "")
     for change in (
         lambda: store.step(begun, 3),
         lambda: store.complete(begun, {}),
@@ -77,40 +85,58 @@ def test_what_comes_late_changes_nothing(store):
 
 def test_an_attempt_that_was_given_up_cannot_finish_the_next_one(store):
     add(store)
-    (first,) = store.claim("demo")
+    (first,) = claim(store)
     assert store.give_back(first, LOST)
-    (second,) = store.claim("demo")
+    (second,) = claim(store)
     assert second.attempt == 2 and not store.complete(first, {"file": "old"})
     assert store.complete(second, {"file": "new"}) and store.get(first.id).result == {"file": "new"}
 
 
 def test_a_job_is_tried_so_many_times(store):
     job = add(store)
-    for attempt in range(1, MOST_ATTEMPTS + 1):
-        (begun,) = store.claim("demo")
+    for attempt in range(1, MOST_LOSSES + 1):
+        (begun,) = claim(store)
         assert begun.attempt == attempt and store.give_back(begun, LOST)
-    assert store.claim("demo") == [] and store.get(job.id).failure == LOST and store.get(job.id).state == "failed"
+    assert claim(store) == [] and store.get(job.id).failure == LOST and store.get(job.id).state == "failed"
 
 
 def test_a_job_that_is_given_back_keeps_its_place(store):
     jobs = [add(store) for _ in range(3)]
-    (first,) = store.claim("demo")
-    assert store.ahead(jobs[2]) == 1 and store.give_back(first, LOST) and store.ahead(jobs[2]) == 2
-    assert [job.id for job in store.claim("demo", 2)] == [job.id for job in jobs[:2]]
+    (first,) = claim(store)
+    assert store.waiting("demo") == [(job.id, 50) for job in jobs[1:]]
+    assert store.give_back(first) and store.waiting("demo") == [(job.id, 50) for job in jobs]
+    assert [job.id for job in claim(store, most=2)] == [job.id for job in jobs[:2]]
+
+
+def test_what_is_handed_back_is_no_loss(store):
+    add(store)
+    for attempt in range(1, 3 * MOST_LOSSES):
+        (begun,) = claim(store)
+        assert begun.attempt == attempt and store.give_back(begun).losses == 0
+
+
+def test_jobs_that_can_be_made_together_are_claimed_together(store):
+    same = [add(store, batch_key=key) for key in ("fast", "exact", "fast", "fast")]
+    assert [job.id for job in claim(store, most=2)] == [same[0].id, same[2].id]
+    (first,) = claim(store, most=2)
+    assert first.id == same[1].id
+    store.give_back(first, LOST)
+    add(store, batch_key="exact")
+    assert [job.id for job in claim(store, most=2)] == [first.id]  # alone: it may cost its neighbours their worker
 
 
 def test_after_a_start_nothing_is_in_progress(store):
     running, waiting = add(store), add(store)
-    store.claim("demo")
+    claim(store)
     assert [job.id for job in store.give_back_all(LOST)] == [running.id]
     assert {store.get(job.id).state for job in (running, waiting)} == {"queued"}
 
 
 def test_models_have_queues_of_their_own(store):
-    add(store, "one")
-    other = add(store, "other")
-    assert store.ahead(other) == 0 and [job.id for job in store.claim("other", 9)] == [other.id]
-    assert store.counts() == {"queued": 1, "in_progress": 1}
+    add(store, model="one")
+    other = add(store, model="other")
+    assert [job.id for job in claim(store, "other", 9)] == [other.id]
+    assert store.counts() == {("one", "queued"): 1, ("other", "in_progress"): 1}
 
 
 def test_the_queue_is_bounded(store):
@@ -118,7 +144,7 @@ def test_the_queue_is_bounded(store):
         add(store, most=2)
     with pytest.raises(QueueFull):
         add(store, most=2)
-    store.claim("demo")
+    claim(store)
     add(store, most=2)
 
 
@@ -132,6 +158,7 @@ def test_the_same_key_is_the_same_job(store):
 
 def test_owners_see_their_own(store):
     job = add(store, owner="a")
+    assert store.cancel(job.id, "b") is None
     assert store.get(job.id, "a") and store.get(job.id, "b") is None and store.page("b", None, 10) == ([], False)
 
 
@@ -146,11 +173,13 @@ def test_pages(store):
     assert store.page("", "video_none", 2) is None
 
 
-def test_only_finished_jobs_are_deleted(store):
+def test_a_job_is_deleted_in_any_state(store):
     job = add(store)
-    assert not store.delete(job.id)
-    (begun,) = store.claim("demo")
-    assert not store.delete(job.id) and store.fail(begun, LOST) and store.delete(job.id) and not store.delete(job.id)
+    assert store.delete(job.id, "another") is None and store.delete(job.id, "").state == "queued"
+    add(store)
+    (begun,) = claim(store)
+    assert store.delete(begun.id).state == "in_progress" and store.delete(begun.id) is None
+    assert store.complete(begun, {}) is None and store.get(begun.id) is None
 
 
 def test_many_claim_at_once_and_each_job_is_claimed_once(tmp_path):
@@ -164,7 +193,7 @@ def test_many_claim_at_once_and_each_job_is_claimed_once(tmp_path):
         own = JobStore(url)
         start.wait()
         mine = []
-        while jobs := own.claim("demo"):
+        while jobs := claim(own):
             mine += [job.id for job in jobs]
             assert own.complete(jobs[0], {})
         own.close()
@@ -173,17 +202,18 @@ def test_many_claim_at_once_and_each_job_is_claimed_once(tmp_path):
     with ThreadPoolExecutor(6) as pool:
         for mine in pool.map(work, range(6)):
             claimed += mine
-    assert len(claimed) == 60 and set(claimed) == ids and store.counts() == {"completed": 60}
+    assert len(claimed) == 60 and set(claimed) == ids and store.counts() == {("demo", "completed"): 60}
     store.close()
 
 
 def test_a_process_that_is_killed_loses_no_job_that_was_promised(tmp_path):
     code = """
 import os, signal, sys
+from trip_rt.serving.jobs import NewJob
 from trip_rt.serving.store import JobStore
 store = JobStore(sys.argv[1])
 for i in range(5):
-    print(store.add("", "demo", {"i": i}, 5, 100).id, flush=True)
+    print(store.add(NewJob("", "demo", {"i": i}, b"", 5, "", ""), 100)[0].id, flush=True)
 store.claim("demo")
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -193,7 +223,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     )
     store = JobStore(url)
     assert len(store.give_back_all(LOST)) == 1
-    assert [job.id for job in store.claim("demo", 9)] == ran.stdout.split()
+    assert [id for id, _ in store.waiting("demo")] == ran.stdout.split()
     store.close()
 
 
@@ -229,7 +259,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(target=attempts)
     def claim(self):
-        return tuple(self.store.claim("demo"))
+        return tuple(claim(self.store))
 
     @rule(attempt=attempts, how=st.sampled_from(["step", "complete", "fail", "give_back"]))
     def change(self, attempt, how):
@@ -237,22 +267,22 @@ class Machine(RuleBasedStateMachine):
             before = self.store.get(job.id)
             arguments = {"step": (3,), "complete": ({"of": job.attempt},)}.get(how, (LOST,))
             changed = getattr(self.store, how)(job, *arguments)
-            assert changed == (before.state == "in_progress" and before.attempt == job.attempt)
+            assert bool(changed) == (before.state == "in_progress" and before.attempt == job.attempt)
 
     @rule(job=jobs)
     def cancel(self, job):
         before = self.store.get(job)
-        assert self.store.cancel(job) == (not before.finished)
+        assert bool(self.store.cancel(job, "")) == (not before.finished)
 
     @rule()
     def restart(self):
         self.store.give_back_all(LOST)
-        assert "in_progress" not in self.store.counts()
+        assert "in_progress" not in {state for _, state in self.store.counts()}
 
     @invariant()
     def finished_jobs_stay_as_they_are(self):
         for job in self.store.page("", None, 1000)[0]:
-            assert job.attempt <= MOST_ATTEMPTS and job.finished == (job.state in FINISHED)
+            assert job.losses <= MOST_LOSSES and job.finished == (job.state in FINISHED)
             if job.finished:
                 now = (job.state, job.result or job.failure)
                 assert self.finished.setdefault(job.id, now) == now

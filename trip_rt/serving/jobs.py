@@ -3,7 +3,7 @@
     queued ──► in_progress ──► completed
       ▲ │         │ │ └──────► failed
       │ └─────────┼─┴────────► cancelled
-      └───────────┘  given back by a worker that stopped or died
+      └───────────┘  given back by a worker that stopped or was lost
 
 Every change of a job in progress names the attempt that it belongs to. One that comes late, from a worker that was
 given up or after a cancel, finds another attempt or state there and changes nothing.
@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 State = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
+STATES: tuple[State, ...] = get_args(State)
 FINISHED: tuple[State, ...] = ("completed", "failed", "cancelled")
-MOST_ATTEMPTS = 3
+MOST_LOSSES = 3
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,29 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class NewJob:
+    """What a job is made of.
+
+    `owner` is whose it is ("" where all are everybody's). `request` is plain JSON, `picture` a file that the server
+    itself wrote. Jobs of one `model` and `batch_key` can be made together. `fingerprint` hashes what the client sent:
+    the same `idempotency_key` with another one is a mistake.
+    """
+
+    owner: str
+    model: str
+    request: dict[str, Any]
+    picture: bytes
+    steps: int
+    batch_key: str
+    fingerprint: str
+    idempotency_key: str | None = None
+
+
+@dataclass(frozen=True)
 class Job:
-    """`number` is its place in the order of arrival, `id` what clients call it. `owner` is whose it is ("" where all
-    are everybody's). `request` is plain JSON, as are `result` (of a completed job) and `failure` (of a failed one).
-    `attempt` counts how often it was begun. Times are seconds since 1970."""
+    """`number` is its place in the order of arrival, `id` what clients call it. `request` is plain JSON, as are
+    `result` (of a completed job) and `failure` (of a failed one). `attempt` counts how often it was begun, `losses`
+    how often a worker was lost over it. Times are seconds since 1970."""
 
     number: int
     id: str
@@ -41,6 +61,7 @@ class Job:
     request: dict[str, Any]
     state: State
     attempt: int
+    losses: int
     steps_done: int
     steps: int
     created_at: float

@@ -6,6 +6,7 @@ another was quicker.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,10 +15,12 @@ from typing import Any
 from sqlalchemy import (
     JSON,
     Column,
+    ColumnElement,
     Connection,
     Engine,
     Float,
     Integer,
+    LargeBinary,
     MetaData,
     Row,
     String,
@@ -28,25 +31,29 @@ from sqlalchemy import (
     func,
     select,
 )
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from trip_rt.errors import InputError, one_line
-from trip_rt.serving.jobs import FINISHED, MOST_ATTEMPTS, Failure, Job, State, new_id
+from trip_rt.serving.jobs import FINISHED, MOST_LOSSES, Failure, Job, NewJob, State, new_id
 
 _READS = "trip_rt_reads"  # the option of a connection that changes nothing
-_WAIT = 30  # seconds that a transaction waits for another one's lock
+_WAIT = 5  # seconds that a transaction waits for another one's lock
 
 _JOBS = Table(
-    "jobs",
+    "jobs_1",  # the layout's version: one of another version is left alone
     MetaData(),
     Column("number", Integer, primary_key=True, autoincrement=True),
     Column("id", String(64), nullable=False, unique=True),
     Column("owner", String(64), nullable=False),
     Column("idempotency_key", String(255)),
+    Column("fingerprint", String(64), nullable=False),
     Column("model", String(200), nullable=False),
+    Column("batch_key", String(64), nullable=False),
     Column("request", JSON, nullable=False),
+    Column("picture", LargeBinary, nullable=False),
     Column("state", String(16), nullable=False, index=True),
     Column("attempt", Integer, nullable=False),
+    Column("losses", Integer, nullable=False),
     Column("steps_done", Integer, nullable=False),
     Column("steps", Integer, nullable=False),
     Column("created_at", Float, nullable=False),
@@ -58,6 +65,7 @@ _JOBS = Table(
     UniqueConstraint("owner", "idempotency_key"),
     sqlite_autoincrement=True,  # a number is not used again after its job is deleted: a client may page from there
 )
+_ROW = [_JOBS.c[field.name] for field in dataclasses.fields(Job)]
 
 
 class QueueFull(Exception):
@@ -68,9 +76,13 @@ class OtherRequest(Exception):
     """The idempotency key was used for another request."""
 
 
+class StoreUnavailable(Exception):
+    """The database does not answer now: another program has locked it, the disk is full. Nothing was changed."""
+
+
 class JobStore:
     """`url` is SQLAlchemy's, such as sqlite:///jobs.db; `lifetime` is how many seconds a finished job is kept, `clock`
-    the time. InputError where there is no database to be had."""
+    the time. InputError where there is no database to be had; every method may raise StoreUnavailable."""
 
     def __init__(self, url: str, lifetime: float = 86400, clock: Callable[[], float] = time.time):
         self._lifetime, self._clock = lifetime, clock
@@ -82,134 +94,143 @@ class JobStore:
                 f"jobs: cannot open the database ({one_line(error)}), expected one such as sqlite:///jobs.db"
             ) from error
 
-    def add(
-        self,
-        owner: str,
-        model: str,
-        request: dict[str, Any],
-        steps: int,
-        most_queued: int,
-        idempotency_key: str | None = None,
-    ) -> Job:
-        """A new job at the queue's end, or the one that the same owner added with the same key. QueueFull where
-        `most_queued` are waiting, OtherRequest where the key was for another request."""
+    def add(self, new: NewJob, most_queued: int) -> tuple[Job, bool]:
+        """A new job at the queue's end, and True; or the one that the same owner added with the same key, and False.
+        QueueFull where `most_queued` are waiting, OtherRequest where the key was for another request."""
         with self._transaction() as connection:
-            if idempotency_key is not None:
-                same = (_JOBS.c.owner == owner) & (_JOBS.c.idempotency_key == idempotency_key)
-                if row := connection.execute(select(_JOBS).where(same)).first():
-                    if (row.model, row.request) != (model, request):
+            if new.idempotency_key is not None:
+                same = (_JOBS.c.owner == new.owner) & (_JOBS.c.idempotency_key == new.idempotency_key)
+                if row := connection.execute(select(*_ROW, _JOBS.c.fingerprint).where(same)).first():
+                    if row.fingerprint != new.fingerprint:
                         raise OtherRequest
-                    return _job(row)
+                    return _job(row), False
             waiting = select(func.count()).where(_JOBS.c.state == "queued")
             if connection.execute(waiting).scalar_one() >= most_queued:
                 raise QueueFull
-            values = {
+            values = vars(new) | {
                 "id": new_id(),
-                "owner": owner,
-                "idempotency_key": idempotency_key,
-                "model": model,
-                "request": request,
                 "state": "queued",
                 "attempt": 0,
+                "losses": 0,
                 "steps_done": 0,
-                "steps": steps,
                 "created_at": self._clock(),
             }
             connection.execute(_JOBS.insert().values(values))
-            return _job(connection.execute(select(_JOBS).where(_JOBS.c.id == values["id"])).one())
+            return _job(connection.execute(select(*_ROW).where(_JOBS.c.id == values["id"])).one()), True
 
     def get(self, id: str, owner: str | None = None) -> Job | None:
         """The job of that id; None where there is none, or another's."""
-        query = select(_JOBS).where(_JOBS.c.id == id)
-        if owner is not None:
-            query = query.where(_JOBS.c.owner == owner)
         with self._reading() as connection:
-            row = connection.execute(query).first()
+            row = connection.execute(select(*_ROW).where(_is(id, owner))).first()
         return _job(row) if row else None
 
     def page(self, owner: str, after: str | None, limit: int, ascending: bool = False) -> tuple[list[Job], bool] | None:
         """Up to `limit` jobs of an owner's, newest first or oldest first, behind the job `after`, and whether there are
         more; None where `after` is no job of theirs."""
         number = _JOBS.c.number
-        query = select(_JOBS).where(_JOBS.c.owner == owner).order_by(number if ascending else number.desc())
+        query = select(*_ROW).where(_JOBS.c.owner == owner).order_by(number if ascending else number.desc())
         with self._reading() as connection:
             if after is not None:
-                found = select(number).where((_JOBS.c.id == after) & (_JOBS.c.owner == owner))
-                place = connection.execute(found).scalar()
+                place = connection.execute(select(number).where(_is(after, owner))).scalar()
                 if place is None:
                     return None
                 query = query.where(number > place if ascending else number < place)
             rows = connection.execute(query.limit(limit + 1)).all()
         return [_job(row) for row in rows[:limit]], len(rows) > limit
 
-    def ahead(self, job: Job) -> int:
-        """How many jobs of the same model wait before a queued one."""
-        before = (_JOBS.c.state == "queued") & (_JOBS.c.model == job.model) & (_JOBS.c.number < job.number)
+    def waiting(self, model: str) -> list[tuple[str, int]]:
+        """Id and steps of each of the model's queued jobs, the next one first."""
+        query = select(_JOBS.c.id, _JOBS.c.steps).where((_JOBS.c.state == "queued") & (_JOBS.c.model == model))
         with self._reading() as connection:
-            return int(connection.execute(select(func.count()).where(before)).scalar_one())
+            return [(row[0], row[1]) for row in connection.execute(query.order_by(_JOBS.c.number)).all()]
 
-    def counts(self) -> dict[State, int]:
-        """How many jobs there are in each state."""
-        query = select(_JOBS.c.state, func.count()).group_by(_JOBS.c.state)
+    def counts(self) -> dict[tuple[str, State], int]:
+        """How many jobs there are of each model and state."""
+        query = select(_JOBS.c.model, _JOBS.c.state, func.count()).group_by(_JOBS.c.model, _JOBS.c.state)
         with self._reading() as connection:
-            return {row[0]: row[1] for row in connection.execute(query).all()}
+            return {(row[0], row[1]): row[2] for row in connection.execute(query).all()}
 
-    def claim(self, model: str, most: int = 1) -> list[Job]:
-        """Up to `most` of the model's oldest queued jobs, which are in progress from now on."""
-        oldest = select(_JOBS.c.id).where((_JOBS.c.state == "queued") & (_JOBS.c.model == model))
-        oldest = oldest.order_by(_JOBS.c.number).limit(most).with_for_update(skip_locked=True)
+    def completed(self) -> list[Job]:
+        """All jobs that have a result."""
+        with self._reading() as connection:
+            rows = connection.execute(select(*_ROW).where(_JOBS.c.state == "completed")).all()
+        return [_job(row) for row in rows]
+
+    def claim(self, model: str, most: int = 1) -> list[tuple[Job, bytes]]:
+        """The model's oldest queued job and up to `most` in all that can be made together with it, with their pictures,
+        which are in progress from now on. One that a worker was lost over goes alone, so that it costs no other job a
+        loss."""
+        waits = (_JOBS.c.state == "queued") & (_JOBS.c.model == model)
+        oldest = select(_JOBS.c.id, _JOBS.c.batch_key, _JOBS.c.losses).where(waits).order_by(_JOBS.c.number).limit(1)
         with self._transaction() as connection:
-            ids = connection.execute(oldest).scalars().all()
+            first = connection.execute(oldest.with_for_update(skip_locked=True)).first()
+            if first is None:
+                return []
+            ids = [first.id]
+            if most > 1 and not first.losses:
+                like = waits & (_JOBS.c.batch_key == first.batch_key) & (_JOBS.c.losses == 0)
+                more = select(_JOBS.c.id).where(like).order_by(_JOBS.c.number).limit(most)
+                ids = list(connection.execute(more.with_for_update(skip_locked=True)).scalars())
             begun = {
                 "state": "in_progress",
                 "attempt": _JOBS.c.attempt + 1,
                 "steps_done": 0,
                 "started_at": self._clock(),
             }
-            where = _JOBS.c.id.in_(ids) & (_JOBS.c.state == "queued")
-            connection.execute(_JOBS.update().where(where).values(begun))
-            query = select(_JOBS).where(_JOBS.c.id.in_(ids) & (_JOBS.c.state == "in_progress"))
-            return [_job(row) for row in connection.execute(query.order_by(_JOBS.c.number)).all()]
+            connection.execute(_JOBS.update().where(_JOBS.c.id.in_(ids) & waits).values(begun))
+            query = select(*_ROW, _JOBS.c.picture).where(_JOBS.c.id.in_(ids) & (_JOBS.c.state == "in_progress"))
+            rows = connection.execute(query.order_by(_JOBS.c.number)).all()
+            return [(_job(row), row.picture) for row in rows]
 
     def step(self, job: Job, steps_done: int) -> bool:
         """Note progress; False where the job is no longer this attempt's, so that its work can stop."""
         return self._change(job, {"steps_done": steps_done})
 
-    def complete(self, job: Job, result: dict[str, Any]) -> bool:
-        """False where the job is no longer this attempt's: then its result is nobody's."""
-        return self._change(job, self._end("completed") | {"result": result, "steps_done": job.steps})
+    def complete(self, job: Job, result: dict[str, Any]) -> Job | None:
+        """The completed job; None where it is no longer this attempt's: then its result is nobody's."""
+        values = self._end("completed") | {"result": result, "steps_done": job.steps}
+        return self.get(job.id) if self._change(job, values) else None
 
-    def fail(self, job: Job, failure: Failure) -> bool:
-        """The job cannot be done; False as for `complete`."""
-        return self._change(job, self._end("failed") | {"failure": vars(failure)})
+    def fail(self, job: Job, failure: Failure) -> Job | None:
+        """The job cannot be done: the failed job; None as for `complete`."""
+        values = self._end("failed") | {"failure": vars(failure)}
+        return self.get(job.id) if self._change(job, values) else None
 
-    def give_back(self, job: Job, failure: Failure) -> bool:
-        """Back to its place in the queue, or failed for that reason after MOST_ATTEMPTS; False as for `complete`."""
-        if job.attempt >= MOST_ATTEMPTS:
-            return self.fail(job, failure)
-        return self._change(job, {"state": "queued", "steps_done": 0, "started_at": None})
+    def give_back(self, job: Job, loss: Failure | None = None) -> Job | None:
+        """Back to its place in the queue. `loss` says how its worker was lost, after MOST_LOSSES of which the job has
+        failed. None as for `complete`."""
+        if loss is not None and job.losses + 1 >= MOST_LOSSES:
+            return self.fail(job, loss)
+        losses = job.losses + (loss is not None)
+        values = {"state": "queued", "steps_done": 0, "started_at": None, "losses": losses}
+        return self.get(job.id) if self._change(job, values) else None
 
-    def give_back_all(self, failure: Failure) -> list[Job]:
+    def give_back_all(self, loss: Failure) -> list[Job]:
         """The same with every job in progress, at a start after which no worker has one."""
         with self._reading() as connection:
-            rows = connection.execute(select(_JOBS).where(_JOBS.c.state == "in_progress")).all()
-        return [job for job in map(_job, rows) if self.give_back(job, failure)]
+            rows = connection.execute(select(*_ROW).where(_JOBS.c.state == "in_progress")).all()
+        return [given for given in (self.give_back(_job(row), loss) for row in rows) if given]
 
-    def cancel(self, id: str) -> bool:
-        """False where the job is finished, or is none."""
-        running = _JOBS.c.state.not_in(FINISHED)
-        return self._update((_JOBS.c.id == id) & running, self._end("cancelled"))
-
-    def delete(self, id: str) -> bool:
-        """Forget a finished job; False where it is not finished, or is none."""
+    def cancel(self, id: str, owner: str) -> Job | None:
+        """The job as it was before it was cancelled; None where it is finished or there is none of that owner's."""
         with self._transaction() as connection:
-            where = (_JOBS.c.id == id) & _JOBS.c.state.in_(FINISHED)
-            return connection.execute(_JOBS.delete().where(where)).rowcount == 1
+            where = _is(id, owner) & _JOBS.c.state.not_in(FINISHED)
+            row = connection.execute(select(*_ROW).where(where).with_for_update()).first()
+            if row is not None:
+                connection.execute(_JOBS.update().where(_JOBS.c.id == id).values(self._end("cancelled")))
+        return _job(row) if row else None
+
+    def delete(self, id: str, owner: str | None = None) -> Job | None:
+        """Forget a job: what it was until then; None where there is none of that owner's."""
+        with self._transaction() as connection:
+            row = connection.execute(select(*_ROW).where(_is(id, owner)).with_for_update()).first()
+            connection.execute(_JOBS.delete().where(_is(id, owner)))
+        return _job(row) if row else None
 
     def expired(self) -> list[Job]:
         """Finished jobs whose time is over."""
         with self._reading() as connection:
-            rows = connection.execute(select(_JOBS).where(_JOBS.c.expires_at <= self._clock())).all()
+            rows = connection.execute(select(*_ROW).where(_JOBS.c.expires_at <= self._clock())).all()
         return [_job(row) for row in rows]
 
     def close(self) -> None:
@@ -218,9 +239,6 @@ class JobStore:
 
     def _change(self, job: Job, values: dict[str, Any]) -> bool:
         where = (_JOBS.c.id == job.id) & (_JOBS.c.state == "in_progress") & (_JOBS.c.attempt == job.attempt)
-        return self._update(where, values)
-
-    def _update(self, where: Any, values: dict[str, Any]) -> bool:
         with self._transaction() as connection:
             return connection.execute(_JOBS.update().where(where).values(values)).rowcount == 1
 
@@ -230,13 +248,25 @@ class JobStore:
 
     @contextmanager
     def _transaction(self) -> Iterator[Connection]:
-        with self._engine.begin() as connection:
+        with _available(), self._engine.begin() as connection:
             yield connection
 
     @contextmanager
     def _reading(self) -> Iterator[Connection]:
-        with self._engine.connect().execution_options(**{_READS: True}) as connection, connection.begin():
+        with (
+            _available(),
+            self._engine.connect().execution_options(**{_READS: True}) as connection,
+            connection.begin(),
+        ):
             yield connection
+
+
+@contextmanager
+def _available() -> Iterator[None]:
+    try:
+        yield
+    except DBAPIError as error:
+        raise StoreUnavailable(one_line(error.orig)) from error
 
 
 def _open(url: str) -> Engine:
@@ -259,7 +289,10 @@ def _open(url: str) -> Engine:
     return engine
 
 
-def _job(row: Row[Any]) -> Job:
-    values = dict(row._mapping)
-    del values["idempotency_key"]
+def _is(id: str, owner: str | None) -> ColumnElement[bool]:
+    return _JOBS.c.id == id if owner is None else (_JOBS.c.id == id) & (_JOBS.c.owner == owner)
+
+
+def _job(row: Row[*tuple[Any, ...]]) -> Job:
+    values = {field.name: row._mapping[field.name] for field in dataclasses.fields(Job)}
     return Job(**values | {"failure": values["failure"] and Failure(**values["failure"])})

@@ -1,0 +1,240 @@
+"""What a client asks for: the fields of a request for a clip, checked, and the job that they make."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import hashlib
+import io
+import json
+import secrets
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from PIL import Image
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from trip_rt import video
+from trip_rt.checks import excerpt, shown
+from trip_rt.errors import InputError, one_line
+from trip_rt.images import load_image
+from trip_rt.serving.api_errors import ApiError, of_input
+from trip_rt.serving.jobs import NewJob
+from trip_rt.serving.models import Model
+from trip_rt.settings import Settings, check_prompt, check_seed
+
+_RANDOM_SEEDS = 2**31  # of which JavaScript, too, keeps every digit
+# The words that the runtime's errors begin with, and the request's field that they are about.
+_PARAMS = {
+    "prompt": "prompt",
+    "negative prompt": "negative_prompt",
+    "seed": "seed",
+    "speed": "speed",
+    "solver": "solver",
+    "steps": "num_inference_steps",
+    "num_inference_steps": "num_inference_steps",
+    "guidance scale": "guidance_scale",
+    "guidance interval": "guidance_interval",
+    "feature reuse": "feature_reuse",
+    "fit": "fit",
+    "fps": "fps",
+    "image": "input_reference",
+    "image file": "input_reference",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for at most."""
+
+    upload_bytes: int = 16 << 20
+    megapixels: float = 25
+    prompt_characters: int = 2000
+    steps: int = 200
+
+    @property
+    def body_bytes(self) -> int:
+        """Of a request: a picture takes a third more as a data URL, and some words come with it."""
+        return self.upload_bytes * 4 // 3 + (1 << 20)
+
+
+def _numbers(value: Any) -> Any:
+    """A form has no lists: two numbers with a comma between them."""
+    return value.split(",") if isinstance(value, str) else value
+
+
+class ClipFields(BaseModel):
+    """What a clip is made of. Only the prompt and the picture are needed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str = Field(description="The sentence that says what happens.", examples=["a red ball rolls to the right"])
+    model: str | None = Field(None, description="One of /v1/models; the first by default.")
+    seconds: str | None = Field(None, description="How long the clip plays: the model's own, or num_frames / fps.")
+    size: str | None = Field(None, description="WIDTHxHEIGHT, the model's own.")
+    seed: int | None = Field(None, description="0 to 2^64 − 1; a random one by default, which the answer names.")
+    speed: str = Field("exact", description="exact, balanced or fast.")
+    num_inference_steps: int | None = Field(None, description="Denoising steps; the speed's by default.")
+    solver: str | None = Field(None, description="ddim, dpm++ or unipc; the speed's by default.")
+    guidance_scale: float | None = Field(None, description="0 to 100; the model's own by default.")
+    guidance_interval: Annotated[tuple[float, float] | None, BeforeValidator(_numbers)] = Field(
+        None, description="Guide only within these shares of the schedule, 0 to 1."
+    )
+    feature_reuse: int | None = Field(None, description="Run the whole UNet every so many steps only.")
+    negative_prompt: str = Field("", description="What should not be seen.")
+    fit: str = Field("crop", description="How a picture of another shape is fitted: crop or letterbox.")
+    fps: float | None = Field(None, description="Frames a second that the clip is written with; the model's own.")
+    num_frames: int | None = Field(None, description="The model's own.")
+
+
+class PictureURL(BaseModel):
+    """A picture in a JSON request."""
+
+    model_config = ConfigDict(extra="forbid")
+    image_url: str = Field(description="data:image/png;base64,… ; no other address is fetched.")
+
+
+class ClipForm(ClipFields):
+    """The same as a form, with the picture as a file."""
+
+    input_reference: bytes = Field(description="The picture: PNG, JPEG, WebP, BMP, GIF or TIFF.")
+
+
+class ClipJSON(ClipFields):
+    """The same as JSON."""
+
+    input_reference: PictureURL
+
+
+def parsed(fields: dict[str, Any]) -> ClipFields:
+    """The fields of a request; ApiError 400 names the first that is wrong."""
+    try:
+        return ClipFields.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        param = ".".join(map(str, first["loc"][:1])) or None
+        if first["type"] == "missing":
+            message = f"{param}: found none, expected one"
+        elif first["type"] == "extra_forbidden":
+            message = f"{excerpt(str(param))}: found this unknown field, expected {', '.join(ClipFields.model_fields)}"
+            param = excerpt(str(param))
+        else:
+            said = one_line(first["msg"], 100)
+            message = f"{param}: found {shown(first['input'])}, expected another value ({said[:1].lower()}{said[1:]})"
+        raise ApiError(400, message, param) from error
+
+
+def from_data_url(url: Any) -> bytes:
+    """The bytes that a data URL holds; ApiError 400 for any other address, as none is fetched."""
+    head, comma, body = url.partition(",") if isinstance(url, str) else ("", "", "")
+    if not comma or not head.lower().startswith("data:") or not head.lower().endswith(";base64"):
+        found = excerpt(url) if isinstance(url, str) else shown(url)
+        raise ApiError(
+            400,
+            f"input_reference: found {found}, expected a picture as data:image/png;base64,…; no address is fetched,"
+            " send the picture itself",
+            "input_reference",
+        )
+    try:
+        return base64.b64decode(body, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ApiError(
+            400, "input_reference: found no base64 in the data URL, expected it", "input_reference"
+        ) from error
+
+
+def new_job(
+    fields: ClipFields, picture: bytes, model: Model, limits: Limits, owner: str, idempotency_key: str | None
+) -> NewJob:
+    """The job that a request makes, its picture fitted to the model; ApiError for what the model cannot do. It takes a
+    while: it decodes the picture."""
+    try:
+        return _new_job(fields, picture, model, limits, owner, idempotency_key)
+    except InputError as error:
+        raise of_input(error, _PARAMS) from error
+
+
+def _new_job(
+    fields: ClipFields, picture: bytes, model: Model, limits: Limits, owner: str, idempotency_key: str | None
+) -> NewJob:
+    check_prompt(fields.prompt)
+    for name, words in (("prompt", fields.prompt), ("negative_prompt", fields.negative_prompt)):
+        if len(words) > limits.prompt_characters:
+            found = f"{len(words)} characters, expected at most {limits.prompt_characters}"
+            raise ApiError(400, f"{name}: found {found}; say it shorter", name)
+    asked = {field.name: getattr(fields, field.name) for field in dataclasses.fields(Settings)}
+    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
+    asked = {name: value for name, value in asked.items() if value is not None and value != defaults[name]}
+    settings = Settings(**asked)
+    count = settings.resolved_speed.num_inference_steps
+    if count is not None and count > limits.steps:
+        found = f"{shown(count)}, expected at most {limits.steps}"
+        raise ApiError(400, f"num_inference_steps: found {found} on this server", "num_inference_steps")
+    steps = len(settings.steps(model.config))
+    fps = float(model.config.fps if fields.fps is None else fields.fps)
+    video.check_fps(fps)
+    _check_shape(fields, model, fps)
+    seed = secrets.randbelow(_RANDOM_SEEDS) if fields.seed is None else check_seed(fields.seed)
+    if len(picture) > limits.upload_bytes:
+        found = f"{len(picture)} bytes, expected at most {limits.upload_bytes}"
+        raise ApiError(413, f"input_reference: found {found}; scale it down", "input_reference", "too_large")
+    if not picture:
+        raise ApiError(400, "input_reference: found no picture, expected one", "input_reference")
+    height, width = model.config.height, model.config.width
+    fitted = io.BytesIO()
+    pixels = load_image(io.BytesIO(picture), height, width, settings.fit, limits.megapixels)
+    Image.fromarray(pixels).save(fitted, "PNG", compress_level=1)
+    request = {
+        "prompt": fields.prompt,
+        "negative_prompt": fields.negative_prompt,
+        "seed": seed,
+        "speed": fields.speed,
+        "num_inference_steps": steps,
+        "guidance_scale": float(
+            model.config.guidance_scale if fields.guidance_scale is None else fields.guidance_scale
+        ),
+        "size": model.size,
+        "num_frames": model.config.num_frames,
+        "fps": fps,
+        "seconds": model.seconds(fps),
+        "settings": asked,
+    }
+    sent = fields.model_dump() | {"model": model.name, "input_reference": hashlib.sha256(picture).hexdigest()}
+    return NewJob(
+        owner=owner,
+        model=model.name,
+        request=request,
+        picture=fitted.getvalue(),
+        steps=steps,
+        batch_key=_hash([model.name, asked]),
+        fingerprint=_hash(sent),
+        idempotency_key=idempotency_key,
+    )
+
+
+def _check_shape(fields: ClipFields, model: Model, fps: float) -> None:
+    """ApiError for a size or a length that the model's engines do not have."""
+    frames = model.config.num_frames
+    if fields.size is not None and fields.size != model.size:
+        raise ApiError(400, f"size: found {excerpt(fields.size)}, expected {model.size}, this model's", "size")
+    if fields.num_frames is not None and fields.num_frames != frames:
+        raise ApiError(
+            400, f"num_frames: found {shown(fields.num_frames)}, expected {frames}, this model's", "num_frames"
+        )
+    if fields.seconds is not None:
+        try:
+            seconds = float(fields.seconds)
+        except ValueError:
+            seconds = float("nan")
+        if not abs(seconds - frames / fps) < 1e-3:
+            raise ApiError(
+                400,
+                f"seconds: found {excerpt(fields.seconds)}, expected {model.seconds(fps)}: {frames} frames at {fps:g} a"
+                " second; leave it out, or choose another fps",
+                "seconds",
+            )
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
