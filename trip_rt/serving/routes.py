@@ -3,6 +3,7 @@
 # Annotations are not postponed here: FastAPI reads them, and some name what is local to `create_app`.
 import asyncio
 import base64
+import errno
 import io
 import logging
 from collections.abc import AsyncIterator
@@ -18,15 +19,16 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 from PIL import Image
-from starlette.datastructures import UploadFile
+from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive, Scope, Send
 
 from trip_rt.checks import excerpt
 from trip_rt.serving import schemas
 from trip_rt.serving.api_errors import ApiError
 from trip_rt.serving.api_keys import ApiKeys
-from trip_rt.serving.clip_request import ClipForm, ClipJSON, Limits, from_data_url, new_job, parsed
+from trip_rt.serving.clip_request import ClipForm, ClipJSON, Limits, PictureURL, from_data_url, new_job, parsed
 from trip_rt.serving.guard import Guard
 from trip_rt.serving.jobs import Job
 from trip_rt.serving.models import Model
@@ -82,6 +84,7 @@ def create_app(
         title="trip-rt",
         description="One picture and one sentence in, a short video out.",
         redoc_url=None,
+        redirect_slashes=False,  # to an address that is wrong behind a proxy
         swagger_ui_parameters={"validatorUrl": None},
     )
     app.add_middleware(Guard, most_bytes=limits.body_bytes, hosts=hosts)
@@ -221,7 +224,7 @@ def create_app(
         if not path.is_file():  # deleted just now
             raise _no_video(job.id)
         filename = f"{job.id}{Path(name).suffix}"
-        return FileResponse(path, media_type=media_type, filename=filename, content_disposition_type="inline")
+        return _File(path, media_type=media_type, filename=filename, content_disposition_type="inline")
 
     @app.delete("/v1/videos/{video_id}", response_model=schemas.Deleted, responses=_errors(404), tags=["videos"])
     async def delete(video_id: str, owner: Owner) -> Any:
@@ -311,7 +314,12 @@ def create_app(
 
     if metrics:
 
-        @app.get("/metrics", responses={200: {"content": {"text/plain": {}}}, **_errors()}, tags=["operation"])
+        @app.get(
+            "/metrics",
+            response_class=Response,
+            responses={200: {"content": {"text/plain": {}}}, **_errors()},
+            tags=["operation"],
+        )
         async def measured(owner: Owner) -> Response:
             """Counters, gauges and histograms for Prometheus."""
             return Response(await service.metrics_text(), media_type="text/plain; version=0.0.4")
@@ -323,46 +331,87 @@ def create_app(
             return FileResponse(PAGE / "index.html")
 
         app.mount("/page", StaticFiles(directory=PAGE))
+    _describe(app)
     return app
+
+
+def _describe(app: FastAPI) -> None:
+    """Have the description say what FastAPI does not know: the picture's part of the body, that what is wrong is
+    answered with 400 and not 422, and that a stream's errors are JSON."""
+    description = app.openapi()
+    described = description["components"]["schemas"]
+    described["PictureURL"] = PictureURL.model_json_schema()
+    for unused in ("HTTPValidationError", "ValidationError"):
+        described.pop(unused, None)
+    for operations in description["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+            for status, answer in operation["responses"].items():
+                if status >= "400" and "text/event-stream" in answer["content"]:
+                    answer["content"] = {"application/json": answer["content"]["text/event-stream"]}
+
+
+class _File(FileResponse):
+    """A file, or the part of it that was asked for; ApiError for a part that it does not have."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def answer(message: Message) -> None:
+            if (status := message.get("status")) in (400, 416):  # Starlette's own, as text
+                size = Headers(raw=message["headers"]).get("content-range")
+                headers = {"Content-Range": size} if size else {}
+                raise ApiError(status, "range: expected bytes=FIRST-LAST within the file", "range", headers=headers)
+            await send(message)
+
+        await super().__call__(scope, receive, answer)
 
 
 async def _received(request: Request, limits: Limits) -> tuple[dict[str, Any], bytes]:
     """The fields of a request for a clip, and its picture."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        try:
-            form = await request.form(max_files=1, max_fields=64, max_part_size=limits.body_bytes)
-        except HTTPException as error:  # Starlette's own, of a damaged form
-            raise ApiError(400, f"body: found a damaged form ({error.detail})") from error
-        async with request.form() as form:
-            fields: dict[str, Any] = {name: value for name, value in form.multi_items() if isinstance(value, str)}
-            files = {name: file for name, file in form.multi_items() if isinstance(file, UploadFile)}
-            file = files.pop("input_reference", None)
-            if files:
-                raise ApiError(
-                    400, "body: found a file of another name, expected it as input_reference", next(iter(files))
-                )
-            url = fields.pop("input_reference[image_url]", fields.pop("input_reference", None))
-            picture = await file.read() if file is not None else None
+        fields, picture, url = await _form(request, limits)
     elif kind == "application/json":
-        try:
-            fields = msgspec.json.decode(await request.body())
-        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-            raise ApiError(400, f"body: found no JSON ({excerpt(str(error))})") from error
-        if not isinstance(fields, dict):
-            raise ApiError(400, "body: found no JSON object, expected one")
-        reference = fields.pop("input_reference", None)
-        url = reference.get("image_url") if isinstance(reference, dict) else reference
-        picture = None
+        fields, picture, url = await _json(request)
     else:
-        raise ApiError(
-            415, f"body: found {excerpt(kind or 'no type')}, expected multipart/form-data or application/json"
-        )
+        found = excerpt(kind or "no type")
+        raise ApiError(415, f"body: found {found}, expected multipart/form-data or application/json")
     if picture is None:
         if url is None:
             raise ApiError(400, "input_reference: found none, expected the picture to begin with", "input_reference")
         picture = from_data_url(url)
     return fields, picture
+
+
+async def _form(request: Request, limits: Limits) -> tuple[dict[str, Any], bytes | None, Any]:
+    """The fields of a form, the file in it, and the address in its place."""
+    try:
+        async with request.form(max_files=1, max_fields=64, max_part_size=limits.body_bytes) as form:
+            texts = [(name, value) for name, value in form.multi_items() if isinstance(value, str)]
+            fields: dict[str, Any] = dict(texts)
+            for name in [name for name in fields if name.endswith("[]")]:  # how OpenAI's client writes a list
+                del fields[name]
+                fields[name.removesuffix("[]")] = [value for other, value in texts if other == name]
+            files = {name: file for name, file in form.multi_items() if isinstance(file, UploadFile)}
+            file = files.pop("input_reference", None)
+            if files:
+                name = next(iter(files))
+                raise ApiError(400, "body: found a file of another name, expected it as input_reference", name)
+            # The second is how OpenAI's client writes an object's field in a form.
+            url = fields.pop("input_reference", fields.pop("input_reference[image_url]", None))
+            return fields, await file.read() if file is not None else None, url
+    except HTTPException as error:  # Starlette's own, of a damaged form
+        raise ApiError(400, f"body: found a damaged form ({excerpt(str(error.detail))})") from error
+
+
+async def _json(request: Request) -> tuple[dict[str, Any], None, Any]:
+    try:
+        fields = msgspec.json.decode(await request.body())
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise ApiError(400, f"body: found no JSON ({excerpt(str(error))})") from error
+    if not isinstance(fields, dict):
+        raise ApiError(400, "body: found no JSON object, expected one")
+    reference = fields.pop("input_reference", None)
+    return fields, None, reference.get("image_url") if isinstance(reference, dict) else reference
 
 
 async def _gone(request: Request) -> None:
@@ -402,6 +451,13 @@ def _handle_errors(app: FastAPI) -> None:
     async def no_room(request: Request, error: NoRoom) -> Response:
         message = "storage: found results at their limit; delete some, or wait until they expire"
         return answer(ApiError(507, message, code="storage_full"))
+
+    @app.exception_handler(OSError)
+    async def disk(request: Request, error: OSError) -> Response:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return await unexpected(request, error)
+        log.error("the disk is full: %s", error)
+        return answer(ApiError(507, "storage: found the disk full; come again later", code="storage_full"))
 
     @app.exception_handler(Closing)
     async def closing(request: Request, error: Closing) -> Response:

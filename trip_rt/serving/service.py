@@ -344,7 +344,7 @@ class Service:
         if (feed := self._feeds.get(job.id)) is not None:
             return feed
         feed = self._feeds[job.id] = Feed()
-        if running := self._running.get(job.id):
+        if (running := self._running.get(job.id)) and not job.finished:
             done = {"steps_done": running.steps_done, "steps": job.steps, "attempt": running.job.attempt}
             feed.publish("in_progress", done)
             frames = [frame for chunk in running.frames for frame in chunk]
