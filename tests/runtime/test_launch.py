@@ -40,7 +40,7 @@ def test_every_command_is_there():
 
 
 @pytest.mark.parametrize(
-    "name", ["trip_animate", "trip_export", "trip_parity", "trip_evaluate", "trip_data", "trip_train"]
+    "name", ["trip_animate", "trip_export", "trip_parity", "trip_evaluate", "trip_data", "trip_serve", "trip_train"]
 )
 def test_every_command_runs(name):
     ran = subprocess.run([*command(name), "--help"], capture_output=True, text=True, env=environment())

@@ -61,7 +61,7 @@ def page(browser, server):
 
 def screenshot(page, name):
     if folder := os.environ.get("TRIP_SCREENSHOTS"):
-        page.screenshot(path=Path(folder) / f"{name}.png")
+        page.screenshot(path=Path(folder) / f"{name}.png", full_page=name == "serving-clip")
 
 
 def drop(page, file=None):

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import fcntl
+import importlib.util
 import ipaddress
 import os
 import signal
@@ -20,6 +21,7 @@ from trip_rt.command_line import CommandParser, main_of, note
 from trip_rt.errors import InputError, printable
 from trip_rt.launch import Terminated
 
+_NEEDS = ("fastapi", "fastapi_offline", "prometheus_client", "python_multipart", "sqlalchemy", "uvicorn")
 _LOCK_S = 10.0  # that the workers of a server that was killed may take to end
 
 
@@ -99,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
     for name in ("max_megapixels", "max_disk_gb", "keep_hours", "grace", *(["hang_after"] if args.hang_after else [])):
         _check(f"--{name.replace('_', '-')}", getattr(args, name), 0, 1e9)
     _check("--port", args.port, 0, 65535)
+    if lacking := [name for name in _NEEDS if importlib.util.find_spec(name) is None]:
+        raise InputError(f"found no {', '.join(lacking)}, expected it to serve with; run pip install 'trip-rt[serve]'")
     from trip_rt.serving.models import read_models
 
     models = read_models(args.bundles, args.workers)
@@ -115,21 +119,16 @@ def run(args: argparse.Namespace) -> int:
 def _serve(
     args: argparse.Namespace, models: Any, keys: Any, workers: Any, listener: socket.socket, began: float
 ) -> int:
-    try:
-        import uvicorn
+    import uvicorn
 
-        from trip_rt.serving.clip_request import Limits
-        from trip_rt.serving.guard import LOOPBACK
-        from trip_rt.serving.logs import log_to_stderr
-        from trip_rt.serving.metrics import Metrics
-        from trip_rt.serving.results import Results
-        from trip_rt.serving.routes import create_app
-        from trip_rt.serving.service import Service
-        from trip_rt.serving.store import JobStore
-    except ImportError as error:
-        raise InputError(
-            f"found no {error.name}, expected it to serve with; run pip install 'trip-rt[serve]'"
-        ) from error
+    from trip_rt.serving.clip_request import Limits
+    from trip_rt.serving.guard import LOOPBACK
+    from trip_rt.serving.logs import log_to_stderr
+    from trip_rt.serving.metrics import Metrics
+    from trip_rt.serving.results import Results
+    from trip_rt.serving.routes import create_app
+    from trip_rt.serving.service import Service
+    from trip_rt.serving.store import JobStore
 
     class Server(uvicorn.Server):
         """uvicorn without its handling of signals, which is ours."""
