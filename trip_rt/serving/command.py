@@ -46,6 +46,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="BUNDLE, NAME=BUNDLE or NAME=BUNDLE@PROFILE; the first is the default",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s: this machine alone)")
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that a proxy is reached by, may be given again (all, where --host is not this machine)",
+    )
     parser.add_argument("--port", type=int, default=8000, help="port, 0 for a free one (%(default)s)")
     parser.add_argument(
         "--data",
@@ -143,7 +150,7 @@ def _serve(
     service = Service(
         models, store, Results(args.data / "clips"), Metrics(), args.max_queued, int(args.max_disk_gb * 1e9)
     )
-    hosts = LOOPBACK if _is_loopback(args.host) else ()
+    hosts = (*LOOPBACK, *args.allow_host) if _is_loopback(args.host) else tuple(args.allow_host)
     app = create_app(service, limits, keys, hosts, args.ui, args.metrics)
     server = Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=5))
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:

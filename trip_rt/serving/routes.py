@@ -6,6 +6,7 @@ import base64
 import errno
 import io
 import logging
+import os
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from pathlib import Path
@@ -57,6 +58,7 @@ _ERRORS = {
     415: "Neither a form nor JSON.",
     416: "There is no such range.",
     429: "The queue is full; `Retry-After` says when to come again.",
+    500: "The engine failed; `error.code` says how.",
     503: "Not now; `Retry-After` says when to come again.",
     507: "Results take as much of the disk as they may.",
 }
@@ -155,7 +157,7 @@ def create_app(
     @app.post(
         "/v1/videos/sync",
         response_class=FileResponse,
-        responses={200: {"content": {"video/mp4": {}}, "description": "The clip."}, **creation},
+        responses={200: {"content": {"video/mp4": {}}, "description": "The clip."}, **creation, **_errors(500)},
         openapi_extra=body,
         tags=["videos"],
     )
@@ -171,7 +173,8 @@ def create_app(
             task.cancel()
         done = waiting.result() if waiting.done() and not waiting.cancelled() else None
         if done is None:
-            raise ApiError(503, "the server is going down, or the job was deleted", headers={"Retry-After": "10"})
+            message = "the server is going down, or the job was deleted"
+            raise ApiError(503, message, code="stopping", headers={"Retry-After": "10"})
         if done.state != "completed":
             failure = done.failure
             code = failure.code if failure else done.state
@@ -221,8 +224,6 @@ def create_app(
             raise ApiError(409, f"video: found it {job.state}, expected it completed", code="not_ready")
         name, media_type = _CONTENT[variant]
         path = service.file(job, name)
-        if not path.is_file():  # deleted just now
-            raise _no_video(job.id)
         filename = f"{job.id}{Path(name).suffix}"
         return _File(path, media_type=media_type, filename=filename, content_disposition_type="inline")
 
@@ -352,7 +353,7 @@ def _describe(app: FastAPI) -> None:
 
 
 class _File(FileResponse):
-    """A file, or the part of it that was asked for; ApiError for a part that it does not have."""
+    """A file, or the part of it that was asked for; ApiError for a part that it does not have, and where it is gone."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def answer(message: Message) -> None:
@@ -362,7 +363,12 @@ class _File(FileResponse):
                 raise ApiError(status, "range: expected bytes=FIRST-LAST within the file", "range", headers=headers)
             await send(message)
 
-        await super().__call__(scope, receive, answer)
+        try:
+            await super().__call__(scope, receive, answer)
+        except (FileNotFoundError, RuntimeError) as error:  # the latter is Starlette's, where it finds no file
+            if os.path.exists(self.path):
+                raise
+            raise ApiError(404, "video: it was deleted just now", "video_id", "not_found") from error
 
 
 async def _received(request: Request, limits: Limits) -> tuple[dict[str, Any], bytes]:
