@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,17 @@ class Server:
     def start(self, ready: bool = True) -> None:
         """Start it, and wait until it listens or, unless told otherwise, until it is ready."""
         before = len(self.log) if self._log.exists() else 0
+        self.spawn()
+        assert self.process is not None
+        awaited = "trip-serve: ready after" if ready else "trip-serve: listening at"
+        until = time.monotonic() + 60
+        while awaited not in (said := self.log[before:]):
+            assert time.monotonic() < until and self.process.poll() is None, said
+            time.sleep(0.02)
+        self._port = int(re.findall(r"listening at http://\S+:(\d+)", said)[-1])
+
+    def spawn(self) -> None:
+        """Start its process alone."""
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*_COMMAND, *self._bundles, "--data", str(self.data), "--port", str(self._port), *self._options],
@@ -66,12 +78,6 @@ class Server:
                 cwd=self.data.parent,
                 env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             )
-        awaited = "trip-serve: ready after" if ready else "trip-serve: listening at"
-        until = time.monotonic() + 60
-        while awaited not in (said := self.log[before:]):
-            assert time.monotonic() < until and self.process.poll() is None, said
-            time.sleep(0.02)
-        self._port = int(re.findall(r"listening at http://\S+:(\d+)", said)[-1])
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send the signal; the exit code."""
@@ -90,15 +96,21 @@ class Server:
 
     def ask(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any]:
         """Status and JSON (or bytes) of the answer."""
+        status, given, content = self.exchange(method, path, body, headers)
+        return status, json.loads(content) if given["content-type"] == "application/json" else content
+
+    def exchange(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, Message, bytes]:
+        """Status, headers and body of the answer."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"content-type": "application/json", **(headers or {})})
         request.method = method
         try:
             with urllib.request.urlopen(request, timeout=60) as response:
-                status, kind, content = response.status, response.headers["content-type"], response.read()
+                return response.status, response.headers, response.read()
         except urllib.error.HTTPError as error:
-            status, kind, content = error.code, error.headers["content-type"], error.read()
-        return status, json.loads(content) if kind == "application/json" else content
+            return error.code, error.headers, error.read()
 
     def create(self, **fields: Any) -> dict[str, Any]:
         """The job of a new clip."""

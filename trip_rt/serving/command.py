@@ -152,7 +152,11 @@ def _serve(
     )
     hosts = (*LOOPBACK, *args.allow_host) if _is_loopback(args.host) else tuple(args.allow_host)
     app = create_app(service, limits, keys, hosts, args.ui, args.metrics)
-    server = Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=5))
+    # Who obeys openai-poll-after-ms asks every 5 s at the latest, and finds the connection open.
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=5, timeout_keep_alive=30
+    )
+    server = Server(config)
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         number = runner.run(_until_stopped(args, service, workers, server, listener, began))
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated

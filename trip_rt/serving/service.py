@@ -15,11 +15,13 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trip_rt.errors import InputError
 from trip_rt.serving.feed import Feed
 from trip_rt.serving.jobs import FINISHED, MOST_LOSSES, STATES, Failure, Job, NewJob
 from trip_rt.serving.metrics import Metrics
@@ -37,7 +39,7 @@ T = TypeVar("T")
 _PLACES_EVERY = 0.5  # seconds between two looks at the queue for those who wait in it
 _NOTED_EVERY = 1.0  # seconds between two notes of a job's progress in the store
 _TRIED_AGAIN_AFTER = 1.0  # seconds, where a change must be noted and the store cannot be written to
-_EXPIRED_EVERY = 10.0  # seconds
+_EXPIRED_EVERY = 5.0  # seconds
 ENDS = (*FINISHED, "deleted", "stopping")  # the events after which there are no more
 SERVER_LOST = Failure("server_lost", f"the server ended {MOST_LOSSES} times while it made this clip")
 
@@ -98,9 +100,13 @@ class Service:
         self.closing = False
 
     async def start(self) -> None:
-        """Take up what an earlier run left: its queue, and the results of completed jobs alone."""
-        given_back = await self._write(self._store.give_back_all, SERVER_LOST)
-        completed = await self._read(self._store.completed)
+        """Take up what an earlier run left: its queue, and the results of completed jobs alone. InputError where the
+        store does not answer."""
+        try:
+            given_back = await self._write(self._store.give_back_all, SERVER_LOST)
+            completed = await self._read(self._store.completed)
+        except StoreUnavailable as error:
+            raise InputError(f"jobs: cannot write to the database ({error}); start again once it is free") from error
         known = {job.result["name"]: job.result["bytes"] for job in completed if job.result}
         await asyncio.to_thread(self._results.sweep, known)
         for job in given_back:
@@ -208,10 +214,10 @@ class Service:
 
     async def finished(self, job: Job) -> Job | None:
         """The job once it is finished; None where it was deleted, or the server is going down."""
-        async for _ in self.events(job):
-            pass
-        found = await self.get(job.id, None)
-        return found if found and found.finished else None
+        async for _, name, _ in self.events(job):
+            if name in FINISHED:
+                return await self.get(job.id, None)
+        return None
 
     async def frames(self, job: Job) -> AsyncIterator[tuple[str, Any]]:
         """`frame` with (index, uint8 [H, W, 3]) of each frame as soon as it is decoded; `restart` where the job is
@@ -232,7 +238,7 @@ class Service:
             if name in ENDS:
                 yield "end", name
 
-    def file(self, job: Job, name: str) -> Any:
+    def file(self, job: Job, name: str) -> Path:
         """The path of one of a completed job's files."""
         assert job.result is not None
         return self._results.path(job.result["name"], name)
@@ -265,8 +271,8 @@ class Service:
         job = running.job
         expected_s = round(self._expected_s(job), 3)
         self._tell(id, "step", {"steps_done": done, "steps": job.steps, "expected_s": expected_s})
-        if (now := time.monotonic()) - running.noted_at > _NOTED_EVERY:
-            running.noted_at = now
+        if time.monotonic() - running.noted_at > _NOTED_EVERY:
+            running.noted_at = math.inf  # until this note is done
             self._spawn(self._note(running))
 
     def decoded(self, id: str, frames: Frames) -> None:
@@ -449,10 +455,13 @@ class Service:
     async def _note(self, running: Running) -> None:
         """Note progress in the store; a job that is no longer this attempt's there is dropped."""
         try:
-            if not await self._write(self._store.step, running.job, running.steps_done):
+            is_ours = await self._write(self._store.step, running.job, running.steps_done)
+            if not is_ours and self._running.get(running.job.id) is running:  # and not the next attempt
                 self._stop_work(running.job)
         except StoreUnavailable:
             pass  # the next one will do
+        finally:
+            running.noted_at = time.monotonic()
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -460,10 +469,17 @@ class Service:
         task.add_done_callback(self._tasks.discard)
 
     async def _read(self, query: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._readers, lambda: query(*args, **kwargs))
+        return await self._in(self._readers, lambda: query(*args, **kwargs))
 
     async def _write(self, change: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._writer, lambda: change(*args, **kwargs))
+        return await self._in(self._writer, lambda: change(*args, **kwargs))
+
+    async def _in(self, threads: ThreadPoolExecutor, call: Callable[[], T]) -> T:
+        try:
+            answer = asyncio.get_running_loop().run_in_executor(threads, call)
+        except RuntimeError as error:  # shut down by `close`, while a request is still being answered
+            raise Closing from error
+        return await answer
 
     async def _surely(self, change: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """The same, again and again until the store can be written to."""

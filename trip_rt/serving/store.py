@@ -184,17 +184,17 @@ class JobStore:
 
     def step(self, job: Job, steps_done: int) -> bool:
         """Note progress; False where the job is no longer this attempt's, so that its work can stop."""
-        return self._change(job, {"steps_done": steps_done})
+        return self._change(job, {"steps_done": steps_done}) is not None
 
     def complete(self, job: Job, result: dict[str, Any]) -> Job | None:
         """The completed job; None where it is no longer this attempt's: then its result is nobody's."""
         values = self._end("completed") | {"result": result, "steps_done": job.steps}
-        return self.get(job.id) if self._change(job, values) else None
+        return self._change(job, values)
 
     def fail(self, job: Job, failure: Failure) -> Job | None:
         """The job cannot be done: the failed job; None as for `complete`."""
         values = self._end("failed") | {"failure": vars(failure)}
-        return self.get(job.id) if self._change(job, values) else None
+        return self._change(job, values)
 
     def give_back(self, job: Job, loss: Failure | None = None) -> Job | None:
         """Back to its place in the queue. `loss` says how its worker was lost, after MOST_LOSSES of which the job has
@@ -203,7 +203,7 @@ class JobStore:
             return self.fail(job, loss)
         losses = job.losses + (loss is not None)
         values = {"state": "queued", "steps_done": 0, "started_at": None, "losses": losses}
-        return self.get(job.id) if self._change(job, values) else None
+        return self._change(job, values)
 
     def give_back_all(self, loss: Failure) -> list[Job]:
         """The same with every job in progress, at a start after which no worker has one."""
@@ -237,10 +237,13 @@ class JobStore:
         """Close all connections."""
         self._engine.dispose()
 
-    def _change(self, job: Job, values: dict[str, Any]) -> bool:
+    def _change(self, job: Job, values: dict[str, Any]) -> Job | None:
+        """The changed job, read in the same transaction: where that fails, nothing was changed."""
         where = (_JOBS.c.id == job.id) & (_JOBS.c.state == "in_progress") & (_JOBS.c.attempt == job.attempt)
         with self._transaction() as connection:
-            return connection.execute(_JOBS.update().where(where).values(values)).rowcount == 1
+            if connection.execute(_JOBS.update().where(where).values(values)).rowcount != 1:
+                return None
+            return _job(connection.execute(select(*_ROW).where(_JOBS.c.id == job.id)).one())
 
     def _end(self, state: State) -> dict[str, Any]:
         now = self._clock()

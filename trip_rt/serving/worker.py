@@ -159,6 +159,9 @@ class Worker:
     def _encode(self, folder: Path) -> None:
         while True:
             clip, frames, seconds, said = self._unencoded.get()
+            if clip.job in self._dropped:
+                self._answer(clip, Dropped(clip.job, clip.attempt))
+                continue
             began = time.perf_counter()
             try:
                 with results.draft(folder, clip.draft, keep=True) as draft:

@@ -44,7 +44,8 @@ HUNG = Failure("worker_hung", "the worker process did not go on with this clip")
 
 _OPENING = 1800.0  # seconds that a bundle may take to open and warm up
 _LEAST_HANG, _HANG_STEPS = 30.0, 100  # a worker that says nothing for that long, or so many steps' time, hangs
-_SHORT_LIFE, _LONGEST_PAUSE = 30.0, 60.0  # seconds: one that dies young is started again after a growing pause
+_SHORT_LIFE, _LONGEST_PAUSE = 30.0, 60.0  # seconds: one that dies young and idle is followed after a growing pause
+_MOST_STILLBORN = 5  # workers of a slot that end before any was ready
 _SEEN_EVERY = 0.5  # seconds
 
 
@@ -109,11 +110,15 @@ class _Slot:
         self._server_end: ServerEnd | None = None
         self._service: Service | None = None
         self._ready = self._was_ever_ready = False
+        self._stillborn = 0
         self._heard = 0.0
         self._hungry = asyncio.Event()
         self._answers: set[asyncio.Task[None]] = set()
-        self._claim: asyncio.Task[list[tuple[Job, bytes]]] | None = None
-        self.jobs: dict[str, Job] = {}
+        self._claim: asyncio.Task[list[tuple[Job, bytes]]] | None = None  # of what is not yet handed over
+        self._dropped_early: set[str] = set()  # of that, what nobody wants any more
+        self._idle = asyncio.Event()  # while the worker has no jobs
+        self._idle.set()
+        self.jobs: dict[str, Job] = {}  # the worker's
         self.stopping = False
 
     def spawn(self) -> None:
@@ -140,12 +145,18 @@ class _Slot:
             if self._process is None:
                 self.spawn()
             loss = await self._live(service)
+            # A job is given up after some losses, so that workers cannot die over jobs for ever.
+            needs_pause = not self.jobs and time.monotonic() - began < _SHORT_LIFE
             await self.end(loss)
-            if not self._was_ever_ready:
-                raise InputError(f"{self._model.name}: the worker ended before it was ready; see the lines above")
+            self._stillborn += not self._was_ever_ready
+            if self._stillborn == _MOST_STILLBORN:
+                raise InputError(
+                    f"{self._model.name}: its worker ended {_MOST_STILLBORN} times before it was ready, expected"
+                    " it to open the bundle; see the lines above"
+                )
             service.metrics.lost_workers.labels(self._model.name).inc()
             log.error("worker lost", extra={"model": self._model.name, "why": loss.code})
-            pause = min(_LONGEST_PAUSE, 2 * pause + 0.5) if time.monotonic() - began < _SHORT_LIFE else 0.0
+            pause = min(_LONGEST_PAUSE, 2 * pause + 0.5) if needs_pause else 0.0
             await asyncio.sleep(pause)
 
     async def _live(self, service: Service) -> Failure:
@@ -169,7 +180,11 @@ class _Slot:
         await self._say(Open(bundle, profile, options.backend, options.device, options.threads, self._results))
         while (message := await self._server_end.receive()) is not None:
             self._heard = time.monotonic()
-            self._hear(service, message)
+            try:
+                self._hear(service, message)
+            except ValueError as error:
+                log.error("a worker sent frames of another size than it says: %s", error)
+                break
         return DIED
 
     def _hear(self, service: Service, message: ToServer) -> None:
@@ -209,15 +224,20 @@ class _Slot:
             else:
                 service.dropped(job)
             self.jobs.pop(job.id, None)
+            if not self.jobs:
+                self._idle.set()
 
         task = asyncio.create_task(note())
         self._answers.add(task)
         task.add_done_callback(self._answers.discard)
 
     async def _feed(self, service: Service) -> None:
-        """Hand over the next jobs whenever the worker wants some."""
+        """Hand over the next jobs whenever the worker wants some. One that a worker was lost over has the worker for
+        itself, so that it costs no other job a loss."""
         while True:
             await self._hungry.wait()
+            if any(job.losses for job in self.jobs.values()):
+                await self._idle.wait()
             changed = service.queue_changed
             if self.stopping:
                 await asyncio.sleep(_SEEN_EVERY)
@@ -226,7 +246,6 @@ class _Slot:
                 # It goes on if the worker dies meanwhile: what it claims must not be forgotten.
                 self._claim = asyncio.create_task(service.claim(self._model, self._drop))
                 claimed = await asyncio.shield(self._claim)
-                self._claim = None
             except StoreUnavailable as error:
                 log.error("cannot look for jobs: %s", error)
                 await asyncio.sleep(1)
@@ -234,11 +253,20 @@ class _Slot:
             if not claimed:
                 await changed.wait()
                 continue
+            if claimed[0][0].losses:
+                await self._idle.wait()
+            if self.stopping:
+                continue  # `end` gives them back
+            self._claim = None
             self._hungry.clear()
+            self._idle.clear()
             self._heard = time.monotonic()
             self.jobs |= {job.id: job for job, _ in claimed}
             clips = tuple(_clip(job, picture) for job, picture in claimed)
             await self._say(Make(clips, claimed[0][0].request["settings"]))
+            for id in list(self._dropped_early):  # the worker knows them only now
+                self._drop(id)
+            self._dropped_early.clear()
 
     async def _watch(self) -> Failure:
         """Ends when the worker has been silent for too long."""
@@ -259,14 +287,17 @@ class _Slot:
         self.kill()
         self._hungry.clear()
         await asyncio.gather(*self._answers, return_exceptions=True)
+        assert self._service is not None
         if self._claim is not None:
             with contextlib.suppress(StoreUnavailable):
-                self.jobs |= {job.id: job for job, _ in await self._claim}
+                for job, _ in await self._claim:
+                    await self._service.lost(job, None)  # which had no part in it
             self._claim = None
-        assert self._service is not None
         for job in list(self.jobs.values()):
             await self._service.lost(job, loss, _draft(job))
         self.jobs.clear()
+        self._idle.set()
+        self._dropped_early.clear()
 
     def kill(self) -> None:
         """End the process at once."""
@@ -281,6 +312,9 @@ class _Slot:
             self._process = None
 
     def _drop(self, id: str) -> None:
+        if id not in self.jobs:
+            self._dropped_early.add(id)
+            return
         task = asyncio.create_task(self._say(Drop(id)))
         self._answers.add(task)
         task.add_done_callback(self._answers.discard)
