@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 State = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 STATES: tuple[State, ...] = get_args(State)
 FINISHED: tuple[State, ...] = ("completed", "failed", "cancelled")
-MOST_LOSSES = 3
+MOST_LOSSES = 4  # of workers or servers over one job, which is then given up
 
 
 @dataclass(frozen=True)

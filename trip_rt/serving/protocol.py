@@ -6,6 +6,7 @@ Engines parse strangers' bundles, so what a worker says is data of known types a
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import struct
 import threading
@@ -96,6 +97,10 @@ class Decoded(msgspec.Struct, frozen=True, tag=True):
     shape: tuple[int, int, int, int]
     pixels: bytes
 
+    def __post_init__(self) -> None:
+        if min(self.shape) < 1 or math.prod(self.shape) != len(self.pixels):
+            raise ValueError(f"found {len(self.pixels)} bytes of pixels, expected {self.shape}")  # as a DecodeError
+
 
 class Made(msgspec.Struct, frozen=True, tag=True):
     """The job's draft is written: the video, its thumbnail and its spritesheet, `bytes` in all."""
@@ -148,11 +153,14 @@ class WorkerEnd:
 
     def receive(self) -> ToWorker | None:
         """The next message; None where the server is gone."""
-        head = self._file.read(_LENGTH.size)
-        if len(head) < _LENGTH.size:
+        try:
+            head = self._file.read(_LENGTH.size)
+            if len(head) < _LENGTH.size:
+                return None
+            (length,) = _LENGTH.unpack(head)
+            body = self._file.read(length)
+        except OSError:  # it was killed before it had read all
             return None
-        (length,) = _LENGTH.unpack(head)
-        body = self._file.read(length)
         return _for_worker.decode(body) if len(body) == length else None
 
 

@@ -180,11 +180,7 @@ class _Slot:
         await self._say(Open(bundle, profile, options.backend, options.device, options.threads, self._results))
         while (message := await self._server_end.receive()) is not None:
             self._heard = time.monotonic()
-            try:
-                self._hear(service, message)
-            except ValueError as error:
-                log.error("a worker sent frames of another size than it says: %s", error)
-                break
+            self._hear(service, message)
         return DIED
 
     def _hear(self, service: Service, message: ToServer) -> None:
