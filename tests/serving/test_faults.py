@@ -219,7 +219,7 @@ def test_many_kills_lose_and_double_nothing(tiny_bundle, tmp_path, record_proper
 
 def test_a_worker_that_hangs_is_replaced(tiny_bundle, tmp_path):
     with running(tiny_bundle, tmp_path / "data", "--max-steps", "1000", "--hang-after", "1.5") as server:
-        id = in_progress(server, num_inference_steps=300)
+        id = in_progress(server, num_inference_steps=150)
         (worker,) = server.workers()
         worker.suspend()
         job = server.wait(id)
@@ -533,7 +533,7 @@ ENDS = ("completed", "failed", "cancelled", "deleted", "stopping")
 
 def test_without_grace_clips_are_given_back(tiny_bundle, tmp_path):
     with running(tiny_bundle, tmp_path / "data", "--max-steps", "1000", "--grace", "0") as server:
-        id = in_progress(server, num_inference_steps=400)
+        id = in_progress(server, num_inference_steps=250)
         names, listener = events_of(server, id)
         assert server.stop() == 143 and last_line(server) == "trip-serve: terminated"
         listener.join(10)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,10 +63,6 @@ class Model:
             name: {"num_inference_steps": count, "expected_s": round(self.timing.expected_s(count), 3)}
             for name, count in counts.items()
         }
-
-    def groups(self, jobs: int) -> int:
-        """How many groups of clips, made one after the other, so many jobs are to each of the workers."""
-        return math.ceil(jobs / (self.profile.batch * max(1, self.ready_workers)))
 
 
 def read_models(arguments: list[str], workers: int) -> dict[str, Model]:

@@ -166,11 +166,13 @@ def create_app(
         job = await added(request, owner, idempotency_key)
         waiting = asyncio.create_task(service.finished(job))
         gone = asyncio.create_task(_gone(request))
-        await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not waiting.done():
-            await service.cancel(job.id, owner)
-        for task in (waiting, gone):
-            task.cancel()
+        try:
+            await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not waiting.done():
+                await service.cancel(job.id, owner)
+        finally:
+            for task in (waiting, gone):
+                task.cancel()
         done = waiting.result() if waiting.done() and not waiting.cancelled() else None
         if done is None:
             message = "the server is going down, or the job was deleted"

@@ -37,6 +37,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _PLACES_EVERY = 0.5  # seconds between two looks at the queue for those who wait in it
+_PLACES_TOLD = 10  # of those nearer than that every place is told, of the others every tenth of the way
 _NOTED_EVERY = 1.0  # seconds between two notes of a job's progress in the store
 _TRIED_AGAIN_AFTER = 1.0  # seconds, where a change must be noted and the store cannot be written to
 _EXPIRED_EVERY = 5.0  # seconds
@@ -429,8 +430,10 @@ class Service:
                     if feed is None or not feed.listeners or id in self._running:
                         continue
                     name, data = feed.events[-1] if feed.events else ("", {})
-                    if name != "queued" or data["position"] != position:
+                    # Far back a place matters less, and there are many who are told.
+                    if name != "queued" or abs(data["position"] - position) > position // _PLACES_TOLD:
                         feed.publish("queued", {"position": position, "expected_wait_s": round(wait, 1)})
+                        await asyncio.sleep(0)  # others have their turn
             await asyncio.sleep(_PLACES_EVERY)
 
     def _queue_of(self, model: Model, waiting: list[tuple[str, int]]) -> Queue:

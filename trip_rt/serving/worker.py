@@ -45,6 +45,7 @@ from trip_rt.serving.protocol import (
 from trip_rt.settings import Settings
 
 Frames = NDArray[np.uint8]
+_NICE = 5
 
 
 class _AllDropped(Exception):
@@ -203,6 +204,7 @@ def main() -> int:
     # Both reach every process of a terminal or a service; what becomes of the work is the server's to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.nice(_NICE)  # an answer to a client takes a millisecond, and should not wait for a step
     try:
         return Worker(WorkerEnd(socket.socket(fileno=int(sys.argv[1])))).run()
     except OSError:  # the server is gone
