@@ -163,7 +163,7 @@ def test_a_signal_at_once(here, tiny_bundle):
     """Before Python itself has started, SIGTERM ends it without a word; from there on with one line."""
     for delay in (0.03, 0.06, 0.1, 0.2, 0.4):
         process = subprocess.Popen(
-            [*command("trip_animate"), tiny_bundle, "photo.png", PROMPT, "-o", "a.gif"],
+            [*command("trip_animate"), tiny_bundle, "photo.png", PROMPT, "-o", "a.gif", "--steps", "1000"],
             stderr=subprocess.PIPE,
             text=True,
             env=environment(),

@@ -187,9 +187,13 @@ def test_no_redirects(server):
     assert answer.status_code == 404 and answer.json()["error"]["type"] == "not_found_error"
 
 
+# What a sample may miss.
+RARE = {("GET /v1/videos/{video_id}/content", 416)}
+
+
 def test_a_sample(server):
-    counts = ask_all(server, 24, 200)
-    assert counts.keys() >= SUCCEED | REFUSE
+    counts = ask_all(server, 32, 200)
+    assert counts.keys() >= SUCCEED | REFUSE - RARE
 
 
 @pytest.mark.slow
