@@ -82,7 +82,8 @@ class _File:
         if kind is _ENTRY:
             fields = [(number, self.data[a:b]) for number, a, b in self._fields(start, end)]
             if (1, _KEY) in fields:  # of several values a parser takes one, so all of them count
-                yield from (value.decode(errors="backslashreplace") for number, value in fields if number == 2)
+                values = [value for number, value in fields if number == 2] or [b""]  # none is the empty name
+                yield from (value.decode(errors="backslashreplace") for value in values)
             return
         for number, a, b in self._fields(start, end):
             if bisect_left(self.keys, a) == bisect_left(self.keys, b):

@@ -58,6 +58,16 @@ def test_weights_that_the_manifest_does_not_list(copied, body, backend):
     refused(seal(copied, body), backend, "keeps weights in 'others.weights', which the manifest does not list")
 
 
+def test_a_name_that_is_left_out(tmp_path):
+    """It is the empty name to a parser, and was overlooked."""
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[2], data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location")
+    holder = helper.make_graph([], "g", [], [], initializer=[tensor])
+    (tmp_path / "engine.onnx").write_bytes(helper.make_model(holder).SerializeToString())
+    with pytest.raises(InputError, match="keeps weights in ''"):
+        check_onnx_file(tmp_path / "engine.onnx", ["listed.weights"])
+
+
 @pytest.mark.parametrize("location", ["../secret", "/etc/passwd", "*/_ORT_MEM_ADDR_/*", "manifest.json"])
 @pytest.mark.parametrize("place", ["initializer", "attribute", "subgraph", "function", "sparse"])
 def test_every_place_of_a_graph_that_can_name_a_file(tmp_path, location, place):
