@@ -241,9 +241,10 @@ def create_app(
     )
     async def cancel(job: Found, owner: Owner) -> Any:
         """Stop a job at its next step and keep it, as cancelled."""
-        if not await service.cancel(job.id, owner):
+        cancelled = await service.cancel(job.id, owner)
+        if cancelled is None:
             raise ApiError(409, "video: found it finished, expected it queued or in progress", code="finished")
-        return answer(await service.get(job.id, owner) or job)
+        return answer(cancelled)
 
     @app.get("/v1/videos/{video_id}/events", response_class=EventSourceResponse, responses=_errors(404), tags=["live"])
     async def events(

@@ -149,24 +149,23 @@ class Service:
     async def page(self, owner: str, after: str | None, limit: int, ascending: bool) -> tuple[list[Job], bool] | None:
         return await self._read(self._store.page, owner, after, limit, ascending)
 
-    async def cancel(self, id: str, owner: str) -> bool:
-        """Stop an unfinished job; False where it is finished, or none of that owner's."""
-        before = await self._write(self._store.cancel, id, owner)
-        if before is None:
-            return False
+    async def cancel(self, id: str, owner: str) -> Job | None:
+        """Stop an unfinished job: the cancelled one; None where it is finished, or none of that owner's."""
+        if (changed := await self._write(self._store.cancel, id, owner)) is None:
+            return None
+        before, after = changed
         self._stop_work(before)
-        if job := await self.get(id, owner):
-            self._finish(job)
-        return True
+        self._finish(after)
+        return after
 
     async def delete(self, id: str, owner: str | None) -> bool:
         """Stop and forget a job, and remove its files; False where there is none of that owner's."""
         job = await self._write(self._store.delete, id, owner)
         if job is None:
             return False
-        if job.finished:
-            await self._remove_files(job)
-        else:
+        if job.result is not None:
+            await asyncio.to_thread(self._results.remove, job.result["name"], job.result["bytes"])
+        if not job.finished:
             self._stop_work(job)
             self.metrics.finished.labels(job.model, "cancelled").inc()
         if feed := self._feeds.pop(id, None):
@@ -394,10 +393,6 @@ class Service:
         elif running.cancelled_at is None:
             running.cancelled_at = time.monotonic()
             running.drop()
-
-    async def _remove_files(self, job: Job) -> None:
-        if job.result is not None:
-            await asyncio.to_thread(self._results.remove, job.result["name"], job.result["bytes"])
 
     def _expected_s(self, job: Job) -> float:
         """Seconds until a running job is done."""

@@ -1,7 +1,7 @@
 """Where jobs are kept: a table of a SQL database. SQLite's serves one machine, PostgreSQL's several.
 
-Each method is one transaction. Every change says which state, and which attempt, it expects; `False` or None says that
-another was quicker.
+Each method is one transaction, `give_back_all` one for each job. Every change says which state, and which attempt, it
+expects; `False` or None says that another was quicker.
 """
 
 from __future__ import annotations
@@ -211,14 +211,15 @@ class JobStore:
             rows = connection.execute(select(*_ROW).where(_JOBS.c.state == "in_progress")).all()
         return [given for given in (self.give_back(_job(row), loss) for row in rows) if given]
 
-    def cancel(self, id: str, owner: str) -> Job | None:
-        """The job as it was before it was cancelled; None where it is finished or there is none of that owner's."""
+    def cancel(self, id: str, owner: str) -> tuple[Job, Job] | None:
+        """The job before and after it was cancelled; None where it is finished or there is none of that owner's."""
         with self._transaction() as connection:
             where = _is(id, owner) & _JOBS.c.state.not_in(FINISHED)
             row = connection.execute(select(*_ROW).where(where).with_for_update()).first()
-            if row is not None:
-                connection.execute(_JOBS.update().where(_JOBS.c.id == id).values(self._end("cancelled")))
-        return _job(row) if row else None
+            if row is None:
+                return None
+            connection.execute(_JOBS.update().where(_JOBS.c.id == id).values(self._end("cancelled")))
+            return _job(row), _job(connection.execute(select(*_ROW).where(_JOBS.c.id == id)).one())
 
     def delete(self, id: str, owner: str | None = None) -> Job | None:
         """Forget a job: what it was until then; None where there is none of that owner's."""

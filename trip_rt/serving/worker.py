@@ -198,9 +198,16 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
+def _end_with_thread(error: threading.ExceptHookArgs) -> None:
+    """End the process where one of its threads fails: the server replaces it, and would only find it hanging."""
+    threading.__excepthook__(error)
+    os._exit(1)
+
+
 def main() -> int:
     """`python -m trip_rt.serving.worker FD`: serve the server at the other end of that socket."""
     _end_with_parent()
+    threading.excepthook = _end_with_thread
     # Both reach every process of a terminal or a service; what becomes of the work is the server's to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

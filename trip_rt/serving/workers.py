@@ -186,7 +186,7 @@ class _Slot:
     def _hear(self, service: Service, message: ToServer) -> None:
         model = self._model
         if isinstance(message, Stepped):
-            for id in message.jobs:
+            for id in self.jobs.keys() & set(message.jobs):
                 service.stepped(id, message.done)
         elif isinstance(message, Decoded):
             if message.job in self.jobs:
