@@ -14,12 +14,20 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trip_rt import backends
 from trip_rt.command_line import CommandParser, main_of, note
 from trip_rt.errors import InputError, printable
 from trip_rt.launch import Terminated
+
+if TYPE_CHECKING:  # imported where they are used: workers come first, and little is needed to refuse an option
+    import uvicorn
+
+    from trip_rt.serving.api_keys import ApiKeys
+    from trip_rt.serving.models import Model
+    from trip_rt.serving.service import Service
+    from trip_rt.serving.workers import Workers
 
 _NEEDS = ("fastapi", "fastapi_offline", "prometheus_client", "python_multipart", "sqlalchemy", "uvicorn")
 _LOCK_S = 10.0  # that the workers of a server that was killed may take to end
@@ -124,7 +132,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _serve(
-    args: argparse.Namespace, models: Any, keys: Any, workers: Any, listener: socket.socket, began: float
+    args: argparse.Namespace,
+    models: dict[str, Model],
+    keys: ApiKeys,
+    workers: Workers,
+    listener: socket.socket,
+    began: float,
 ) -> int:
     import uvicorn
 
@@ -163,7 +176,12 @@ def _serve(
 
 
 async def _until_stopped(
-    args: argparse.Namespace, service: Any, workers: Any, server: Any, listener: socket.socket, began: float
+    args: argparse.Namespace,
+    service: Service,
+    workers: Workers,
+    server: uvicorn.Server,
+    listener: socket.socket,
+    began: float,
 ) -> int:
     """The number of the signal that stopped the service; a second one stops it at once. InputError where a worker
     cannot open its bundle."""
@@ -196,7 +214,7 @@ async def _until_stopped(
     return stopped.result()
 
 
-async def _note_ready(service: Any, began: float) -> None:
+async def _note_ready(service: Service, began: float) -> None:
     """Say when every model can be asked for."""
     while not all(model.ready_workers for model in service.models.values()):
         await asyncio.sleep(0.02)
@@ -204,7 +222,7 @@ async def _note_ready(service: Any, began: float) -> None:
     note(f"trip-serve: ready after {time.perf_counter() - began:.2f} s: {names}")
 
 
-def _workers(args: argparse.Namespace, models: Any, lock: int) -> Any:
+def _workers(args: argparse.Namespace, models: dict[str, Model], lock: int) -> Workers:
     from trip_rt.serving.workers import WorkerOptions, Workers
 
     count, threads = args.workers * len(models), args.threads
@@ -215,7 +233,7 @@ def _workers(args: argparse.Namespace, models: Any, lock: int) -> Any:
     return Workers(models, options, str((args.data / "clips").resolve()), lock)
 
 
-def _keys(args: argparse.Namespace) -> Any:
+def _keys(args: argparse.Namespace) -> ApiKeys:
     from trip_rt.serving.api_keys import ApiKeys, read_keys
 
     if args.api_keys is not None:
