@@ -272,6 +272,12 @@ def test_bodies_are_bounded_before_they_are_read(server):
     assert raw(server, head + "transfer-encoding: chunked", chunks=[b"x" * (1 << 20)] * 30) == 413
 
 
+@pytest.mark.parametrize("header", ["content-length: O", "transfer-encoding: x", "no colon", "content-length: -1"])
+def test_what_is_no_http(server, header):
+    assert raw(server, f"POST /v1/videos HTTP/1.1\nhost: localhost\n{header}") in (400, 413, 415)
+    assert server.ask("GET", "/healthz")[0] == 200
+
+
 def test_other_hosts_and_other_sites(server):
     assert raw(server, "GET /v1/models HTTP/1.1\nhost: attacker.example") == 403
     assert raw(server, "GET /v1/models HTTP/1.1\nhost: [::1]:8000") == 200
