@@ -60,7 +60,7 @@ class Fuzz:
         folder: Path | None = None,
         share: float = 1.0,
     ) -> None:
-        """`one` of that `share` of the area's inputs, drawn from `strategy`, the same ones in every run.
+        """`one` of that `share` of the area's inputs, drawn from `strategy` by a fixed seed.
 
         It returns where the input is accepted, and has checked then that this was right; it raises one of `refuses`,
         with a message of one printable line, or else the test fails. So it does where an input takes too long, too much
