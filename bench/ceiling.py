@@ -16,6 +16,7 @@ import numpy as np
 from own_process import missing
 
 from trip_rt.accuracy import relative_errors
+from trip_rt.backends import openvino as openvino_backend
 from trip_rt.errors import EngineError
 
 PRODUCTS = ((1024, 1024, 1024), (2048, 2048, 2048), (3072, 3072, 3072), (4096, 256, 1024))  # rows, inner, columns
@@ -147,7 +148,7 @@ def _torch(threads: int | None) -> tuple[Maker, Maker]:
 
 def _openvino(threads: int | None) -> tuple[Maker, Maker]:
     """With the right side or the weights as constants, which it puts in the order it likes best, as a model's are."""
-    import openvino
+    openvino = openvino_backend.library()
     from openvino import opset13 as ops
 
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}

@@ -22,9 +22,10 @@ import psutil
 from timing import machine
 
 from trip_reference.presets import PRESETS
-from trip_rt.command_line import CommandParser, add_json_flag, main_of, note, report
+from trip_rt.command_line import CommandParser, add_json_flag, main_of, report
 from trip_rt.errors import EngineError
 from trip_rt.files import whole_file
+from trip_rt.launch import note
 
 _EVERY = 0.2  # seconds between looks at the memory
 _OPTIONS = ["--fp16", "--backend", "onnxruntime", "--backend", "tensorrt-rtx", "--parity-steps", "1"]

@@ -33,8 +33,9 @@ from trip_rt import backends
 from trip_rt.accuracy import psnr
 from trip_rt.animator import Animator
 from trip_rt.bundle import Bundle, open_bundle
-from trip_rt.command_line import CommandParser, add_json_flag, main_of, note
+from trip_rt.command_line import CommandParser, add_json_flag, main_of
 from trip_rt.errors import EngineError, InputError
+from trip_rt.launch import note
 from trip_rt.manifest import Profile
 from trip_rt.sampling.loop import initial_noise
 from trip_rt.sampling.step import hold_first_frame

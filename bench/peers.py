@@ -24,9 +24,10 @@ from trip_export.components import Component
 from trip_reference.model import TripModel
 from trip_reference.unet import with_first_frame, without_first_frame
 from trip_rt.accuracy import relative_errors
-from trip_rt.command_line import note
+from trip_rt.backends import openvino as openvino_backend
 from trip_rt.config import FirstFrame
 from trip_rt.errors import InputError
+from trip_rt.launch import note
 from trip_rt.sampling.step import History, Step, advance, guide
 
 Network = Callable[[Sequence[Tensor]], Tensor]
@@ -177,7 +178,7 @@ def _onnxruntime(parts: Parts, folder: Path, threads: int | None) -> tuple[list[
 
 
 def _openvino(parts: Parts, folder: Path, threads: int | None) -> tuple[list[Network], str]:
-    import openvino
+    openvino = openvino_backend.library()
 
     settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
     if threads:

@@ -22,8 +22,9 @@ from timing import interleaved, machine, percentiles
 from tqdm import tqdm
 
 from trip_reference.presets import PRESETS
-from trip_rt.command_line import CommandParser, main_of, note
+from trip_rt.command_line import CommandParser, main_of
 from trip_rt.errors import InputError
+from trip_rt.launch import note
 from trip_rt.process_memory import peak_memory_mb
 
 _AXES = {"frames": "frames", "sizes": "picture side, pixels", "batches": "clips at a time"}

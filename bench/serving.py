@@ -32,8 +32,9 @@ from PIL import Image
 from timing import machine, percentiles
 
 from trip_rt.bundle import Bundle, open_bundle
-from trip_rt.command_line import CommandParser, main_of, note
+from trip_rt.command_line import CommandParser, main_of
 from trip_rt.errors import EngineError, InputError
+from trip_rt.launch import note
 from trip_rt.settings import SPEEDS
 
 _SERVE = [sys.executable, "-c", "from trip_rt.launch import trip_serve; raise SystemExit(trip_serve())"]

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from trip_rt.backends import openvino as openvino_backend
+
 Call = Callable[[], object]
 _LIBRARIES = ("numpy", "onnxruntime", "openvino", "torch")
 
@@ -68,7 +70,7 @@ def machine() -> dict[str, Any]:
 
 def _openvino_arithmetic() -> list[str]:
     """What OpenVINO says that this CPU computes in natively, BF16 perhaps among it."""
-    import openvino
+    openvino = openvino_backend.library()
 
     capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return sorted(name for name in capabilities if name in ("FP32", "BF16", "FP16", "INT8"))

@@ -34,8 +34,9 @@ from trip_reference.presets import PRESETS
 from trip_reference.training.config import load_config
 from trip_reference.training.denoiser import Denoiser
 from trip_reference.training.start import start_model
-from trip_rt.command_line import CommandParser, main_of, note
+from trip_rt.command_line import CommandParser, main_of
 from trip_rt.errors import InputError
+from trip_rt.launch import note
 from trip_rt.process_memory import peak_memory_mb
 
 KINDS = ("plain", "checkpointed")

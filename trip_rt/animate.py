@@ -20,9 +20,10 @@ from trip_rt import backends, images, video
 from trip_rt.animator import Animator
 from trip_rt.bundle import read_manifest
 from trip_rt.clip_requests import Job, Pictures, check_jobs, read_batch
-from trip_rt.command_line import CommandParser, add_json_flag, add_settings, main_of, note, report, settings_of
+from trip_rt.command_line import CommandParser, add_json_flag, add_settings, main_of, report, settings_of
 from trip_rt.errors import InputError, printable
 from trip_rt.files import whole_file
+from trip_rt.launch import note
 
 _SHEET_COLUMNS = 8
 
@@ -191,7 +192,7 @@ def _plain_warnings() -> Iterator[None]:
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         if str(message) not in shown:
             shown.add(str(message))
-            tqdm.write(f"trip-animate: warning: {printable(str(message))}", file=sys.stderr)
+            tqdm.write(f"trip-animate: warning: {printable(str(message))}\n", file=sys.stderr, end="")
 
     with warnings.catch_warnings():
         warnings.filterwarnings("always", category=UserWarning)

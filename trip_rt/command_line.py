@@ -13,7 +13,7 @@ from typing import Any, NoReturn, get_args
 
 from trip_rt.errors import EngineError, InputError, one_line
 from trip_rt.images import Fit
-from trip_rt.launch import until_stopped
+from trip_rt.launch import note, until_stopped
 from trip_rt.sampling.solvers import SOLVERS
 from trip_rt.settings import SPEEDS, Settings
 
@@ -46,16 +46,16 @@ def _reported(
     try:
         return run(parser.parse_intermixed_args(argv))  # options may stand between optional positionals
     except InputError as error:
-        print(f"{parser.prog}: {one_line(error, MAX_LINE)}", file=sys.stderr)
+        note(f"{parser.prog}: {one_line(error, MAX_LINE)}")
         return 2
     except EngineError as error:
-        print(f"{parser.prog}: {one_line(error, MAX_LINE)}", file=sys.stderr)
+        note(f"{parser.prog}: {one_line(error, MAX_LINE)}")
         return 1
     except BrokenPipeError:  # whoever read our output has gone, as `| head` does
         _drop_output()
         return 141
     except OSError as error:  # a full disk, a share that went away: not a fault of ours to trace
-        print(f"{parser.prog}: cannot go on: {one_line(error, MAX_LINE)}", file=sys.stderr)
+        note(f"{parser.prog}: cannot go on: {one_line(error, MAX_LINE)}")
         _drop_output()
         return 1
 
@@ -142,8 +142,3 @@ def size_of(text: str) -> tuple[int, int]:
     if not (cross and width.isdecimal() and height.isdecimal()):
         raise argparse.ArgumentTypeError(f"found {text!r}, expected WIDTHxHEIGHT such as 256x256")
     return int(height), int(width)
-
-
-def note(text: str) -> None:
-    """Something worth knowing on the way, on stderr."""
-    print(text, file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 _AGAIN_AFTER = 0.05  # seconds
 
@@ -21,22 +22,29 @@ class Terminated(KeyboardInterrupt):
 def until_stopped(program: str, body: Callable[[], int]) -> int:
     """What `body()` returns, the exit code; 130 if Ctrl-C stopped it, 143 if SIGTERM did, each with one line."""
     try:
-        with _terminable():
+        with _stoppable():
             return body()
     except Terminated:
-        print(f"{program}: terminated", file=sys.stderr)
+        note(f"{program}: terminated")
         return 143
     except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
+        note(f"{program}: interrupted")
         return 130
 
 
+def note(text: str) -> None:
+    """A line on stderr, something worth knowing. It is written with its end at once, as print() does not: a signal may
+    come between the two."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM as an exception, so that nothing partial is left behind. Raised in a finaliser, it and Ctrl-C would be
+def _stoppable() -> Iterator[None]:
+    """Ctrl-C and SIGTERM as exceptions, so that nothing partial is left behind. Raised in a finaliser they would be
     dropped, as all that is raised there is: then the signal is sent once more."""
     try:
-        before = signal.signal(signal.SIGTERM, _terminate)
+        before = _handle(signal.default_int_handler, _terminate)
     except ValueError:  # not the main thread: there the caller handles signals
         yield
         return
@@ -54,7 +62,37 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = hook
-        signal.signal(signal.SIGTERM, before)
+        _handle(*before)
+
+
+def import_library(name: str) -> Any:
+    """The module. Ctrl-C and SIGTERM wait until it is loaded: some libraries drop an exception that comes meanwhile, or
+    turn it into an ImportError."""
+    came: list[int] = []
+
+    def wait(number: int, frame: object) -> None:
+        came.append(number)
+
+    try:
+        before = _handle(wait, wait)
+    except ValueError:  # not the main thread, which no signal stops
+        return importlib.import_module(name)
+    try:
+        return importlib.import_module(name)
+    finally:
+        _handle(*before)
+        for number in came[:1]:
+            signal.raise_signal(number)
+
+
+def _handle(*handlers: Any) -> tuple[Any, Any]:
+    """Have Ctrl-C and SIGTERM handled by these two, Ctrl-C only where it is not ignored, as in a background job.
+    Returns the two before."""
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    if before[0] != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, handlers[0])
+    signal.signal(signal.SIGTERM, handlers[1])
+    return before
 
 
 def _terminate(number: int, frame: object) -> None:
@@ -64,10 +102,6 @@ def _terminate(number: int, frame: object) -> None:
 def _command(program: str, module: str, function: str = "main") -> Callable[[], int]:
     """A console script's function, which runs the module's."""
 
-    def body() -> int:
-        main: Callable[[], int] = getattr(importlib.import_module(module), function)
-        return main()
-
     def leave(number: int, frame: object) -> None:
         word = "interrupted" if number == signal.SIGINT else "terminated"
         os.write(2, f"{program}: {word}\n".encode())
@@ -75,11 +109,11 @@ def _command(program: str, module: str, function: str = "main") -> Callable[[], 
 
     def command() -> int:
         _open_standard_files()
-        code = until_stopped(program, body)
-        # All is written and cleaned up. While libraries shut down, an exception would only be printed.
-        signal.signal(signal.SIGINT, leave)
-        signal.signal(signal.SIGTERM, leave)
-        return code
+        # While libraries are loaded nothing has begun, and some would turn an exception out of a signal into an
+        # ImportError. After the last line all is cleaned up, and an exception would only be printed.
+        _handle(leave, leave)
+        main: Callable[[], int] = getattr(importlib.import_module(module), function)
+        return until_stopped(program, main)
 
     return command
 

@@ -32,9 +32,10 @@ if __name__ == "__main__":  # bench/ in place of this folder, or transformers an
 from own_process import apart, require
 
 from gpu.parts import COMMAND_SECONDS, GROUPS, MACHINE_SECONDS, PARTS
-from trip_rt.command_line import CommandParser, add_json_flag, main_of, note, report
+from trip_rt.command_line import CommandParser, add_json_flag, main_of, report
 from trip_rt.errors import InputError
 from trip_rt.files import whole_file
+from trip_rt.launch import note
 
 RESULTS = Path(__file__).parents[1] / "results"
 _SAID = ("state", "reason", "seconds", "seconds_allowed")  # in the heading of a part, not among its figures

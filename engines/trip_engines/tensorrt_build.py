@@ -9,7 +9,6 @@ which TensorRT 11's always are.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
 import subprocess
@@ -28,6 +27,7 @@ from trip_rt.backends.tensorrt import PLATFORM, this_machine, version_numbers
 from trip_rt.bundle import file_sha256
 from trip_rt.errors import InputError
 from trip_rt.files import whole_file
+from trip_rt.launch import import_library
 from trip_rt.plain_files import check_plain
 
 # backend: its Python module, and the oldest version whose interface this code knows.
@@ -258,7 +258,7 @@ def _library(backend: str) -> Any:
     module, oldest = LIBRARIES[backend]
     extra = "trip-rt[rtx]" if backend == "tensorrt-rtx" else "trip-rt[tensorrt]"
     try:
-        trt: Any = importlib.import_module(module)
+        trt: Any = import_library(module)
     except (ImportError, OSError) as error:
         raise InputError(
             f"{backend}: found no builder, expected the full package {module} (a lean runtime cannot build); pip"

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trip_rt import backends
-from trip_rt.command_line import CommandParser, add_json_flag, main_of, note, report, size_of
+from trip_rt.command_line import CommandParser, add_json_flag, main_of, report, size_of
 from trip_rt.errors import InputError
+from trip_rt.launch import note
 from trip_rt.process_memory import peak_memory_mb
 
 if TYPE_CHECKING:

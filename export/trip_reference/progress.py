@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from trip_rt.command_line import note
+from trip_rt.launch import note
 
 EVERY = 10.0  # seconds between lines, the first and the last excepted
 

@@ -13,7 +13,8 @@ from trip_reference.demo_world.text import build_tokenizer
 from trip_reference.model import TripModel, build_model
 from trip_reference.presets import PRESETS, Preset
 from trip_reference.word_tokenizer import text_overrides
-from trip_rt.command_line import CommandParser, main_of, note
+from trip_rt.command_line import CommandParser, main_of
+from trip_rt.launch import note
 
 
 def random_model(preset: Preset, seed: int) -> tuple[TripModel, str]:

@@ -149,6 +149,15 @@ def test_onnxruntime_keeps_and_sends_nothing(tiny_bundle, tmp_path):
     assert not os.listdir(tmp_path)
 
 
+def test_openvino_is_loaded_without_what_reports_to_its_maker(tmp_path):
+    """By itself it would send an event, from a process of its own, and keep an id in the user's folder."""
+    code = "import sys; from trip_rt.backends.openvino import library; library().Core(); print(*sys.modules)"
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "HOME": str(tmp_path)}
+    ran = subprocess.run([sys.executable, "-c", code], check=True, env=environment, stdout=subprocess.PIPE, text=True)
+    assert not {"openvino_telemetry", "multiprocessing.popen_fork"} & set(ran.stdout.split())
+    assert not os.listdir(tmp_path)
+
+
 def test_both_packages_of_onnxruntime_are_refused(monkeypatch, profile):
     monkeypatch.setattr(onnxruntime, "_is_installed", lambda package: True)
     with pytest.raises(InputError, match=r"found onnxruntime and onnxruntime-gpu installed together.*pip uninstall"):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -173,3 +174,31 @@ def test_a_signal_at_once(here, tiny_bundle):
         process.terminate()
         _, err = process.communicate(timeout=30)
         assert process.returncode in (143, -signal.SIGTERM) and "Traceback" not in err
+
+
+def test_a_line_is_written_with_its_end_at_once(monkeypatch):
+    # print() writes the end by itself: a signal between the two would leave its own line on the same one.
+    written = []
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=written.append, flush=lambda: None))
+    launch.note("ready")
+    assert written == ["ready\n"]
+
+
+def test_a_signal_waits_for_a_library_that_is_being_loaded(tmp_path, monkeypatch):
+    # As OpenVINO's and ONNX Runtime's would, this one takes any exception for something that is missing.
+    source = """import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(1000): pass
+except BaseException as error:
+    raise ImportError("broken") from error
+"""
+    (tmp_path / "slow_library.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def body():
+        launch.import_library("slow_library")
+        return 0
+
+    assert launch.until_stopped("trip-animate", body) == 143
+    assert "slow_library" in sys.modules

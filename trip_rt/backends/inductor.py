@@ -17,6 +17,7 @@ from typing import Any
 from trip_rt.backends.base import Engine, EngineOptions
 from trip_rt.devices import Buffer, Device, Kind, Work, open_device
 from trip_rt.errors import InputError, one_line
+from trip_rt.launch import import_library
 from trip_rt.manifest import EngineSpec
 
 # All that a package may hold: the library, its kernels for a GPU, descriptions, and the marks of the format. torch's
@@ -231,7 +232,6 @@ def _threads(torch: Any, count: int | None) -> Iterator[None]:
 
 def _library() -> Any:
     try:
-        import torch  # noqa: TID251  (this backend alone runs on torch, and only once it is asked for)
+        return import_library("torch")
     except ImportError as error:
         raise InputError("inductor: the package torch is not installed; pip install torch") from error
-    return torch

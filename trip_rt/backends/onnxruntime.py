@@ -14,6 +14,7 @@ import numpy as np
 from trip_rt.backends.base import Engine, EngineOptions, Tensor
 from trip_rt.devices import Buffer, Device, Kind, Work, open_device
 from trip_rt.errors import InputError, one_line
+from trip_rt.launch import import_library
 from trip_rt.manifest import EngineSpec
 from trip_rt.onnx_file import check_onnx_file
 
@@ -173,9 +174,8 @@ def library() -> Any:
     """The package, which sends nothing to its maker unless the environment says so."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read as it is imported
     try:
-        import onnxruntime
+        return import_library("onnxruntime")
     except ImportError as error:
         raise InputError(
             "onnxruntime: the package is not installed; pip install trip-rt[onnxruntime], or trip-rt[gpu] for a GPU"
         ) from error
-    return onnxruntime

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from trip_rt.backends.base import Engine, EngineOptions, Tensor
 from trip_rt.devices import Buffer, Device, Kind, Work, open_device
 from trip_rt.errors import InputError, one_line
+from trip_rt.launch import import_library
 from trip_rt.manifest import EngineSpec
 from trip_rt.onnx_file import check_onnx_file
 
@@ -29,7 +31,7 @@ class OpenVINOEngine(Engine):
     def probe(cls, spec: EngineSpec, options: EngineOptions) -> Kind:
         if options.device == "cuda":
             raise InputError("openvino: runs on a CPU, found that cuda was asked for; use tensorrt or onnxruntime")
-        _library()
+        library()
         return "cpu"
 
     @classmethod
@@ -42,7 +44,7 @@ class OpenVINOEngine(Engine):
             # ever signalled to.
             with ThreadPoolExecutor(1) as thread:
                 compiled, arithmetic = thread.submit(_compile, path, spec.precision, options.threads).result()
-            engine = cls(spec, _library(), compiled, arithmetic, device or open_device("cpu"))
+            engine = cls(spec, library(), compiled, arithmetic, device or open_device("cpu"))
             engine.check_opened(_tensors(compiled.inputs), _tensors(compiled.outputs))
             return engine
         except InputError:
@@ -100,7 +102,7 @@ def _tensors(ports: Any) -> dict[str, Tensor]:
 def _compile(path: Path, precision: str, threads: int | None) -> tuple[Any, str]:
     """The compiled model, and what it computes in: half precision where the CPU has instructions for it, else fp32 on
     half-precision weights."""
-    core = _library().Core()
+    core = library().Core()
     wanted = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}[precision]
     arithmetic = wanted if precision.upper() in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": arithmetic, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
@@ -109,9 +111,16 @@ def _compile(path: Path, precision: str, threads: int | None) -> tuple[Any, str]
     return core.compile_model(core.read_model(path), "CPU", settings), arithmetic
 
 
-def _library() -> Any:
+def library() -> Any:
+    """The package, which sends nothing to its maker: it does at every import, from a process of its own, where it finds
+    the module for that."""
+    hidden = "openvino_telemetry" not in sys.modules
+    if hidden:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # no such module: a stub is taken
     try:
-        import openvino
+        return import_library("openvino")
     except ImportError as error:
         raise InputError("openvino: the package is not installed; pip install openvino") from error
-    return openvino
+    finally:
+        if hidden:
+            del sys.modules["openvino_telemetry"]

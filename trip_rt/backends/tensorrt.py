@@ -5,7 +5,6 @@ What TensorRT for RTX does differently is in `tensorrt_rtx`.
 
 from __future__ import annotations
 
-import importlib
 import platform
 import re
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from trip_rt.backends.base import Engine, EngineOptions, Tensor
 from trip_rt.devices import Buffer, Device, Kind, Work, open_device
 from trip_rt.devices.cuda import call, gpu, memory_error
 from trip_rt.errors import EngineError, InputError, one_line
+from trip_rt.launch import import_library
 from trip_rt.manifest import EngineSpec
 
 ADDRESS_MULTIPLE = 256  # bytes: what TensorRT asks of every tensor's address
@@ -90,7 +90,7 @@ class TensorRTEngine(Engine):
         reasons = []
         for name in cls.modules:
             try:
-                return importlib.import_module(name)
+                return import_library(name)
             except (ImportError, OSError) as error:  # OSError: the package is there, its native library is not
                 reasons.append(one_line(error, 100))
         raise InputError(

@@ -4,7 +4,6 @@ else here speaks to CUDA."""
 from __future__ import annotations
 
 import ctypes
-import importlib
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from trip_rt.devices.base import Buffer, Device, ReadBack, Work
 from trip_rt.errors import EngineError, InputError
+from trip_rt.launch import import_library
 
 
 class CudaDevice(Device):
@@ -253,7 +253,7 @@ def driver() -> Any:
 
 def _module(name: str) -> Any:
     try:
-        return importlib.import_module(name)
+        return import_library(name)
     except ImportError as error:
         raise InputError(
             "cuda: found no cuda-bindings, expected them for work on a GPU; pip install trip-rt[gpu]"

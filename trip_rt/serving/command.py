@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trip_rt import backends
-from trip_rt.command_line import CommandParser, main_of, note
+from trip_rt.command_line import CommandParser, main_of
 from trip_rt.errors import InputError, printable
-from trip_rt.launch import Terminated
+from trip_rt.launch import Terminated, note
 
 if TYPE_CHECKING:  # imported where they are used: workers come first, and little is needed to refuse an option
     import uvicorn

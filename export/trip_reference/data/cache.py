@@ -31,9 +31,9 @@ from trip_reference.data.tokens import tokenizer_of
 from trip_reference.model import TripModel
 from trip_reference.progress import shown_progress
 from trip_rt.checks import is_text
-from trip_rt.command_line import note
 from trip_rt.config import Count, from_json, to_json
 from trip_rt.errors import InputError, one_line, printable
+from trip_rt.launch import note
 from trip_rt.plain_files import check_plain, read_json
 
 INDEX = "cache.json"

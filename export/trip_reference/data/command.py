@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trip_rt.command_line import CommandParser, add_json_flag, main_of, note, report, size_of
+from trip_rt.command_line import CommandParser, add_json_flag, main_of, report, size_of
 from trip_rt.errors import InputError, printable
+from trip_rt.launch import note
 
 
 class _Parser(CommandParser):

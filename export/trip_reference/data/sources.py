@@ -17,9 +17,9 @@ from trip_reference.data.shard_files import RawSample, decode_sample, read_shard
 from trip_reference.data.shards import ShardSource
 from trip_reference.demo_world.clips import DemoWorldClips
 from trip_reference.training.config import DataConfig
-from trip_rt.command_line import note
 from trip_rt.config import TripConfig
 from trip_rt.errors import InputError, printable
+from trip_rt.launch import note
 
 DEMO = "demo"
 AUTO = "auto"  # data.validation: what the source itself holds out

@@ -22,10 +22,10 @@ from trip_reference.model import TripModel, to_pixels
 from trip_reference.sampling import sample
 from trip_rt import Animator
 from trip_rt.bundle import MANIFEST, read_manifest
-from trip_rt.command_line import note
 from trip_rt.config import TripConfig
 from trip_rt.errors import InputError
 from trip_rt.images import to_frames
+from trip_rt.launch import note
 from trip_rt.sampling.loop import initial_noise
 from trip_rt.sampling.step import Step
 from trip_rt.settings import Settings, check_seed

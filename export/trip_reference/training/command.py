@@ -7,8 +7,9 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from trip_rt.command_line import CommandParser, add_json_flag, main_of, note, report, size_of
+from trip_rt.command_line import CommandParser, add_json_flag, main_of, report, size_of
 from trip_rt.config import to_json
+from trip_rt.launch import note
 
 RECIPES = ("demo", "trip-256")
 EPILOG = """examples:

@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from trip_reference.progress import Progress
-from trip_rt.command_line import note
 from trip_rt.files import whole_file
+from trip_rt.launch import note
 from trip_rt.process_memory import peak_memory_mb
 
 MOST_WARNINGS = 20

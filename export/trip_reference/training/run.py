@@ -29,8 +29,8 @@ from trip_reference.training.stage import StageRun
 from trip_reference.training.start import start_config, start_model, trainable
 from trip_reference.training.state import read_place
 from trip_reference.training.vae import Clips, latent_scale, most_clips, reconstruction_psnr, train_vae
-from trip_rt.command_line import note
 from trip_rt.config import to_json
+from trip_rt.launch import note
 
 SCALE_CLIPS = 64  # clips on which the latents' scale is measured
 
