@@ -15,6 +15,7 @@ from trip_rt.errors import InputError, printable
 
 Fusion = Literal["tnf", "linear", "none"]
 FirstFrame = Literal["start", "end", "channel"]
+Gate = Literal["frame", "matched"]
 Count = Annotated[int, Meta(ge=1, le=1 << 20)]
 Beta = Annotated[float, Meta(gt=0, lt=1)]
 Timesteps = Annotated[int, Meta(ge=1, le=100_000)]
@@ -69,7 +70,8 @@ class TripConfig:
     """A whole TRIP model as seen from outside its networks.
 
     `height` and `width` are pixels; latents are smaller by `vae_scale_factor` and multiplied by `scaling_factor` so
-    that they have about unit variance. `guidance_scale` and `num_inference_steps` are the sampling defaults.
+    that they have about unit variance. `guidance_scale` and `num_inference_steps` are the sampling defaults. `gate` says
+    how the fusion weighs the noise prior: by frame, or by frame and timestep.
     """
 
     fusion: Fusion
@@ -88,8 +90,13 @@ class TripConfig:
     num_inference_steps: Timesteps
     tnf: TNFConfig
     schedule: ScheduleConfig
+    gate: Gate = "frame"
 
     def __post_init__(self) -> None:
+        if self.gate == "matched" and not self.normalize_prior:
+            raise InputError(
+                "gate: found matched with normalize_prior off, expected it on: the raw prior has no such gate"
+            )
         for name, side in (("height", self.height), ("width", self.width)):
             if side % self.vae_scale_factor:
                 raise InputError(

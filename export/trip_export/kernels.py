@@ -56,6 +56,7 @@ def shape_of(config: TripConfig) -> TileShape:
         config.latent_channels,
         config.num_frames,
         config.normalize_prior,
+        config.gate == "matched",
         config.tnf.hidden_size,
         config.tnf.num_heads,
         layers,

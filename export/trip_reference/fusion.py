@@ -44,15 +44,26 @@ class NoiseFusion(nn.Module):
     - `tnf`: the linear fusion plus TNF's correction.
 
     With `normalize_prior` off, λ^i stands in place of λ^i·σ_t and the prior is the paper's raw one.
+
+    With the `matched` gate both are λ_t^i·ε^{i→1} + sqrt(1 − λ_t^i)·(Δε̃^i + TNF's correction), where
+
+        λ_t^i = λ^i·σ_t² / (λ^i·σ_t² + (1 − λ^i)·ᾱ_t).
+
+    Let the difference of frame i from frame 1 have the variance s². By its definition the prior then is ε^i plus that
+    difference times sqrt(ᾱ_t)/σ_t, λ_t^i = σ_t²/(σ_t² + ᾱ_t·s²) is its best linear weight as an estimate of ε^i, and
+    sqrt(1 − λ_t^i) is the error that is left: Δε̃ has unit variance at every timestep, and copies no noise. This is the
+    preconditioning of Karras et al. 2022 (arXiv 2206.00364, sec. 5) for TRIP's prior. λ^i = 1/(1 + s²) is learned and
+    starts as the linear decay from 1 to ½.
     """
 
     def __init__(self, config: TripConfig):
         super().__init__()
-        self.normalize_prior = config.normalize_prior
+        self.normalize_prior, self.matched = config.normalize_prior, config.gate == "matched"
         self.gate = None
         self.tnf = None
         if config.fusion != "none":
-            decay = 1 - (torch.arange(config.num_frames) + 0.5) / config.num_frames
+            fall = 0.5 if self.matched else 1.0
+            decay = 1 - fall * (torch.arange(config.num_frames) + 0.5) / config.num_frames
             self.gate = nn.Parameter(torch.logit(decay))
         if config.fusion == "tnf":
             self.tnf = TemporalNoiseFusion(config.tnf, config.latent_channels, config.num_frames)
@@ -70,20 +81,28 @@ class NoiseFusion(nn.Module):
         F, H, W]."""
         if self.gate is None:
             return residual_noise
+        signal = sqrt_alpha_bar.float()[:, None, None, None, None]
+        sigma = sqrt_one_minus_alpha_bar.float()[:, None, None, None, None]
         if self.normalize_prior:
-            # σ_t·ε^{i→1}: σ_t is already inside the prior, so it appears only beside Δε̃.
             prior = normalised_noise_prior(latents, first_frame, sqrt_alpha_bar)
-            sigma = sqrt_one_minus_alpha_bar.float()[:, None, None, None, None]
         else:
             prior = noise_prior(latents, first_frame, sqrt_alpha_bar, sqrt_one_minus_alpha_bar)
-            sigma = 1.0
-        gate = self.gate.float().sigmoid()[:, None, None]  # [F, 1, 1]
         residual = residual_noise.float()
-        noise = gate * prior + (1 - gate * sigma) * residual
+        of_prior, of_residual, of_correction = self._weights(self.gate.float().sigmoid()[:, None, None], signal, sigma)
+        noise = of_prior * prior + of_residual * residual
         if self.tnf is not None:
             dtype = self.tnf.in_proj.weight.dtype
-            noise = noise + self.tnf(prior.to(dtype), residual.to(dtype), timestep).float()
+            noise = noise + of_correction * self.tnf(prior.to(dtype), residual.to(dtype), timestep).float()
         return noise.to(residual_noise.dtype)
+
+    def _weights(self, gate: Tensor, signal: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
+        """What the prior, Δε̃ and TNF's correction are multiplied by. σ_t is inside the normalised prior, so it appears
+        beside Δε̃ alone."""
+        if self.matched:
+            variance = gate * sigma**2 + (1 - gate) * signal**2
+            of_residual = signal * ((1 - gate) / variance).sqrt()
+            return gate * sigma / variance, of_residual, of_residual
+        return gate, 1 - gate * (sigma if self.normalize_prior else 1.0), 1.0
 
 
 def fusion_for(config: TripConfig, fusion: NoiseFusion) -> NoiseFusion:

@@ -151,12 +151,13 @@ def _launch(fusion: nn.Module, compute: torch.dtype, tile: Tile | None, inputs: 
 def shape_of(fusion: nn.Module, channels: int, num_frames: int) -> TileShape:
     """The sizes of the NoiseFusion `fusion` for clips of this many channels and frames."""
     if fusion.tnf is None:
-        return tile_shape(channels, num_frames, fusion.normalize_prior, width=0, heads=0, layers=0)
+        return tile_shape(channels, num_frames, fusion.normalize_prior, fusion.matched, width=0, heads=0, layers=0)
     tnf = fusion.tnf
     return tile_shape(
         channels,
         num_frames,
         fusion.normalize_prior,
+        fusion.matched,
         tnf.in_proj.out_features,
         tnf.layers[0].self_attention.heads,
         len(tnf.layers),

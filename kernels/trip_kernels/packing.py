@@ -28,6 +28,7 @@ class TileShape:
     layers: int
     real_frames: int
     normalize_prior: bool
+    matched: bool
     channels_p: int
     context_p: int
     width_p: int
@@ -35,13 +36,15 @@ class TileShape:
     frames: int
 
 
-def tile_shape(channels: int, num_frames: int, normalize_prior: bool, width: int, heads: int, layers: int) -> TileShape:
+def tile_shape(
+    channels: int, num_frames: int, normalize_prior: bool, matched: bool, width: int, heads: int, layers: int
+) -> TileShape:
     """The TileShape of a model's fusion; without layers, `width` and `heads` do not matter."""
     if layers == 0:
         width, heads = 16, 1
     frames = _padded(num_frames) if layers else _power_of_two(num_frames)
     padded = _padded(channels), _padded(2 * channels), _padded(width), _padded(width // heads)
-    return TileShape(channels, width, heads, layers, num_frames, normalize_prior, *padded, frames)
+    return TileShape(channels, width, heads, layers, num_frames, normalize_prior, matched, *padded, frames)
 
 
 @dataclass(frozen=True)

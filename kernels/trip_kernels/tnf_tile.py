@@ -216,12 +216,9 @@ def fused_noise(
     timestep's place in the modulation.
 
     ε̃ = λ·prior + (1 − λ·σ_t)·Δε̃ + TNF([prior, Δε̃]), with the prior in its normalised form σ_t·ε^{i→1}. In the paper's
-    raw form of the prior, 1 stands for σ_t.
+    raw form of the prior, 1 stands for σ_t. The matched gate is `trip_reference.fusion.NoiseFusion`'s.
     """
-    if SHAPE.normalize_prior:
-        prior_scale, gate_sigma = 1.0, sigma
-    else:
-        prior_scale, gate_sigma = 1 / sigma, 1.0
+    prior_scale = 1.0 if SHAPE.normalize_prior else 1 / sigma
     CHANNELS: tl.constexpr = SHAPE.channels
     channel_stride = SHAPE.real_frames * pixels  # of [B, C, F, H, W]
     offset = clip * CHANNELS * channel_stride + frame * pixels + pixel
@@ -241,12 +238,19 @@ def fused_noise(
         signal,
         prior_scale,
     )
-    noise = gate * prior + (1 - gate * gate_sigma) * load_tile(p_residual_noise, channel, offset, channel_stride, real)
+    if SHAPE.matched:
+        variance = gate * sigma * sigma + (1 - gate) * signal * signal
+        of_prior, of_residual = gate * sigma / variance, signal * tl.sqrt((1 - gate) / variance)
+        of_correction = of_residual
+    else:
+        of_prior, of_residual = gate, 1 - gate * (sigma if SHAPE.normalize_prior else 1.0)
+        of_correction = 1.0
+    noise = of_prior * prior + of_residual * load_tile(p_residual_noise, channel, offset, channel_stride, real)
     if SHAPE.layers > 0:
         # The columns of the context: first the channels of the prior, then those of the residual noise.
         column = tl.arange(0, SHAPE.context_p)
-        of_prior = inside[:, None] & (column < CHANNELS)[None, :]
-        of_residual = inside[:, None] & ((column >= CHANNELS) & (column < 2 * CHANNELS))[None, :]
+        in_prior = inside[:, None] & (column < CHANNELS)[None, :]
+        in_residual = inside[:, None] & ((column >= CHANNELS) & (column < 2 * CHANNELS))[None, :]
         context = prior_tile(
             p_latents,
             p_first_frame,
@@ -255,11 +259,11 @@ def fused_noise(
             first_offset,
             channel_stride,
             pixels,
-            of_prior,
+            in_prior,
             signal,
             prior_scale,
         )
-        context += load_tile(p_residual_noise, column - CHANNELS, offset, channel_stride, of_residual)
+        context += load_tile(p_residual_noise, column - CHANNELS, offset, channel_stride, in_residual)
         WIDTH_P: tl.constexpr = SHAPE.width_p
         PARTS: tl.constexpr = LAYOUT.parts
         hidden = tl.arange(0, WIDTH_P)
@@ -278,5 +282,5 @@ def fused_noise(
         p_out_proj = operands(p_weights, LAYOUT.out_proj, LAYOUT)
         p_out_bias = floats(p_weights, LAYOUT.out_bias)
         correction = times(layer_norm(x, SHAPE.width), p_out_proj, 0, SHAPE.channels_p, PARTS)
-        noise += correction + tl.load(p_out_bias + channel)[None, :]
+        noise += of_correction * (correction + tl.load(p_out_bias + channel)[None, :])
     return noise

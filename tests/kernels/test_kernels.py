@@ -82,9 +82,9 @@ def test_fused_noise_at_the_models_own_sizes(preset, dtype):
 
 
 @pytest.mark.parametrize("fusion", ["tnf", "linear", "none"])
-@pytest.mark.parametrize("normalize_prior", [True, False])
-def test_every_fusion_in_both_forms_of_the_prior(fusion, normalize_prior):
-    model = fusion_of(fusion=fusion, normalize_prior=normalize_prior)
+@pytest.mark.parametrize(("normalize_prior", "gate"), [(True, "frame"), (False, "frame"), (True, "matched")])
+def test_every_fusion_in_both_forms_of_the_prior_and_with_every_gate(fusion, normalize_prior, gate):
+    model = fusion_of(fusion=fusion, normalize_prior=normalize_prior, gate=gate)
     arguments = inputs(2, 8, 5, 2, 3, [0, 700])
     assert rms_ratio(fuse_noise(model, *arguments, tile=LARGE), in_double(model, arguments)) <= 1e-5
 
@@ -262,7 +262,7 @@ def test_the_kernels_read_nothing_but_the_packed_tensors(monkeypatch, kind, dtyp
 
 def test_machine_code_without_a_gpu(tmp_path):
     said = []
-    shape = tile_shape(8, 5, True, 16, 4, 2)
+    shape = tile_shape(8, 5, True, False, 16, 4, 2)
     (step,) = compile_fused_step(shape, torch.float16, ["9.0"], said.append)
     assert step.cubin[:4] == b"\x7fELF" and step.spilled_bytes == 0 and 0 < step.registers <= 255
     assert step.parameters[:3] == ("latents", "first_frame", "first_noise")
@@ -275,7 +275,7 @@ def test_machine_code_without_a_gpu(tmp_path):
 
 def test_unknown_compute_capabilities_are_named():
     with pytest.raises(ValueError, match=r"found 9\.9, expected"):
-        compile_fused_step(tile_shape(8, 5, True, 16, 4, 2), torch.float16, ["9.9"])
+        compile_fused_step(tile_shape(8, 5, True, False, 16, 4, 2), torch.float16, ["9.9"])
 
 
 @pytest.mark.slow
@@ -287,6 +287,7 @@ def test_no_gpu_spills_much_at_the_models_own_sizes(config, dtype):
         config.latent_channels,
         config.num_frames,
         config.normalize_prior,
+        config.gate == "matched",
         tnf.hidden_size,
         tnf.num_heads,
         tnf.num_layers,

@@ -6,6 +6,7 @@ from tiny import TINY, tiny_model
 
 from trip_reference.fusion import NoiseFusion, noise_prior
 from trip_reference.tnf import TemporalNoiseFusion
+from trip_rt.errors import InputError
 
 
 def inputs(config, batch=2):
@@ -21,10 +22,10 @@ def fusion(**changes):
     return NoiseFusion(dataclasses.replace(TINY.trip, **changes)).eval()
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-def test_untrained_tnf_is_the_linear_fusion(normalize):
-    args = inputs(TINY.trip)
-    tnf, linear = fusion(normalize_prior=normalize), fusion(fusion="linear", normalize_prior=normalize)
+@pytest.mark.parametrize(("normalize", "gate"), [(True, "frame"), (False, "frame"), (True, "matched")])
+def test_untrained_tnf_is_the_linear_fusion(normalize, gate):
+    args, changes = inputs(TINY.trip), {"normalize_prior": normalize, "gate": gate}
+    tnf, linear = fusion(**changes), fusion(fusion="linear", **changes)
     torch.testing.assert_close(tnf(*args), linear(*args), rtol=0, atol=0)
 
 
@@ -51,6 +52,31 @@ def test_gated_linear_fusion_scales_the_gate_by_sigma():
     torch.testing.assert_close(
         fusion(fusion="linear")(*args), gate * prior + (1 - gate) * residual, rtol=1e-5, atol=1e-5
     )
+
+
+def test_matched_gate_is_the_best_linear_estimate_of_the_noise():
+    """Over many latents whose frames differ from frame 1 by the variance that the gate stands for, what the prior's
+    share leaves of ε has the variance that the residual's weight says, at every timestep."""
+    count, generator = 20_000, torch.Generator().manual_seed(2)
+    module = fusion(fusion="linear", gate="matched")
+    share = module.gate.sigmoid().detach()
+    difference = (
+        torch.randn(count, 1, len(share), 1, 1, generator=generator) * ((1 - share) / share).sqrt()[:, None, None]
+    )
+    first, noise = torch.randn(2, *difference.shape, generator=generator)
+    for signal in (0.02, 0.5, 0.99):
+        sigma = (1 - signal**2) ** 0.5
+        latents = signal * (first[:, :, :1] + difference) + sigma * noise
+        values = torch.tensor([signal]), torch.tensor([sigma]), torch.tensor([0])
+        estimate = module(latents, first[:, :, 0], torch.zeros_like(latents), *values)
+        weight = module(latents, first[:, :, 0], torch.ones_like(latents), *values) - estimate
+        left = (noise - estimate).std(dim=0) / weight.mean(dim=0)
+        torch.testing.assert_close(left, torch.ones_like(left), rtol=0.03, atol=0)
+
+
+def test_matched_gate_needs_the_normalised_prior():
+    with pytest.raises(InputError, match="gate: found matched with normalize_prior off, expected it on"):
+        fusion(gate="matched", normalize_prior=False)
 
 
 def test_every_parameter_of_a_trained_tnf_gets_a_gradient():
