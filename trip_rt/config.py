@@ -70,8 +70,8 @@ class TripConfig:
     """A whole TRIP model as seen from outside its networks.
 
     `height` and `width` are pixels; latents are smaller by `vae_scale_factor` and multiplied by `scaling_factor` so
-    that they have about unit variance. `guidance_scale` and `num_inference_steps` are the sampling defaults. `gate` says
-    how the fusion weighs the noise prior: by frame, or by frame and timestep.
+    that they have about unit variance. `guidance_scale` and `num_inference_steps` are the sampling defaults. `gate`
+    says how the fusion weighs the noise prior: by frame, or by frame and timestep.
     """
 
     fusion: Fusion
