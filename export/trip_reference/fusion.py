@@ -53,7 +53,7 @@ class NoiseFusion(nn.Module):
     difference times sqrt(ᾱ_t)/σ_t, λ_t^i = σ_t²/(σ_t² + ᾱ_t·s²) is its best linear weight as an estimate of ε^i, and
     sqrt(1 − λ_t^i) is the error that is left: Δε̃ has unit variance at every timestep, and copies no noise. This is the
     preconditioning of Karras et al. 2022 (arXiv 2206.00364, sec. 5) for TRIP's prior. λ^i = 1/(1 + s²) is learned and
-    starts as the linear decay from 1 to ½.
+    starts at ½, as latents have about unit variance.
     """
 
     def __init__(self, config: TripConfig):
@@ -62,8 +62,9 @@ class NoiseFusion(nn.Module):
         self.gate = None
         self.tnf = None
         if config.fusion != "none":
-            fall = 0.5 if self.matched else 1.0
-            decay = 1 - fall * (torch.arange(config.num_frames) + 0.5) / config.num_frames
+            decay = 1 - (torch.arange(config.num_frames) + 0.5) / config.num_frames
+            if self.matched:
+                decay = torch.full_like(decay, 0.5)
             self.gate = nn.Parameter(torch.logit(decay))
         if config.fusion == "tnf":
             self.tnf = TemporalNoiseFusion(config.tnf, config.latent_channels, config.num_frames)

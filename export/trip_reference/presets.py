@@ -50,6 +50,7 @@ DEMO = Preset(
             timestep_spacing="trailing",
             steps_offset=0,
         ),
+        gate="matched",
     ),
     unet=dict(
         down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),

@@ -40,7 +40,7 @@ def test_raw_linear_fusion_is_the_papers():
     decay = (1 - (torch.arange(frames) + 0.5) / frames)[:, None, None]
     prior = noise_prior(latents, first, signal, sigma)
     torch.testing.assert_close(
-        fusion(fusion="linear", normalize_prior=False)(*args), decay * prior + (1 - decay) * residual
+        fusion(fusion="linear", normalize_prior=False, gate="frame")(*args), decay * prior + (1 - decay) * residual
     )
 
 
@@ -50,7 +50,7 @@ def test_gated_linear_fusion_scales_the_gate_by_sigma():
     gate = (1 - (torch.arange(frames) + 0.5) / frames)[:, None, None] * sigma[:, None, None, None, None]
     prior = noise_prior(latents, first, signal, sigma)
     torch.testing.assert_close(
-        fusion(fusion="linear")(*args), gate * prior + (1 - gate) * residual, rtol=1e-5, atol=1e-5
+        fusion(fusion="linear", gate="frame")(*args), gate * prior + (1 - gate) * residual, rtol=1e-5, atol=1e-5
     )
 
 

@@ -85,6 +85,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
+    name: Literal["adamw", "muon"]
     weight_decay: float
     betas: tuple[float, ...]
     clip: float

@@ -21,6 +21,7 @@ from trip_reference.training.average import Average
 from trip_reference.training.config import OptimizerConfig, RunConfig, lr_factor
 from trip_reference.training.draws import seed_torch
 from trip_reference.training.log import Log
+from trip_reference.training.optimizer import build_optimizer
 from trip_reference.training.state import Place, load_state, read_place, save_state, whole
 from trip_rt.errors import InputError
 
@@ -80,15 +81,8 @@ def train(
     on the way. Raises Stopped once a SIGTERM or SIGINT has been answered by saving, and InputError after too many steps
     in a row without a finite loss.
     """
-    groups: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            groups.setdefault(rates(name), []).append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": parameters, "lr": lr, "highest": lr} for lr, parameters in groups.items()],
-        betas=(optimizer_config.betas[0], optimizer_config.betas[1]),
-        weight_decay=optimizer_config.weight_decay,
-    )
+    learning = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    optimizer = build_optimizer(learning, rates, optimizer_config)
     model, optimizer = accelerator.prepare(module, optimizer)
     inner = accelerator.unwrap_model(model)
     kept = {name: parameter for name, parameter in inner.named_parameters() if keeps(name)}

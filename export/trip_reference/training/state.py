@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trip_reference.training.average import Average
+from trip_reference.training.optimizer import moments_of
 from trip_rt.config import from_json, to_json
 from trip_rt.errors import InputError, one_line, printable
 from trip_rt.files import whole_file
@@ -27,7 +28,6 @@ Number = Annotated[int, Meta(ge=0, le=1 << 40)] | Annotated[float, Meta(ge=0, le
 
 _REMEDY = "delete it to begin anew"
 _LOSS_SCALE = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}  # torch's GradScaler's
-_MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # AdamW's
 
 
 @dataclass(frozen=True)
@@ -108,14 +108,17 @@ def load_state(
             )
         moments: dict[Tensor, dict[str, Tensor]] = {}
         if optimizer:
+            expected = moments_of(optimizer)
             for parameter, name in names.items():
                 prefix = f"optimizer.{name}."
                 keys = {key.removeprefix(prefix) for key in stored if key.startswith(prefix)}
-                if keys and keys != _MOMENTS:
-                    raise InputError(f"{path}: {prefix}*: found {sorted(keys)}, expected {sorted(_MOMENTS)}; {_REMEDY}")
+                if keys and keys != expected[parameter]:
+                    wanted_keys = sorted(expected[parameter])
+                    raise InputError(f"{path}: {prefix}*: found {sorted(keys)}, expected {wanted_keys}; {_REMEDY}")
                 # "step" is a scalar on the host; moments have their parameter's device and layout
                 read = {key: _read(path, file, prefix + key, () if key == "step" else parameter.shape) for key in keys}
-                if read and (negative := next((k for k in ("step", "exp_avg_sq") if (read[k] < 0).any()), None)):
+                counts = read.keys() & {"step", "exp_avg_sq"}
+                if negative := next((key for key in sorted(counts) if (read[key] < 0).any()), None):
                     raise InputError(f"{path}: {prefix}{negative}: found a negative number; {_REMEDY}")
                 if read:
                     moments[parameter] = {
