@@ -47,14 +47,14 @@ class Case:
     motion: str = ""
 
 
-def demo_cases(config: TripConfig, count: int) -> list[Case]:
-    """The first `count` held-out scenes of the demo world, which is square."""
+def demo_cases(config: TripConfig, count: int, first_seed: int = 0) -> list[Case]:
+    """The held-out scenes of the demo world, which is square, of `count` seeds from `first_seed` on."""
     if config.height != config.width:
         raise InputError(
             f"demo world: found a model of {config.width} × {config.height} pixels, expected a square one; name videos"
             " with --data"
         )
-    drawn = [world.sample(seed, held_out=True) for seed in range(count)]
+    drawn = [world.sample(seed, held_out=True) for seed in range(first_seed, first_seed + count)]
     return [
         Case(world.render(scene, motion, config.num_frames, config.height), text, scene, motion)
         for scene, motion, text in drawn
