@@ -37,7 +37,14 @@ TINY = Preset(
     | dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, bos_token_id=62, eos_token_id=63),
 )
 ODD = dataclasses.replace(
-    DEMO.trip, num_frames=7, height=40, width=24, latent_channels=3, tnf=TNFConfig(48, 3, 3), normalize_prior=False
+    DEMO.trip,
+    num_frames=7,
+    height=40,
+    width=24,
+    latent_channels=3,
+    tnf=TNFConfig(48, 3, 3),
+    normalize_prior=False,
+    gate="frame",
 )
 ROWS = DEMO.trip.schedule.num_train_timesteps + 1  # of the loop's own step table
 

@@ -172,7 +172,11 @@ def test_frame_1_follows_its_exact_path_and_ends_at_the_given_latent():
         )
 
 
-@pytest.mark.parametrize("changes", [{}, {"normalize_prior": False}, {"fusion": "linear"}, {"fusion": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"normalize_prior": False, "gate": "frame"}, {"gate": "frame"}, {"fusion": "linear"}, {"fusion": "none"}],
+    ids=str,
+)
 @pytest.mark.parametrize(
     "speed", [Speed(), Speed("unipc", guidance_interval=(0.3, 1.0)), Speed("dpm++", feature_reuse=2)], ids=str
 )

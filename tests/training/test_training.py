@@ -92,9 +92,11 @@ def test_a_run_goes_on_with_another_number_of_processes(undisturbed, tmp_path):
     np.testing.assert_allclose(losses(folder), losses(undisturbed), rtol=1e-4)
 
 
-def test_parts_of_a_step_add_up_to_it(plain, tmp_path):
-    train_tiny(tmp_path / "parts", "run.accumulation=2")
-    np.testing.assert_allclose(losses(tmp_path / "parts"), losses(plain), rtol=1e-4)
+def test_parts_of_a_step_add_up_to_it(tmp_path):
+    # By AdamW: Muon rounds to bf16 inside, and two sums that differ in their last bit may round apart.
+    train_tiny(tmp_path / "whole", "optimizer.name=adamw")
+    train_tiny(tmp_path / "parts", "optimizer.name=adamw", "run.accumulation=2")
+    np.testing.assert_allclose(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +331,7 @@ def test_weights_of_the_loss():
     torch.testing.assert_close(  # signal to noise is 99, 1, and 1 to 9 999
         loss_weight(alpha_bar, config), torch.tensor([5 / 99, 1, 1], dtype=torch.float64)
     )
-    torch.testing.assert_close(loss_weight(alpha_bar, LOSS), torch.tensor([1 / 0.99, 2, 1000], dtype=torch.float64))
+    torch.testing.assert_close(loss_weight(alpha_bar, LOSS), torch.tensor([1 / 0.99, 2, 5000], dtype=torch.float64))
     assert loss_weight(alpha_bar, load_config("trip-256").loss).tolist() == [1, 1, 1]
 
 

@@ -298,8 +298,8 @@ def test_a_finished_run_is_made_longer(tmp_path, capfd):
     assert losses(run)[:12] == before
     assert len(losses(run)) == 18
     rates = losses(run, "lr")
-    assert rates[11] == pytest.approx(0.0367e-3, rel=0.01)
-    assert rates[12] == pytest.approx(0.265e-3, rel=0.01)
+    assert rates[11] == pytest.approx(0.0367 * 3e-3, rel=0.01)
+    assert rates[12] == pytest.approx(0.265 * 3e-3, rel=0.01)
     capfd.readouterr()
     train_tiny(run, "stages.-1.steps=18")
     assert "become" not in capfd.readouterr().err
