@@ -302,4 +302,4 @@ def test_no_gpu_spills_much_at_the_models_own_sizes(config, dtype):
 @pytest.mark.slow
 def test_a_spill_fails_the_build():
     with pytest.raises(RuntimeError, match="found no tile that spills at most 32 bytes"):
-        compile_fused_step(tile_shape(4, 24, True, 256, 4, 2), torch.float32, ["8.6"])
+        compile_fused_step(tile_shape(4, 24, True, False, 256, 4, 2), torch.float32, ["8.6"])
