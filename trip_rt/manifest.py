@@ -15,7 +15,7 @@ from trip_rt.components import ALL, REQUIRED, TensorSpec, signatures
 from trip_rt.config import Count, TripConfig, from_json, to_json
 from trip_rt.errors import InputError
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 
 # Of a graph's input or output; several frames of 4K are below it. Nothing larger is set aside on a file's word.
 MAX_TENSOR_BYTES = 1 << 30

@@ -27,8 +27,8 @@ from trip_rt.backends.tensorrt import PLATFORM, this_machine, version_numbers
 from trip_rt.bundle import file_sha256
 from trip_rt.errors import InputError
 from trip_rt.files import whole_file
-from trip_rt.launch import import_library
 from trip_rt.plain_files import check_plain
+from trip_rt.signals import import_library
 
 # backend: its Python module, and the oldest version whose interface this code knows.
 LIBRARIES = {"tensorrt": ("tensorrt", (10, 13)), "tensorrt-rtx": ("tensorrt_rtx", (1, 4))}

@@ -63,9 +63,7 @@ class NoiseFusion(nn.Module):
         self.tnf = None
         if config.fusion != "none":
             decay = 1 - (torch.arange(config.num_frames) + 0.5) / config.num_frames
-            if self.matched:
-                decay = torch.full_like(decay, 0.5)
-            self.gate = nn.Parameter(torch.logit(decay))
+            self.gate = nn.Parameter(torch.zeros(config.num_frames) if self.matched else torch.logit(decay))
         if config.fusion == "tnf":
             self.tnf = TemporalNoiseFusion(config.tnf, config.latent_channels, config.num_frames)
 

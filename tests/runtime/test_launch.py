@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 import trip_rt
-from trip_rt import launch
+from trip_rt import launch, signals
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "a red ball rolls to the right"
@@ -63,7 +63,7 @@ def test_the_packages_names_are_all_there():
 
 SLOW_LIBRARY = """
 import sys, time
-from trip_rt import launch
+from trip_rt import launch, signals
 class Slow:
     def find_spec(self, name, path=None, target=None):
         if name == "numpy":
@@ -94,7 +94,7 @@ def test_a_signal_while_libraries_are_imported(number, code, word):
 
 SLOW_END = """
 import atexit, sys, time
-from trip_rt import launch
+from trip_rt import launch, signals
 def wait():
     print("ending", flush=True)
     time.sleep(30)
@@ -197,8 +197,17 @@ except BaseException as error:
     monkeypatch.syspath_prepend(tmp_path)
 
     def body():
-        launch.import_library("slow_library")
+        signals.import_library("slow_library")
         return 0
 
     assert launch.until_stopped("trip-animate", body) == 143
     assert "slow_library" in sys.modules
+
+
+def test_handlers_that_python_did_not_set_stay(monkeypatch):
+    """A host written in another language has its own, which Python knows as None and cannot give back."""
+    set_ = []
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    monkeypatch.setattr(signal, "signal", lambda *arguments: set_.append(arguments))
+    assert signals.import_library("json") is sys.modules["json"]
+    assert not set_

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from trip_reference.training.checks import check_optimizer
 from trip_reference.training.config import load_config
 from trip_reference.training.optimizer import build_optimizer, moments_of, orthogonal
+from trip_rt.errors import InputError
 
 CONFIG = load_config("demo").optimizer
 
@@ -82,3 +84,10 @@ def test_a_rate_belongs_to_its_own_parameters():
     optimizer = build_optimizer(named, lambda name: 1e-3 if name.startswith("conv") else 1e-2, CONFIG)
     rates = {parameter: group["highest"] for group in optimizer.param_groups for parameter in group["params"]}
     assert {name for name in named if rates[named[name]] == 1e-3} == {"conv1.weight", "conv2.weight", "conv_in.weight"}
+
+
+def test_muon_is_refused_where_processes_share_the_weights():
+    check_optimizer(CONFIG, sharded=False)
+    check_optimizer(dataclasses.replace(CONFIG, name="adamw"), sharded=True)
+    with pytest.raises(InputError, match="found muon under FSDP, expected adamw there"):
+        check_optimizer(CONFIG, sharded=True)

@@ -17,8 +17,8 @@ from typing import Any
 from trip_rt.backends.base import Engine, EngineOptions
 from trip_rt.devices import Buffer, Device, Kind, Work, open_device
 from trip_rt.errors import InputError, one_line
-from trip_rt.launch import import_library
 from trip_rt.manifest import EngineSpec
+from trip_rt.signals import import_library
 
 # All that a package may hold: the library, its kernels for a GPU, descriptions, and the marks of the format. torch's
 # own loaders would also take generated C++ (and compile it by the commands written beside it) and, from Python, pickles

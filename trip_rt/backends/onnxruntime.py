@@ -14,9 +14,9 @@ import numpy as np
 from trip_rt.backends.base import Engine, EngineOptions, Tensor
 from trip_rt.devices import Buffer, Device, Kind, Work, open_device
 from trip_rt.errors import InputError, one_line
-from trip_rt.launch import import_library
 from trip_rt.manifest import EngineSpec
 from trip_rt.onnx_file import check_onnx_file
+from trip_rt.signals import import_library
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 _DTYPES = {

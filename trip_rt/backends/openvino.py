@@ -11,9 +11,9 @@ from typing import Any
 from trip_rt.backends.base import Engine, EngineOptions, Tensor
 from trip_rt.devices import Buffer, Device, Kind, Work, open_device
 from trip_rt.errors import InputError, one_line
-from trip_rt.launch import import_library
 from trip_rt.manifest import EngineSpec
 from trip_rt.onnx_file import check_onnx_file
+from trip_rt.signals import import_library
 
 _DTYPES = {"f32": "float32", "f16": "float16", "i32": "int32", "i64": "int64"}
 

@@ -17,8 +17,8 @@ from trip_rt.backends.base import Engine, EngineOptions, Tensor
 from trip_rt.devices import Buffer, Device, Kind, Work, open_device
 from trip_rt.devices.cuda import call, gpu, memory_error
 from trip_rt.errors import EngineError, InputError, one_line
-from trip_rt.launch import import_library
 from trip_rt.manifest import EngineSpec
+from trip_rt.signals import import_library
 
 ADDRESS_MULTIPLE = 256  # bytes: what TensorRT asks of every tensor's address
 LEAN = "tensorrt_lean_bindings"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from trip_rt.devices.base import Buffer, Device, ReadBack, Work
 from trip_rt.errors import EngineError, InputError
-from trip_rt.launch import import_library
+from trip_rt.signals import import_library
 
 
 class CudaDevice(Device):

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 from trip_rt import backends
 from trip_rt.command_line import CommandParser, main_of
 from trip_rt.errors import InputError, printable
-from trip_rt.launch import Terminated, note
+from trip_rt.launch import note
+from trip_rt.signals import Terminated
 
 if TYPE_CHECKING:  # imported where they are used: workers come first, and little is needed to refuse an option
     import uvicorn

@@ -4,9 +4,7 @@ motion and frame, on held-out clips."""
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,8 @@ from torch import Tensor
 
 from trip_reference import checkpoint
 from trip_reference.demo_world import world
-from trip_reference.evaluation.clips import demo_cases
+from trip_reference.evaluation.clips import BATCH, by_batches, demo_cases
 from trip_reference.model import TripModel
-from trip_reference.progress import shown_progress
 from trip_reference.sampling import sample
 from trip_rt.command_line import CommandParser, add_json_flag, main_of, report
 from trip_rt.config import TripConfig
@@ -32,7 +29,6 @@ from trip_rt.tokenizer import PromptTokenizer
 TIMESTEPS = (999, 900, 800, 600, 400, 200, 50)  # of 1000; other schedules are asked at the same shares
 SAMPLED = "sampled"
 QUARTERS = 4  # of a clip's frames
-BATCH = 8
 
 
 def diagnose(folder: Path, count: int, first_seed: int, settings: Settings, sampled: bool = True) -> dict[str, Any]:
@@ -60,10 +56,7 @@ def diagnose(folder: Path, count: int, first_seed: int, settings: Settings, samp
         return {name: (clean - latents).square().mean(1) for name, clean in found.items()}
 
     timesteps = [t * model.config.schedule.num_train_timesteps // 1000 for t in TIMESTEPS]
-    starts = range(0, count, BATCH)
-    # A thread per core, each with whole batches, as in make_clips.
-    with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        parts = list(shown_progress(pool.map(errors, starts), len(starts), "diagnose", "batch"))
+    parts = by_batches(errors, count, "diagnose")
     regions = _regions([(case.scene, case.motion) for case in cases if case.scene], model.config).items()
     return {
         "clips": count,

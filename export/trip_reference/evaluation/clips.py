@@ -4,10 +4,11 @@ them."""
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from trip_reference.data.folder import VideoFolder
 from trip_reference.data.sample import BrokenClip, ClipFormat
 from trip_reference.demo_world import world
 from trip_reference.model import TripModel, to_pixels
+from trip_reference.progress import shown_progress
 from trip_reference.sampling import sample
 from trip_rt import Animator
 from trip_rt.bundle import MANIFEST, read_manifest
@@ -32,6 +34,7 @@ from trip_rt.settings import Settings, check_seed
 from trip_rt.tokenizer import PromptTokenizer
 
 Clip = NDArray[np.uint8]
+T = TypeVar("T")
 
 BATCH = 8
 
@@ -110,11 +113,15 @@ def make_clips(source: Path, cases: Sequence[Case], settings: Settings, seed: in
             settings.negative_prompt,
         )
 
-    starts = range(0, len(cases), BATCH)
-    # One thread per core, each with whole batches: the demo's tensors are too small to keep several cores busy.
+    return [clip for group in by_batches(animate, len(cases), "animate") for clip in group]
+
+
+def by_batches(work: Callable[[int], T], count: int, label: str) -> list[T]:
+    """`work(start)` for every batch of BATCH of `count` cases. Each core has whole batches: the demo's tensors are too
+    small to keep several busy."""
+    starts = range(0, count, BATCH)
     with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        groups = tqdm(pool.map(animate, starts), total=len(starts), desc="animate", unit="batch", disable=None)
-        return [clip for group in groups for clip in group]
+        return list(shown_progress(pool.map(work, starts), len(starts), label, "batch"))
 
 
 @torch.no_grad()

@@ -13,9 +13,17 @@ from trip_reference.data.cache import CachedClips
 from trip_reference.data.sample import ClipDataset
 from trip_reference.data.shards import ShardSource
 from trip_reference.model import TripModel
-from trip_reference.training.config import OWN_TEXT, RunConfig, TrainConfig, lr_factor
+from trip_reference.training.config import OWN_TEXT, OptimizerConfig, RunConfig, TrainConfig, lr_factor
 from trip_reference.training.start import learns, train_only, trainable
 from trip_rt.errors import InputError
+
+
+def check_optimizer(config: OptimizerConfig, sharded: bool) -> None:
+    """Raise InputError for Muon where processes share the weights."""
+    if config.name == "muon" and sharded:
+        raise InputError(
+            "optimizer.name: found muon under FSDP, expected adamw there; Muon needs whole matrices in every process"
+        )
 
 
 def check_device(run: RunConfig) -> None:

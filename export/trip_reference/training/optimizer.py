@@ -83,8 +83,8 @@ class MuonAdamW(torch.optim.AdamW):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """The matrices [n, rows, columns] with their singular values brought near 1 (to 0.7 … 1.2) by Newton–Schulz
-    iterations, in bf16, which is exact enough for a direction."""
+    """The matrices [n, rows, columns] with their singular values brought near 1 by Newton–Schulz iterations, in bf16,
+    which is exact enough for a direction."""
     x = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
     x = x.bfloat16()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)

@@ -14,6 +14,7 @@ import numpy as np
 import tomli_w
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from trip_reference import checkpoint
@@ -22,7 +23,7 @@ from trip_reference.data.sources import DEMO, clip_format, open_held_out, open_s
 from trip_reference.data.words import sentences_of, words_of
 from trip_reference.demo_world.clips import render_clips
 from trip_reference.model import TripModel
-from trip_reference.training.checks import check_device, check_source, check_stages, check_steps
+from trip_reference.training.checks import check_device, check_optimizer, check_source, check_stages, check_steps
 from trip_reference.training.config import OWN_TEXT, TrainConfig
 from trip_reference.training.lora import merged, save_adapters
 from trip_reference.training.stage import StageRun
@@ -72,6 +73,7 @@ class _Run:
             log_with=None if config.run.tracker == "none" else config.run.tracker,
             project_dir=self.work,
         )
+        check_optimizer(config.optimizer, self.accelerator.distributed_type == DistributedType.FSDP)
         trip = start_config(config.model)
         data, clip = config.data, clip_format(config.data, trip)
         self.source = open_source(data.source, trip, clip, data.clips, data.shuffle, remote=allow_remote)
