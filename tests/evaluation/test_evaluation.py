@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from trip_engines.emulation import EmulatedEngine
 from trip_reference.data.command import main as data_main
 from trip_reference.demo_world import world
 from trip_reference.demo_world.networks import SIZE, train_networks
-from trip_reference.demo_world.verdicts import judge_clips
+from trip_reference.demo_world.verdicts import interval, judge_clips
 from trip_reference.evaluation import command
-from trip_reference.evaluation.clips import Case, config_of, demo_cases, make_clips
+from trip_reference.evaluation.clips import Case, clips_of_bundle, config_of, demo_cases, make_clips
 from trip_reference.evaluation.consistency import ClipEncoder, consistency
 from trip_reference.evaluation.frechet import Moments, distance_of, extrapolated, frechet_distance
 from trip_reference.evaluation.made_clips import read_clips
@@ -222,9 +223,19 @@ def test_true_clips_pass_every_demand(trained):
     shown = [Case(world.render(case.scene, case.motion), case.prompt, case.scene, case.motion) for case in cases]
     figures = judge_clips([case.clip for case in shown], shown)
     assert figures["all"]["every demand"] == 100
+    assert figures["all"]["intervals"]["every demand"] == interval(4, 4)
     assert sum(row["clips"] for row in figures["by_motion"].values()) == figures["all"]["clips"] == 4
     still = judge_clips([np.repeat(case.clip[:1], 16, axis=0) for case in shown], shown)
     assert still["all"]["motion"] == 100 * np.mean([case.motion == "still" for case in cases])
+
+
+@pytest.mark.parametrize(
+    ("met", "count", "expected"),
+    [(0, 10, (0.0, 27.8)), (10, 10, (72.2, 100.0)), (81, 263, (25.5, 36.6)), (380, 400, (92.4, 96.7))],
+)
+def test_confidence_intervals_are_wilsons(met, count, expected):
+    """81 of 263 is Newcombe's example (Statistics in Medicine 17, 1998, table I: 0.2553 to 0.3662)."""
+    assert interval(met, count) == expected
 
 
 def test_a_clip_depends_on_its_seed_and_not_on_its_batch(trained):
@@ -277,8 +288,11 @@ def test_a_bundle_makes_the_clips_that_its_checkpoint_makes(tiny_checkpoint, tin
         Case(rng.integers(0, 256, (5, 32, 48, 3), np.uint8), prompt)
         for prompt in ("a red ball rises", "the blue star spins")
     ]
-    pairs = zip(make_clips(tiny_checkpoint, cases, Settings()), make_clips(tiny_bundle, cases, Settings()), strict=True)
-    assert all(np.abs(one.astype(int) - other).max() <= 1 for one, other in pairs)
+    by_model = make_clips(tiny_checkpoint, cases, Settings())
+    for backend in ("auto", "onnxruntime", EmulatedEngine):
+        clips, engines = clips_of_bundle(tiny_bundle, cases, Settings(), backend=backend)
+        assert all(np.abs(one.astype(int) - other).max() <= 1 for one, other in zip(by_model, clips, strict=True))
+        assert engines["backend"] == ("emulation" if backend is EmulatedEngine else "onnxruntime")
 
 
 def test_it_measures_clips_that_were_made_earlier(trained, networks, tmp_path, capsys):
@@ -335,6 +349,8 @@ def test_a_bundle_and_a_model_that_is_not_square(tiny_checkpoint, tiny_bundle, t
             ["{trained}", "--seed", str(2**64 - 1), "--clips", "2"],
             "seed: found 18446744073709551616, expected a whole number from 0 to 2^64",
         ),
+        (["{trained}", "--backend", "openvino"], "{trained}: --backend: found no bundle, expected one"),
+        (["{trained}", "--first-scene", "-1"], "first-scene: found -1, expected at least 0"),
         (["nowhere"], "nowhere: found no such folder, expected a checkpoint or a bundle"),
         (["{trained}", "--clips", "0"], "clips: found 0, expected at least 1"),
         (["{trained}", "--i3d", "nowhere.pt"], "nowhere.pt: found no such file, expected a TorchScript network"),
@@ -345,5 +361,5 @@ def test_a_bundle_and_a_model_that_is_not_square(tiny_checkpoint, tiny_bundle, t
 def test_bad_input_is_one_line(trained, capsys, arguments, message):
     assert command.main([word.format(trained=trained) for word in arguments]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"trip-evaluate: {message}")
+    assert error.startswith(f"trip-evaluate: {message.format(trained=trained)}")
     assert error.count("\n") == 1

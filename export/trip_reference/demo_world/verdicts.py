@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -12,11 +14,13 @@ from trip_reference.demo_world import world
 from trip_reference.demo_world.judge import Verdict, judge
 from trip_reference.evaluation.clips import Case, Clip
 
+EVERY = "every demand"
 Judged = tuple[Verdict, dict[str, bool]]
 
 
 def judge_clips(clips: Sequence[Clip], cases: Sequence[Case]) -> dict[str, Any]:
-    """Shares of clips that meet each demand (percent) and mean PSNRs (dB): `all`, and `by_motion`."""
+    """Shares of clips that meet each demand, in percent with 95 % confidence intervals, and mean PSNRs (dB): `all`, and
+    `by_motion`."""
     groups: dict[str, list[Judged]] = defaultdict(list)
     for clip, case in zip(clips, cases, strict=True):
         if case.scene is None:
@@ -31,18 +35,38 @@ def judge_clips(clips: Sequence[Clip], cases: Sequence[Case]) -> dict[str, Any]:
 
 def _summary(rows: Sequence[Judged]) -> dict[str, Any]:
     summary: dict[str, Any] = {"clips": len(rows)}
-    summary |= {name: round(100 * float(np.mean([checks[name] for _, checks in rows])), 1) for name in rows[0][1]}
-    summary["every demand"] = round(100 * float(np.mean([all(checks.values()) for _, checks in rows])), 1)
+    met = {name: [checks[name] for _, checks in rows] for name in rows[0][1]}
+    met[EVERY] = [all(checks.values()) for _, checks in rows]
+    summary |= {name: round(100 * float(np.mean(found)), 1) for name, found in met.items()}
     for name in ("frame_1_psnr", "background_psnr", "truth_psnr"):
         summary[name] = round(float(np.mean([getattr(verdict, name) for verdict, _ in rows])), 2)
     summary["frame_1_psnr_min"] = round(min(verdict.frame_1_psnr for verdict, _ in rows), 2)
+    summary["intervals"] = {name: interval(sum(found), len(found)) for name, found in met.items()}
     return summary
 
 
+def interval(met: int, count: int) -> tuple[float, float]:
+    """Between which percentages the share lies with 95 % confidence, where `met` of `count` were seen (Wilson 1927)."""
+    z = NormalDist().inv_cdf(0.975)
+    middle, share = (met + z**2 / 2) / (count + z**2), met / count
+    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return round(100 * max(0.0, middle - half), 1), round(100 * min(1.0, middle + half), 1)
+
+
 def table(figures: dict[str, Any]) -> str:
-    """Figures as Markdown, a row a motion."""
-    columns = [name for name in figures["all"] if name != "clips"]
-    lines = ["| | clips | " + " | ".join(columns) + " |", "| --- |" + " --- |" * (len(columns) + 1)]
+    """Figures as Markdown, a row a motion; the last row and column have the 95 % confidence intervals."""
+    columns = [name for name in figures["all"] if name not in ("clips", "intervals")]
+    lines = [
+        "| | clips | " + " | ".join(columns) + f" | {EVERY}, 95 % |",
+        "| --- | ---: |" + " ---: |" * (len(columns) + 1),
+    ]
     for name, row in {**figures["by_motion"], "**all**": figures["all"]}.items():
-        lines.append(f"| {name} | {row['clips']} | " + " | ".join(str(row[column]) for column in columns) + " |")
-    return "\n".join(lines)
+        cells = [row["clips"], *(row[column] for column in columns), _span(row["intervals"][EVERY])]
+        lines.append(f"| {name} | " + " | ".join(map(str, cells)) + " |")
+    intervals = figures["all"]["intervals"]
+    cells = ["", *(_span(intervals[column]) if column in intervals else "" for column in columns), ""]
+    return "\n".join([*lines, "| all, 95 % | " + " | ".join(cells) + " |"])
+
+
+def _span(ends: tuple[float, float]) -> str:
+    return f"{ends[0]:g} to {ends[1]:g}"

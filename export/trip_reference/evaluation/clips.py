@@ -8,21 +8,21 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from trip_reference import checkpoint
 from trip_reference.data.folder import VideoFolder
 from trip_reference.data.sample import BrokenClip, ClipFormat
 from trip_reference.demo_world import world
 from trip_reference.model import TripModel, to_pixels
-from trip_reference.progress import shown_progress
+from trip_reference.progress import Progress, shown_progress
 from trip_reference.sampling import sample
 from trip_rt import Animator
+from trip_rt.backends import Engine
 from trip_rt.bundle import MANIFEST, read_manifest
 from trip_rt.config import TripConfig
 from trip_rt.errors import InputError
@@ -83,20 +83,21 @@ def folder_cases(folder: Path, annotations: str, config: TripConfig, fps: float,
     return cases
 
 
+def is_bundle(source: Path) -> bool:
+    return (source / MANIFEST).is_file()
+
+
 def config_of(source: Path) -> TripConfig:
     """The config of a checkpoint or bundle."""
-    if (source / MANIFEST).is_file():
+    if is_bundle(source):
         manifest = read_manifest(source)
         return manifest.config_of(manifest.profile())
     return checkpoint.load_config(source)
 
 
 def make_clips(source: Path, cases: Sequence[Case], settings: Settings, seed: int = 0) -> list[Clip]:
-    """Each case's first frame animated by its sentence: by the PyTorch model of a checkpoint, or by a bundle's
-    engines."""
-    seeds = [check_seed(seed + i) for i in range(len(cases))]
-    if (source / MANIFEST).is_file():
-        return _by_engines(source, cases, settings, seeds)
+    """Each case's first frame animated by its sentence, by the PyTorch model of a checkpoint."""
+    seeds = seeds_of(cases, seed)
     model = checkpoint.from_pretrained(source)
     steps = settings.steps(model.config)
     tokenizer = PromptTokenizer(checkpoint.load_tokenizer_json(source), model.config.text_length, model.vocabulary)
@@ -142,18 +143,29 @@ def animate_batch(
     return [to_frames(model.decode(clip.transpose(0, 1)).numpy()) for clip in latents]
 
 
-def _by_engines(source: Path, cases: Sequence[Case], settings: Settings, seeds: Sequence[int]) -> list[Clip]:
-    with Animator(source) as animator, tqdm(desc="animate", unit="step", disable=None) as bar:
+def clips_of_bundle(
+    source: Path, cases: Sequence[Case], settings: Settings, seed: int = 0, backend: str | type[Engine] = "auto"
+) -> tuple[list[Clip], dict[str, Any]]:
+    """The same by a bundle's engines, and what they are."""
+    seeds = seeds_of(cases, seed)
+    with Animator(source, backend) as animator:
+        calls = -(-len(cases) // animator.profile.batch) * len(settings.steps(animator.config))
+        with Progress("animate", calls, "step") as progress:
 
-        def on_step(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+            def on_step(done: int, total: int) -> None:
+                progress.advance()
+                progress.say()
 
-        animations = animator.batch(
-            [case.clip[0] for case in cases],
-            [case.prompt for case in cases],
-            seeds=seeds,
-            settings=settings,
-            on_step=on_step,
-        )
-    return [animation.frames for animation in animations]
+            animations = animator.batch(
+                [case.clip[0] for case in cases],
+                [case.prompt for case in cases],
+                seeds=seeds,
+                settings=settings,
+                on_step=on_step,
+            )
+        return [animation.frames for animation in animations], animator.describe()
+
+
+def seeds_of(cases: Sequence[Case], seed: int) -> list[int]:
+    """The seed of each case's noise; InputError where one would be out of bounds."""
+    return [check_seed(seed + i) for i in range(len(cases))]

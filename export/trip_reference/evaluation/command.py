@@ -13,15 +13,18 @@ from typing import Any
 import numpy as np
 
 from trip_rt.accuracy import psnr
+from trip_rt.backends import NAMES, Engine
 from trip_rt.bundle import file_sha256
 from trip_rt.command_line import CommandParser, add_json_flag, add_settings, main_of, report, settings_of
 from trip_rt.config import TripConfig
 from trip_rt.errors import InputError, printable
 from trip_rt.files import whole_file
 
+EMULATION = "emulation"  # a backend to measure on
 EPILOG = """examples:
   trip-evaluate checkpoints/demo --clips 200                       the demo world, by the PyTorch model
   trip-evaluate bundle --clips 200 --speed balanced -o figures.json     by a bundle's engines
+  trip-evaluate bundle --clips 400 --first-scene 10000 --backend onnxruntime     on scenes not seen before
   trip-evaluate bundle --generated clips -o figures.json           clips made earlier, in order of their names
   trip-evaluate checkpoint --data webvid --clip-encoder clip-vit-large-patch14 --i3d i3d_torchscript.pt
 
@@ -52,6 +55,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--fps", type=float, default=4.0, help="frames a second that are taken from the videos of --data (%(default)s)"
     )
     parser.add_argument("--clips", type=int, default=200, help="(%(default)s)")
+    parser.add_argument(
+        "--first-scene", type=int, default=0, metavar="N", help="seed of the demo world's first scene (%(default)s)"
+    )
+    parser.add_argument(
+        "--backend",
+        choices=("auto", *NAMES, EMULATION),
+        default="auto",
+        help="of a bundle (%(default)s); emulation: ONNX Runtime's graphs with every half-precision value rounded as a"
+        " GPU rounds it",
+    )
     generated_help = (
         "measure the clips in there, .mp4, .gif, .webp or folders of PNGs, the n-th by name as the n-th picture's, and"
         " make none"
@@ -78,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    for name, least in (("clips", 1), ("seed", 0), ("i3d_size", 1), ("fid_size", 1)):
+    for name, least in (("clips", 1), ("seed", 0), ("first_scene", 0), ("i3d_size", 1), ("fid_size", 1)):
         if getattr(args, name) < least:
             raise InputError(f"{name.replace('_', '-')}: found {getattr(args, name)}, expected at least {least}")
     for path, ending in ((args.output, ""), (args.markdown, ""), (args.sheet, ".png")):
@@ -90,11 +103,22 @@ def run(args: argparse.Namespace) -> int:
                 " write in"
             )
     from trip_reference.data.annotations import held_out
-    from trip_reference.evaluation.clips import config_of, demo_cases, folder_cases, make_clips
+    from trip_reference.evaluation.clips import (
+        clips_of_bundle,
+        config_of,
+        demo_cases,
+        folder_cases,
+        is_bundle,
+        make_clips,
+    )
     from trip_reference.evaluation.made_clips import read_clips
     from trip_reference.evaluation.tables import tables
     from trip_rt.images import contact_sheet
 
+    if args.backend != "auto" and not is_bundle(args.source):
+        raise InputError(
+            f"{printable(str(args.source))}: --backend: found no bundle, expected one: a checkpoint has none"
+        )
     if not args.source.is_dir():
         raise InputError(f"{printable(str(args.source))}: found no such folder, expected a checkpoint or a bundle")
     networks = _networks(args)  # before the long work
@@ -102,12 +126,15 @@ def run(args: argparse.Namespace) -> int:
     if args.data:
         cases = folder_cases(args.data, args.annotations or held_out(args.data), config, args.fps, args.clips)
     else:
-        cases = demo_cases(config, args.clips)
+        cases = demo_cases(config, args.clips, args.first_scene)
     settings = settings_of(args)
     steps = settings.steps(config)
+    engines: dict[str, Any] = {}
     if args.generated:
         clips = read_clips(args.generated, config, len(cases))
         cases = cases[: len(clips)]
+    elif is_bundle(args.source):
+        clips, engines = clips_of_bundle(args.source, cases, settings, args.seed, _backend(args.backend))
     else:
         clips = make_clips(args.source, cases, settings, args.seed)
     figures: dict[str, Any] = {
@@ -118,6 +145,8 @@ def run(args: argparse.Namespace) -> int:
         "height": config.height,
         "width": config.width,
         **({} if args.generated else _settings(args, config, len(steps))),
+        **({} if args.data else {"first_scene": args.first_scene}),
+        **({"engines": engines} if engines else {}),
         "networks": _named_networks(args),
         **_measured(args, networks, clips, [case.clip for case in cases]),
     }
@@ -136,6 +165,14 @@ def run(args: argparse.Namespace) -> int:
                 part.write_text(content + "\n", encoding="utf-8")
     report(args, figures, text)
     return 0
+
+
+def _backend(name: str) -> str | type[Engine]:
+    if name != EMULATION:
+        return name
+    from trip_engines.emulation import EmulatedEngine
+
+    return EmulatedEngine
 
 
 def _settings(args: argparse.Namespace, config: TripConfig, steps: int) -> dict[str, Any]:
