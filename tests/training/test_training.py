@@ -1,6 +1,7 @@
 """The training loop: the same bits after any interruption, the same losses on any number of processes, and what it
 leaves behind."""
 
+import dataclasses
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from trip_reference.gradient_checkpointing import checkpoint_gradients
 from trip_reference.training import command
 from trip_reference.training.average import Average
 from trip_reference.training.config import load_config, lr_factor
-from trip_reference.training.denoiser import Denoiser, loss_weight
+from trip_reference.training.denoiser import Denoiser, change_weight, loss_weight
 from trip_reference.training.draws import draw
 from trip_reference.training.start import train_only
 from trip_rt import InputError
@@ -333,6 +334,29 @@ def test_weights_of_the_loss():
     )
     torch.testing.assert_close(loss_weight(alpha_bar, LOSS), torch.tensor([1 / 0.99, 2, 5000], dtype=torch.float64))
     assert loss_weight(alpha_bar, load_config("trip-256").loss).tolist() == [1, 1, 1]
+
+
+def test_what_moves_counts_more():
+    still = torch.zeros(1, 2, 3, 2, 2)
+    moved = still.clone()
+    moved[0, :, 1, 0, 0] = 0.5  # a quarter of a deviation, squared
+    moved[0, :, 2, 1, 1] = 4.0
+    weights = change_weight(moved, 2.0)
+    assert weights.shape == (1, 1, 3, 2, 2)
+    assert weights[0, 0, 1, 0, 0] == 1.5
+    assert weights[0, 0, 2, 1, 1] == 3
+    assert weights.sum() == 12 + 0.5 + 2
+    model = tiny_model(num_frames=3, width=32)
+    latents, noise = torch.randn(2, 8, 3, 4, 4), torch.randn(2, 8, 3, 4, 4)
+    latents[1] = latents[1, :, :1]  # a still clip
+    ids, timestep = torch.zeros(2, model.config.text_length, dtype=torch.long), torch.tensor([500, 500])
+
+    def loss(change, row):
+        denoiser = Denoiser(model, dataclasses.replace(LOSS, change=change))
+        return float(denoiser(latents[row], noise[row], timestep[row], ids[row]))
+
+    assert loss(3.0, slice(0, 1)) > 1.5 * loss(0.0, slice(0, 1))
+    assert loss(3.0, slice(1, 2)) == loss(0.0, slice(1, 2))
 
 
 def test_the_average_lags_behind():

@@ -70,6 +70,7 @@ class LossConfig:
     weighting: Literal["none", "min-snr", "clean"]
     min_snr_gamma: float
     max_weight: float
+    change: float
     timesteps: Literal["uniform", "high"]
     text_dropout: float
 
@@ -267,6 +268,7 @@ def _check(config: TrainConfig) -> None:
         ("optimizer.weight_decay", optimizer.weight_decay),
         ("vae.ema_decay", config.vae.ema_decay),
         ("vae.kl_weight", config.vae.kl_weight),
+        ("loss.change", config.loss.change),
     ):
         if not 0 <= value < math.inf:
             raise InputError(f"{name}: found {value:g}, expected 0 or more")

@@ -28,7 +28,7 @@ class Denoiser(nn.Module):
     def forward(
         self, latents: Tensor, noise: Tensor, timestep: Tensor, ids: Tensor | None = None, text: Tensor | None = None
     ) -> Tensor:
-        """The mean over the batch of w(t)·|ε̃ − ε|² (TRIP, eq. 7).
+        """The mean over the batch of w(t)·|ε̃ − ε|² (TRIP, eq. 7), with `loss.change` weighted by place too.
 
         latents, noise: [B, C, F, h, w], clean and of unit variance; timestep: int64 [B]; ids: int64 [B, L], or text:
         [B, L, D] as encoded.
@@ -46,8 +46,17 @@ class Denoiser(nn.Module):
 
             fuse = partial(fuse_noise, self.fusion)
         predicted = fuse(noised, first_frame, residual, signal, sigma, timestep)
-        error = (predicted.float() - noise).square().mean(dim=(1, 2, 3, 4))
+        squared = (predicted.float() - noise).square()
+        if self.loss.change:
+            squared = squared * change_weight(latents, self.loss.change)
+        error = squared.mean(dim=(1, 2, 3, 4))
         return (error * loss_weight(alpha_bar, self.loss).float()).mean()
+
+
+def change_weight(latents: Tensor, change: float) -> Tensor:
+    """1 + change·min(|z^i − z^1|²/C, 1) [B, 1, F, h, w] of latents [B, C, F, h, w] of unit variance: what moves counts
+    more."""
+    return 1 + change * (latents - latents[:, :, :1]).square().mean(1, keepdim=True).clamp(max=1)
 
 
 def loss_weight(alpha_bar: Tensor, config: LossConfig) -> Tensor:
