@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -153,6 +154,17 @@ def write_cache(
     def embedded(sentences: list[str]) -> Tensor:
         return model.encode_text(tokenize(sentences).to(device)).half().cpu()
 
+    @torch.no_grad()
+    def encode(number: int) -> tuple[Tensor, list[str]] | BrokenClip:
+        rng = np.random.default_rng([seed, number])
+        try:
+            sample = clips.clip(number, rng)
+        except BrokenClip as error:
+            return error
+        latents = model.encode_clip(torch.tensor(sample.frames, device=device))
+        more = [clips.text(number, rng) for _ in range(0 if texts else TEXTS - 1)]
+        return latents.half().cpu(), list(dict.fromkeys([sample.text, *more]))
+
     broken = written = 0
     pending: list[tuple[Tensor, list[str]]] = []
 
@@ -168,21 +180,20 @@ def write_cache(
             written += len(pending)
             pending.clear()
 
-        for number in shown_progress(range(len(clips)), len(clips), "encode clips", "clip"):
-            rng = np.random.default_rng([seed, number])
+        # A thread a core encodes whole clips, as one clip's tensors may be too small to keep several busy.
+        with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            encoded = pool.map(encode, range(len(clips)))
             try:
-                sample = clips.clip(number, rng)
-            except BrokenClip as error:
-                broken += 1
-                note(f"warning: left out: {error}")
-                continue
-            latents = model.encode_clip(torch.tensor(sample.frames, device=device))
-            sentences = list(
-                dict.fromkeys([sample.text] + [clips.text(number, rng) for _ in range(0 if texts else TEXTS - 1)])
-            )
-            pending.append((latents.half().cpu(), sentences))
-            if len(pending) == PER_FILE:
-                flush()
+                for found in shown_progress(encoded, len(clips), "encode clips", "clip"):
+                    if isinstance(found, BrokenClip):
+                        broken += 1
+                        note(f"warning: left out: {found}")
+                        continue
+                    pending.append(found)
+                    if len(pending) == PER_FILE:
+                        flush()
+            finally:
+                pool.shutdown(cancel_futures=True)
         if pending:
             flush()
         if not written:

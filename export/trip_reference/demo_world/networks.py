@@ -32,7 +32,7 @@ from trip_reference.training.optimizer import build_optimizer
 from trip_rt.command_line import CommandParser, add_json_flag, main_of, report
 from trip_rt.errors import InputError
 
-SIZE = DEMO.trip.height
+SIZE = 64  # what they look at; larger pictures are made this small, as for the real ones
 FRAMES = DEMO.trip.num_frames
 LABELS = {"colour": tuple(world.COLOURS), "shape": world.SHAPES, "motion": world.MOTIONS}
 WHITE = (0.5, 0.5, 0.5)

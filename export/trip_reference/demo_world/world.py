@@ -27,7 +27,7 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
 MOTIONS = ("left", "right", "up", "down", "grows", "shrinks", "spins", "still")
-BACKGROUNDS = ("gradient", "radial", "stripes", "hills", "blobs")
+BACKGROUNDS = ("gradient", "radial", "rings", "stripes", "hills", "dunes", "blobs")
 
 SPEED = 1.2 / 64  # fraction of the picture's side per frame
 GROWTH, SHRINKAGE = 1.8, 0.5  # size in the last frame over size in the first
@@ -131,12 +131,14 @@ def render(scene: Scene, motion: str, num_frames: int = 16, size: int = 64) -> N
     distance = _distance(scene, motion, num_frames, size)  # [F, H, W], in pixels
     right, below = size // 64, size // 32
     cast = np.pad(distance, ((0, 0), (below, 0), (right, 0)), mode="edge")[:, :size, :size]
-    shadow = 0.30 / (1 + np.exp(np.minimum(cast * 48 / size, 40)))
+    shadow = 0.34 / (1 + np.exp(np.minimum(cast * 58 / size, 40)))
     clip = picture * (1 - shadow[..., None])
-    light = np.linspace(1.06, 0.90, size, dtype=np.float32)[:, None, None]  # from above
-    colour = np.array(COLOURS[scene.colour], np.float32) * light
+    down, across = np.gradient(distance, axis=(1, 2))
+    slope = 1 - np.clip(-distance * 21 / size, 0, 1)  # of the bevelled edge, which is flat three 64ths inside
+    light = np.linspace(1.06, 0.90, size, dtype=np.float32)[:, None] - 0.22 * slope * (0.45 * across + 0.89 * down)
+    colour = np.array(COLOURS[scene.colour], np.float32) * light[..., None]  # lit from above, on the left
     alpha = np.clip(0.5 - distance, 0, 1)[..., None]
-    clip = clip * (1 - alpha) + np.minimum(colour, 1) * alpha
+    clip = clip * (1 - alpha) + np.clip(colour, 0, 1) * alpha
     return np.rint(np.clip(clip, 0, 1) * 255).astype(np.uint8)
 
 
@@ -158,6 +160,10 @@ def background(scene: Scene, size: int = 64) -> Array:
             mix = along / 1.42 + 0.5
         case "radial":
             mix = np.hypot(x - rng.uniform(0.2, 0.8), y - rng.uniform(0.2, 0.8)) / 1.1
+        case "rings":
+            far = near + 0.45 * (far - near)
+            away = np.hypot(x - rng.uniform(0.2, 0.8), y - rng.uniform(0.2, 0.8))
+            mix = 0.5 + 0.5 * np.cos(2 * np.pi * away * rng.uniform(2.0, 3.5))
         case "stripes":
             far = near + 0.45 * (far - near)
             mix = 0.5 + 0.5 * np.sin(2 * np.pi * along * rng.uniform(2.0, 3.5) + rng.uniform(0, 6.28))
@@ -166,6 +172,11 @@ def background(scene: Scene, size: int = 64) -> Array:
                 2 * np.pi * x * rng.uniform(0.6, 1.6) + rng.uniform(0, 6.28)
             )
             mix = np.clip((y - ridge) * size * 0.7 + 0.5, 0, 1) * 0.75 + 0.25 * y
+        case "dunes":
+            mix = 0.3 * y
+            for height in (0.45, 0.62, 0.8):
+                ridge = height + 0.05 * np.sin(2 * np.pi * x * rng.uniform(0.6, 1.6) + rng.uniform(0, 6.28))
+                mix += np.clip((y - ridge) * size * 0.7 + 0.5, 0, 1) * 0.23
         case "blobs":
             mix = np.zeros_like(x)
             for _ in range(4):
