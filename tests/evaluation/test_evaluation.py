@@ -21,6 +21,7 @@ from trip_reference.evaluation.clips import Case, clips_of_bundle, config_of, de
 from trip_reference.evaluation.consistency import ClipEncoder, consistency
 from trip_reference.evaluation.frechet import Moments, distance_of, extrapolated, frechet_distance
 from trip_reference.evaluation.made_clips import read_clips
+from trip_reference.evaluation.moving_sheet import moving_sheet
 from trip_reference.evaluation.networks import Network, fid, fvd
 from trip_reference.model import to_pixels
 from trip_rt import InputError
@@ -35,8 +36,8 @@ def networks(tmp_path_factory):
     return folder
 
 
-def clips_of(count, frames=5, size=64, seed=0):
-    return list(np.random.default_rng(seed).integers(0, 256, (count, frames, size, size, 3), np.uint8))
+def clips_of(count, frames=5, size=(64, 64), seed=0):
+    return list(np.random.default_rng(seed).integers(0, 256, (count, frames, *size, 3), np.uint8))
 
 
 # The Fréchet distance
@@ -124,7 +125,8 @@ def test_pictures_are_prepared_as_transformers_does(networks, size):
 
     encoder = ClipEncoder(networks / "clip-encoder")
     scene, motion, _ = world.sample(3)
-    picture = np.asarray(Image.fromarray(world.render(scene, motion, 1, 128)[0]).resize(size))
+    # Levels from 64 to 191: Pillow cuts off what overshoots 0 and 255 after its first pass.
+    picture = np.asarray(Image.fromarray(64 + world.render(scene, motion, 1, 128)[0] // 2).resize(size))
     processor = CLIPImageProcessorPil.from_pretrained(
         networks / "clip-encoder", size={"shortest_edge": SIZE}, crop_size=SIZE
     )
@@ -227,6 +229,19 @@ def test_true_clips_pass_every_demand(trained):
     assert sum(row["clips"] for row in figures["by_motion"].values()) == figures["all"]["clips"] == 4
     still = judge_clips([np.repeat(case.clip[:1], 16, axis=0) for case in shown], shown)
     assert still["all"]["motion"] == 100 * np.mean([case.motion == "still" for case in cases])
+
+
+def test_clips_side_by_side():
+    clips = clips_of(5, 3, size=(20, 30))
+    sheet = moving_sheet(clips, ["a star", "a red ball moves left", "x", "y", "z"], columns=3, width=60)
+    label, gap, height, width = 22, 8, 40, 60
+    assert sheet.shape == (3, 2 * (height + label + gap) + gap, 3 * (width + gap) + gap, 3)
+    for number, clip in enumerate(clips):
+        top = gap + number // 3 * (height + label + gap) + label
+        left = gap + number % 3 * (width + gap)
+        assert np.array_equal(sheet[:, top : top + height : 2, left : left + width : 2], clip)
+        assert (sheet[0, top - label : top, left : left + width] < 200).any()
+    assert (sheet[:, top:, left + width :] == 255).all()
 
 
 @pytest.mark.parametrize(
@@ -343,7 +358,10 @@ def test_a_bundle_and_a_model_that_is_not_square(tiny_checkpoint, tiny_bundle, t
             ["{trained}", "-o", "no/folder/figures.json"],
             "no/folder/figures.json: expected a file name, in a folder to write in",
         ),
-        (["{trained}", "--sheet", "sheet.foo"], "sheet.foo: expected a file name ending in .png"),
+        (
+            ["{trained}", "--sheet", "sheet.foo"],
+            "sheet.foo: expected a file name ending in .png or .gif or .webp or .mp4",
+        ),
         (["{trained}", "--generated", "nowhere"], "nowhere: found no such folder, expected one of clips"),
         (
             ["{trained}", "--seed", str(2**64 - 1), "--clips", "2"],

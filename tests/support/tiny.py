@@ -20,6 +20,8 @@ TINY = Preset(
         num_frames=5,
         height=32,
         width=48,
+        latent_channels=8,
+        vae_scale_factor=8,
         text_width=16,
         num_inference_steps=4,
         tnf=dataclasses.replace(DEMO.trip.tnf, hidden_size=16),

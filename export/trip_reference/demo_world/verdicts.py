@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from statistics import NormalDist
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 from trip_reference.demo_world import world
 from trip_reference.demo_world.judge import Verdict, judge
 from trip_reference.evaluation.clips import Case, Clip
+from trip_reference.progress import shown_progress
 
 EVERY = "every demand"
 Judged = tuple[Verdict, dict[str, bool]]
@@ -22,15 +25,21 @@ def judge_clips(clips: Sequence[Clip], cases: Sequence[Case]) -> dict[str, Any]:
     """Shares of clips that meet each demand, in percent with 95 % confidence intervals, and mean PSNRs (dB): `all`, and
     `by_motion`."""
     groups: dict[str, list[Judged]] = defaultdict(list)
-    for clip, case in zip(clips, cases, strict=True):
-        if case.scene is None:
-            raise ValueError("case: found one without a scene, expected the demo world's")
-        verdict = judge(clip, case.scene, case.motion)
-        groups[case.motion].append((verdict, verdict.checks(case.scene, case.motion)))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        judged = shown_progress(pool.map(_judged, clips, cases), len(cases), "judge", "clip")
+        for case, found in zip(cases, judged, strict=True):
+            groups[case.motion].append(found)
     return {
         "all": _summary([row for rows in groups.values() for row in rows]),
         "by_motion": {motion: _summary(groups[motion]) for motion in world.MOTIONS if groups[motion]},
     }
+
+
+def _judged(clip: Clip, case: Case) -> Judged:
+    if case.scene is None:
+        raise ValueError("case: found one without a scene, expected the demo world's")
+    verdict = judge(clip, case.scene, case.motion)
+    return verdict, verdict.checks(case.scene, case.motion)
 
 
 def _summary(rows: Sequence[Judged]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from trip_rt.errors import InputError, printable
 from trip_rt.files import whole_file
 
 EMULATION = "emulation"  # a backend to measure on
+SHEETS = (".png", ".gif", ".webp", ".mp4")
 EPILOG = """examples:
   trip-evaluate checkpoints/demo --clips 200                       the demo world, by the PyTorch model
   trip-evaluate bundle --clips 200 --speed balanced -o figures.json     by a bundle's engines
@@ -85,7 +86,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--fid-size", type=int, default=299, metavar="PIXELS", help="its picture size (%(default)s)")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="write all figures there")
     parser.add_argument("--markdown", type=Path, metavar="FILE.md", help="write the tables there")
-    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="write a contact sheet of the first 24 clips")
+    parser.add_argument(
+        "--sheet",
+        type=Path,
+        metavar="FILE",
+        help="write frames of 24 clips as a .png, or 8 clips moving side by side as a .gif, .webp or .mp4",
+    )
     add_json_flag(parser)
     return parser
 
@@ -94,14 +100,14 @@ def run(args: argparse.Namespace) -> int:
     for name, least in (("clips", 1), ("seed", 0), ("first_scene", 0), ("i3d_size", 1), ("fid_size", 1)):
         if getattr(args, name) < least:
             raise InputError(f"{name.replace('_', '-')}: found {getattr(args, name)}, expected at least {least}")
-    for path, ending in ((args.output, ""), (args.markdown, ""), (args.sheet, ".png")):
+    for path, endings in ((args.output, ()), (args.markdown, ()), (args.sheet, SHEETS)):
         if path and (
-            path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK) or not path.name.lower().endswith(ending)
+            path.is_dir()
+            or not os.access(path.parent, os.W_OK | os.X_OK)
+            or not path.name.lower().endswith(endings or "")
         ):
-            raise InputError(
-                f"{printable(str(path))}: expected a file name{ending and f' ending in {ending}'}, in a folder to"
-                " write in"
-            )
+            ending = f" ending in {' or '.join(endings)}" if endings else ""
+            raise InputError(f"{printable(str(path))}: expected a file name{ending}, in a folder to write in")
     from trip_reference.data.annotations import held_out
     from trip_reference.evaluation.clips import (
         clips_of_bundle,
@@ -113,7 +119,6 @@ def run(args: argparse.Namespace) -> int:
     )
     from trip_reference.evaluation.made_clips import read_clips
     from trip_reference.evaluation.tables import tables
-    from trip_rt.images import contact_sheet
 
     if args.backend != "auto" and not is_bundle(args.source):
         raise InputError(
@@ -157,14 +162,25 @@ def run(args: argparse.Namespace) -> int:
     figures["versions"] = _versions()
     text = tables(figures)
     if args.sheet:
-        with whole_file(args.sheet) as part:
-            contact_sheet(clips[:24], labels=[case.prompt for case in cases[:24]]).save(part, "PNG")
+        _write_sheet(args.sheet, clips, [case.prompt for case in cases], config.fps)
     for path, content in ((args.output, json.dumps(figures, indent=2)), (args.markdown, text)):
         if path:
             with whole_file(path) as part:
                 part.write_text(content + "\n", encoding="utf-8")
     report(args, figures, text)
     return 0
+
+
+def _write_sheet(path: Path, clips: Sequence[np.ndarray], labels: Sequence[str], fps: float) -> None:
+    from trip_reference.evaluation.moving_sheet import moving_sheet
+    from trip_rt.images import contact_sheet
+    from trip_rt.video import save
+
+    if path.suffix.lower() != ".png":
+        save(moving_sheet(clips[:8], labels[:8]), path, fps)
+        return
+    with whole_file(path) as part:
+        contact_sheet(clips[:24], labels=labels[:24]).save(part, "PNG")
 
 
 def _backend(name: str) -> str | type[Engine]:
