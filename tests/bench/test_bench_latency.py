@@ -272,7 +272,7 @@ def test_scaling_refuses_sizes_the_model_cannot_have():
     ran = bench("scaling.py", "demo", "--sizes", "64,72")
     assert (
         ran.returncode == 2
-        and ran.stderr == "bench/scaling.py: sizes: found 72, expected multiples of 16\n"
+        and ran.stderr == "bench/scaling.py: sizes: found 72, expected multiples of 32\n"
         and ran.stdout == ""
     )
 

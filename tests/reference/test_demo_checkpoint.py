@@ -26,7 +26,7 @@ def model():
 def test_it_is_the_demo_preset(model):
     assert model.config.fusion == "tnf"
     assert model.config.first_frame == "start"
-    assert (model.config.num_frames, model.config.height, model.config.width) == (16, 64, 64)
+    assert (model.config.num_frames, model.config.height, model.config.width) == (16, 128, 128)
 
 
 def test_it_animates_held_out_pictures(model):

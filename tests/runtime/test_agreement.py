@@ -63,4 +63,4 @@ def test_native_code_is_never_taken_unasked(bundle):
 def _picture():
     from trip_rt.images import load_image
 
-    return load_image(ROOT / "examples" / "ball.png", 64, 64)[None]
+    return load_image(ROOT / "examples" / "ball.png", 128, 128)[None]
