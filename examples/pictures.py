@@ -10,6 +10,8 @@ from PIL import Image
 
 from trip_reference.demo_world import world
 
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "trip_rt" / "serving" / "page" / "examples"  # which shows some of them too
 FIRST_SEED, SIZE = 50_000, 256
 PICTURES = {
     "ball.png": ("red", "circle", "left"),
@@ -28,7 +30,9 @@ def main() -> None:
             if (scene.colour, scene.shape, motion) == wanted:
                 break
         picture = Image.fromarray(world.render(scene, motion, 1, SIZE)[0])
-        picture.save(Path(__file__).with_name(name), quality=92)
+        for folder in (HERE, PAGE):
+            if folder == HERE or (PAGE / name).exists():
+                picture.save(folder / name, quality=92)
         print(f"{name}: seed {seed}")
 
 
