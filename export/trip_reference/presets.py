@@ -1,4 +1,4 @@
-"""The named models: `demo`, which is trained and shipped here, `demo-small` for ablations, `bench` for benchmarks,
+"""The named models: `demo`, which is trained and shipped here, `demo-small` for trials, `bench` for benchmarks,
 `trip-256`, the paper's size."""
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +28,7 @@ WARM = 20  # steps by which a run's speed is measured, after as many
 EPILOG = """examples:
   python -m trip_reference.trials loss size -o out/trials --minutes 4 --markdown out/trials.md
   python -m trip_reference.trials fusion -o out/fusions --preset demo-small --minutes 8 --seeds 3"""
+LOOKED_AT = 5  # last records of the log, of 20 steps each, that the loss is the mean of
 TIMESTEPS = ("999", "600", "200", "50")
 
 
@@ -49,11 +51,9 @@ def _rates(rate: float) -> tuple[str, ...]:
     return f"stages.0.unet_lr={rate}", f"stages.0.tnf_lr={rate}"
 
 
-def _widths(*widths: int, **unet: Any) -> dict[str, Any]:
-    return {"block_out_channels": widths, **unet}
-
-
 _ADAMW = "optimizer.name='adamw'"
+_WIDER = {"block_out_channels": (64, 128)}
+_DEEPER = {"layers_per_block": 2}
 _ATTENTION = {
     "down_block_types": ("CrossAttnDownBlock3D", "CrossAttnDownBlock3D"),
     "up_block_types": ("CrossAttnUpBlock3D", "CrossAttnUpBlock3D"),
@@ -80,14 +80,14 @@ GROUPS: dict[str, tuple[Trial, ...]] = {
     "data": (RECIPE, Trial("500 clips", clips=500), Trial("5 000 clips", clips=5000), Trial("endless clips", clips=0)),
     "capacity": (
         Trial("64 clips", clips=64),
-        Trial("64 clips, widths 64, 128", unet=_widths(64, 128), clips=64),
-        Trial("64 clips, two layers a block", unet={"layers_per_block": 2}, clips=64),
+        Trial("64 clips, widths 64, 128", unet=_WIDER, clips=64),
+        Trial("64 clips, two layers a block", unet=_DEEPER, clips=64),
     ),
     "size": (
         RECIPE,
-        Trial("widths 32, 64", unet=_widths(32, 64)),
-        Trial("widths 64, 128", unet=_widths(64, 128)),
-        Trial("two layers a block", unet={"layers_per_block": 2}),
+        Trial("widths 32, 64", unet={"block_out_channels": (32, 64)}),
+        Trial("widths 64, 128", unet=_WIDER),
+        Trial("two layers a block", unet=_DEEPER),
         Trial("attention at 4×4 too", unet=_ATTENTION),
     ),
     "fusion": (
@@ -104,7 +104,7 @@ GROUPS: dict[str, tuple[Trial, ...]] = {
 # (heading, key, decimals)
 COLUMNS = (
     ("clips seen", "clips_seen", 0),
-    ("loss ↓", "loss", 4),
+    ("training loss ↓", "loss", 4),  # its own, so that trials of the loss cannot be compared by it
     *((f"RMS at {t} ↓", f"rms_{t}", 3) for t in TIMESTEPS),
     ("moves as told % ↑", "motion", 1),
     ("shape % ↑", "shape", 1),
@@ -134,7 +134,7 @@ def run_trials(trials: Sequence[Trial], seeds: int, budget: Budget, folder: Path
     for clips in sorted({_clips(trial, budget) for trial in trials} - {0}):
         _cache(folder, budget, clips)
     tasks = [(trial, seed) for seed in range(seeds) for trial in trials]
-    with multiprocessing.get_context("spawn").Pool(jobs, initializer=_one_thread, maxtasksperchild=1) as pool:
+    with multiprocessing.get_context("spawn").Pool(jobs, initializer=_begin, maxtasksperchild=1) as pool:
         done = pool.imap(partial(_run, budget=budget, folder=folder), tasks)
         return list(shown_progress(done, len(tasks), "trials", "run"))
 
@@ -157,9 +157,11 @@ def _cell(values: Sequence[float], decimals: int) -> str:
     return f"{mean(values):.{decimals}f}{spread}"
 
 
-def _one_thread() -> None:
+def _begin() -> None:
+    """Of a process: one thread, and Ctrl-C is the parent's to answer, which ends them all."""
     import torch
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
@@ -176,14 +178,12 @@ def _run(task: tuple[Trial, int], budget: Budget, folder: Path) -> dict[str, Any
     start = run / "start"
     _write_start(trial, seed, budget, start)
     clips = _clips(trial, budget)
-    data = _latents(folder, clips) if clips else None
+    data = _latents(folder, budget, clips) if clips else None
     steps = budget.steps or _steps_in(budget.minutes, trial, seed, start, data, run / "warm")
     log = _train(trial, seed, steps, start, data, run / "run")
-    result = (
-        what
-        | {"steps": steps, "loss": log[-1]["loss"], "clips_seen": steps * _batch(trial)}
-        | _judged(run / "run", budget)
-    )
+    loss = round(mean(record["loss"] for record in log[-LOOKED_AT:]), 6)
+    made = {"steps": steps, "loss": loss, "clips_seen": steps * _batch(trial)}
+    result = what | made | _judged(run / "run", budget)
     with whole_file(path) as part:
         part.write_text(json.dumps(result) + "\n", encoding="utf-8")
     shutil.rmtree(run)
@@ -236,7 +236,7 @@ def _cache(folder: Path, budget: Budget, clips: int) -> None:
     from trip_reference.data.cache import INDEX, write_cache
     from trip_reference.demo_world.clips import DemoWorldClips
 
-    latents = _latents(folder, clips)
+    latents = _latents(folder, budget, clips)
     if not (latents / INDEX).exists():
         from trip_reference import checkpoint
 
@@ -251,14 +251,15 @@ def _clips(trial: Trial, budget: Budget) -> int:
     return budget.clips if trial.clips is None else trial.clips
 
 
-def _latents(folder: Path, clips: int) -> Path:
-    return folder / f"latents-{clips}"
+def _latents(folder: Path, budget: Budget, clips: int) -> Path:
+    return folder / f"latents-{budget.preset}-{clips}"
 
 
 def _train(trial: Trial, seed: int, steps: int, start: Path, latents: Path | None, run: Path) -> list[dict[str, Any]]:
     """Train into `run`; returns its log."""
     from trip_reference import checkpoint
     from trip_reference.training.config import load_config
+    from trip_reference.training.loop import Stopped
     from trip_reference.training.run import train_run
 
     trip = checkpoint.load_config(start)
@@ -281,7 +282,10 @@ def _train(trial: Trial, seed: int, steps: int, start: Path, latents: Path | Non
         f"optimizer.ema_decay={min(0.999, 1 - 20 / max(steps, 40)):.4f}",
         *trial.settings,
     ]
-    train_run(load_config("demo", None, words), run)
+    try:
+        train_run(load_config("demo", None, words), run)
+    except Stopped as stopped:
+        raise SystemExit(128 + stopped.signal) from None  # without a word: the parent says that all was stopped
     log = (run / "training" / "denoiser.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in log.splitlines()]
 

@@ -21,7 +21,7 @@ def test_trials_train_what_differs_and_keep_what_is_done(tmp_path):
     assert [result["clips_seen"] for result in results] == [4, 16]
     assert all(result["steps"] == 2 and result["loss"] > 0 and result["rms_999"] > 0 for result in results)
     assert {result["shape"] for result in results} <= {0.0, 50.0, 100.0}
-    assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.name != "latents-4"]
+    assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.name != "latents-demo-small-4"]
     written = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     assert len(written) == 2
     assert run_trials(asked, 1, budget, tmp_path, 1) == results

@@ -63,7 +63,7 @@ def test_the_packages_names_are_all_there():
 
 SLOW_LIBRARY = """
 import sys, time
-from trip_rt import launch, signals
+from trip_rt import launch
 class Slow:
     def find_spec(self, name, path=None, target=None):
         if name == "numpy":
@@ -94,7 +94,7 @@ def test_a_signal_while_libraries_are_imported(number, code, word):
 
 SLOW_END = """
 import atexit, sys, time
-from trip_rt import launch, signals
+from trip_rt import launch
 def wait():
     print("ending", flush=True)
     time.sleep(30)

@@ -318,6 +318,25 @@ def test_a_service_that_closes(tmp_path):
     run(test())
 
 
+def test_a_job_that_was_just_taken_is_not_waited_for(tmp_path):
+    """Nor before the next look at the queue, which is far off here."""
+
+    async def test():
+        async with serving(tmp_path) as service:
+            side, first = Side(service, tmp_path), await service.add(new())
+            queue = service._queues[first.model]
+            queue.places[first.id], queue.wait = (0, 0.0), 4.0  # as a look finds it
+            assert service.view(first)["queue"]["position"] == 0
+            (claimed,) = await side.claim()
+            assert service.view(await service.add(new()))["queue"]["position"] == 0
+            waiting = await service._read(service._store.waiting, first.model)
+            late = service._queue_of(service.models[first.model], [(first.id, first.steps), *waiting])
+            assert [place for place, _ in late.places.values()] == [0] and first.id not in late.places
+            await side.make(claimed)
+
+    run(test())
+
+
 def test_places_in_the_queue_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr(service_module, "_PLACES_EVERY", 0.01)
 

@@ -258,6 +258,7 @@ class Service:
             self._cancelled_early.difference_update(job.id for job, _ in rows)
             for job, _ in wanted:
                 self._running[job.id] = Running(job, functools.partial(drop, job.id))
+                self._queues[model.name].places.pop(job.id, None)  # whoever comes next is not behind it
                 self._tell(job.id, "in_progress", {"steps_done": 0, "steps": job.steps, "attempt": job.attempt})
             if wanted:
                 return wanted
@@ -435,7 +436,8 @@ class Service:
         side_by_side = model.profile.batch * max(1, model.ready_workers)
         running = [entry.job for entry in self._running.values() if entry.job.model == model.name]
         queue = Queue(wait=sum(map(self._expected_s, running)) / side_by_side)
-        for position, (id, steps) in enumerate(waiting):
+        still_waiting = [(id, steps) for id, steps in waiting if id not in self._running]
+        for position, (id, steps) in enumerate(still_waiting):
             queue.places[id] = position, queue.wait
             queue.wait += model.timing.expected_s(steps) / side_by_side
         return queue

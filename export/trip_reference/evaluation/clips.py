@@ -84,6 +84,7 @@ def folder_cases(folder: Path, annotations: str, config: TripConfig, fps: float,
 
 
 def is_bundle(source: Path) -> bool:
+    """Whether it is a bundle's folder, and not a checkpoint's."""
     return (source / MANIFEST).is_file()
 
 
