@@ -27,7 +27,7 @@ from timing import interleaved, machine, percentiles, ratio
 
 from trip_engines.check import animator_for, precision_of
 from trip_engines.parity import Parity, measure
-from trip_engines.recording import Reference
+from trip_engines.recording import Reference, guided_scale
 from trip_export.record import held_out
 from trip_rt import backends
 from trip_rt.accuracy import psnr
@@ -221,7 +221,7 @@ def _compared(animator: Animator, args: argparse.Namespace) -> dict[str, Any]:
     config, pipeline, batch = animator.config, animator._pipeline, animator.profile.batch
     model = checkpoint.from_pretrained(args.checkpoint)
     model.config = config
-    middle = Settings().steps(config)[config.num_inference_steps // 2]
+    middle = Settings(guidance_scale=guided_scale(config)).steps(config)[config.num_inference_steps // 2]
     noise = initial_noise(range(batch), config.latent_shape)
     ids = np.random.default_rng(0).integers(0, 20, (2, batch, config.text_length))
     pixels = np.random.default_rng(1).uniform(-1, 1, (batch, 3, config.height, config.width)).astype(np.float32)

@@ -176,6 +176,7 @@ def _export(preset: str, point: Point, backend: str, bundle: Path) -> dict[str, 
 def _loop(bundle: Path, backend: str, rounds: int) -> dict[str, float]:
     """Median milliseconds of a guided step, and the peak memory of a process that has opened the bundle and run the
     loop."""
+    from trip_engines.recording import guided_scale
     from trip_rt.animator import Animator
     from trip_rt.sampling.loop import initial_noise
     from trip_rt.settings import Settings
@@ -187,7 +188,7 @@ def _loop(bundle: Path, backend: str, rounds: int) -> dict[str, float]:
             *np.ones((2, batch, config.text_length), np.int64),
             np.zeros((batch, 3, config.height, config.width), np.float32),
         )
-        steps = Settings().steps(config)[:1]
+        steps = Settings(guidance_scale=guided_scale(config)).steps(config)[:1]
         seconds = interleaved({"step": lambda: pipeline.denoise(noise, steps)}, rounds, warm_ups=1)["step"]
         return {"step_ms": percentiles(seconds)["p50"], "loop_mb": peak_memory_mb()}
 

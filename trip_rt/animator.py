@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -221,6 +222,12 @@ class Animator:
         if on_step is not None and not callable(on_step):
             raise InputError(f"on_step: found {shown(on_step)}, expected a function of two numbers, done and total")
         steps, batch = settings.steps(self.config), self.profile.batch
+        if settings.negative_prompt and not any(step.guided for step in steps):
+            warnings.warn(
+                "negative prompt: it says nothing at guidance scale 1, which is this run's; ask for more, such as"
+                " guidance_scale=2",
+                stacklevel=2,
+            )
         total = len(steps) * math.ceil(len(pictures) / batch)
         for start in range(0, len(pictures), batch):
             # The last group repeats its last clip.

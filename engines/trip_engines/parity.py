@@ -94,6 +94,7 @@ def measure(animator: Animator, reference: Reference, precision: str, measured_o
             reference.prompts,
             reference.seeds,
             num_inference_steps=steps,
+            guidance_scale=reference.guidance_scale,
             on_step=lambda done, total: bar.update(),
         )
     frames = np.concatenate(list(animator.decode_pixels(latents[0])))

@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from trip_rt.config import TripConfig
 from trip_rt.errors import InputError, one_line
+
+GUIDED = 2.0
+
+
+def guided_scale(config: TripConfig) -> float:
+    """At which guidance scale a model's guided engines are measured: its own, or GUIDED where it asks for none."""
+    return GUIDED if config.guidance_scale == 1 else config.guidance_scale
 
 
 @dataclass(frozen=True)
@@ -27,13 +35,14 @@ class Sample:
 @dataclass(frozen=True)
 class Reference:
     """Calls of every component, and a whole run: uint8 pictures [B, H, W, 3] with prompts and seeds, denoised in so
-    many steps to `latents` [B, C, F, h, w]; `frames` [F, 3, H, W] are the first clip's."""
+    many steps at that guidance scale to `latents` [B, C, F, h, w]; `frames` [F, 3, H, W] are the first clip's."""
 
     samples: Mapping[str, list[Sample]]
     pictures: NDArray[np.uint8]
     prompts: list[str]
     seeds: list[int]
     num_inference_steps: int
+    guidance_scale: float
     latents: NDArray[np.float32]
     frames: NDArray[np.float32]
 
@@ -53,6 +62,7 @@ class Reference:
             "prompts": self.prompts,
             "seeds": self.seeds,
             "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
         }
         # One entry: safetensors writes several in any order, and the same recording should be the same bytes.
         arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from trip_engines.recording import Reference, Sample
+from trip_engines.recording import Reference, Sample, guided_scale
 from trip_export.denoising_unet import TextProjection
 from trip_reference.demo_world import world
 from trip_reference.feature_reuse import FeatureReuse
@@ -35,7 +35,8 @@ def record(
     """
     config = model.config
     pictures, prompts = held_out(config.height, config.width, batch)
-    steps = Settings(num_inference_steps=num_inference_steps).steps(config)
+    scale = guided_scale(config)
+    steps = Settings(num_inference_steps=num_inference_steps, guidance_scale=scale).steps(config)
     tokenizer = PromptTokenizer(tokenizer_json, config.text_length, model.vocabulary)
     samples: dict[str, list[Sample]] = defaultdict(list)
 
@@ -90,7 +91,8 @@ def record(
             frames.append(model.decode(chunk))
             if len(chunk) == decode_frames and not samples["vae_decoder"]:
                 keep("vae_decoder", {"latents": chunk}, frames[0])
-    return Reference(dict(samples), pictures, prompts, seeds, len(steps), latents.numpy(), torch.cat(frames).numpy())
+    whole = latents.numpy(), torch.cat(frames).numpy()
+    return Reference(dict(samples), pictures, prompts, seeds, len(steps), scale, *whole)
 
 
 def _conditional(inputs: dict[str, Tensor], batch: int) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ DEMO = Preset(
         scaling_factor=1.0,  # measured after the VAE's training
         text_length=16,
         text_width=64,
-        guidance_scale=1.5,
+        guidance_scale=1.0,
         num_inference_steps=50,
         tnf=TNFConfig(hidden_size=64, num_heads=4, num_layers=2),
         schedule=ScheduleConfig(

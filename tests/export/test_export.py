@@ -446,3 +446,11 @@ def test_a_note_that_an_export_did_not_leave_is_passed_over(tmp_path, change):
         note.write_text("[" * 100_000)
     with store(tmp_path) as again:
         assert again.finished("0" * 64) is None
+
+
+def test_a_model_that_asks_for_no_guidance_is_measured_with_some(tiny_checkpoint, tmp_path):
+    source = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
+    config = json.loads((source / "trip_config.json").read_text())
+    (source / "trip_config.json").write_text(json.dumps(config | {"guidance_scale": 1.0}))
+    parity = export_bundle(source, tmp_path / "bundle").parity["onnxruntime"]
+    assert parity.passed and {"unet", "unet_unguided", "tnf", "tnf_unguided"} <= parity.components.keys()

@@ -423,3 +423,8 @@ def test_animations_are_values(clip):
     with pytest.raises(dataclasses.FrozenInstanceError):
         clip.seed = 8
     assert isinstance(clip, Animation)
+
+
+def test_a_negative_prompt_without_guidance_is_warned_of(tiny_animator, picture):
+    with pytest.warns(UserWarning, match="negative prompt: it says nothing at guidance scale 1"):
+        tiny_animator(picture, "a red ball", negative_prompt="a square", guidance_scale=1)

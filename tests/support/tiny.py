@@ -23,6 +23,7 @@ TINY = Preset(
         latent_channels=8,
         vae_scale_factor=8,
         text_width=16,
+        guidance_scale=1.5,
         num_inference_steps=4,
         tnf=dataclasses.replace(DEMO.trip.tnf, hidden_size=16),
     ),
