@@ -30,7 +30,16 @@ FLOORS = {"fp16": 40.0, "fp32": 60.0}  # dB of the loop's latents
 ROOT = Path(__file__).parents[2]
 # A model with all that the real ones have, small enough for an interpreter.
 TINY = Preset(
-    trip=dataclasses.replace(DEMO.trip, num_frames=5, height=32, width=48, text_width=16, tnf=TNFConfig(16, 2, 1)),
+    trip=dataclasses.replace(
+        DEMO.trip,
+        num_frames=5,
+        height=32,
+        width=48,
+        latent_channels=8,
+        vae_scale_factor=8,
+        text_width=16,
+        tnf=TNFConfig(16, 2, 1),
+    ),
     unet=DEMO.unet | dict(block_out_channels=(8, 16), norm_num_groups=4),
     vae=DEMO.vae | dict(block_out_channels=(8, 8, 8, 8), norm_num_groups=4),
     text_encoder=DEMO.text_encoder
@@ -42,6 +51,7 @@ ODD = dataclasses.replace(
     height=40,
     width=24,
     latent_channels=3,
+    vae_scale_factor=8,
     tnf=TNFConfig(48, 3, 3),
     normalize_prior=False,
     gate="frame",

@@ -251,7 +251,7 @@ def test_scaling_that_leaves_all_out_says_so(tmp_path):
         "--frames",
         "2",
         "--sizes",
-        "64",
+        "128",
         "--batches",
         "1",
         "--max-seconds",
@@ -265,7 +265,7 @@ def test_scaling_that_leaves_all_out_says_so(tmp_path):
         "points": [],
         "slopes": {},
     }
-    assert "left out: 64x64, 2 frames, batch 1: export: cut off" in ran.stdout
+    assert "left out: 128x128, 2 frames, batch 1: export: cut off" in ran.stdout
 
 
 def test_scaling_refuses_sizes_the_model_cannot_have():

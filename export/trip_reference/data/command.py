@@ -103,7 +103,7 @@ def add_demo_parser(commands: Any) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder to write, new or empty")
     parser.add_argument("--clips", type=int, default=200, metavar="N", help="clips to train on (%(default)s)")
     parser.add_argument("--val-clips", type=int, default=20, metavar="M", help="clips for validation (%(default)s)")
-    parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels (%(default)s)")
+    parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels (%(default)s)")
     parser.add_argument("--frames", type=int, default=16, help="frames of a clip (%(default)s)")
     parser.add_argument("--fps", type=float, default=4.0, help="frames a second (%(default)s)")
     parser.add_argument("--shards", action="store_true", help="write DIR/*.tar and, for validation, DIR/val/*.tar")

@@ -74,7 +74,7 @@ def render_clips(config: TripConfig, count: int, first_seed: int = 0, held_out: 
 
 
 def write_demo_folder(
-    folder: Path, count: int, val_count: int, size: int = 64, num_frames: int = 16, fps: float = 4.0
+    folder: Path, count: int, val_count: int, size: int = 128, num_frames: int = 16, fps: float = 4.0
 ) -> None:
     """A data set of `count` .mp4 files of size × size pixels, and `val_count` of combinations that those leave out (no
     file for none).
