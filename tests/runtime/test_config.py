@@ -33,7 +33,7 @@ def test_presets_survive_json(name):
             {"num_frames": 4096, "height": 8192, "width": 8192},
             "4096 frames of 8192x8192, 768.0 GiB",
         ),
-        ({"width": 100}, "width: found 100, expected a multiple of vae_scale_factor, 8"),
+        ({"width": 100}, "width: found 100, expected a multiple of vae_scale_factor, 16"),
         ({"num_inference_steps": 1001}, "num_inference_steps: found 1001, expected at most num_train_timesteps, 1000"),
         ({"tnf": {"hidden_size": 8, "num_heads": 3, "num_layers": 1}}, "tnf: num_heads: found 3, expected a divisor"),
         ({"tnf": {"hidden_size": 7, "num_heads": 1, "num_layers": 1}}, "tnf: hidden_size: found 7, expected an even"),

@@ -29,7 +29,7 @@ def fusion_of(hidden_size: int = 16, num_heads: int = 4, num_layers: int = 2, **
     """A NoiseFusion whose every parameter is random, zero-initialised ones too."""
     torch.manual_seed(0)
     settings = dict(num_frames=5, tnf=TNFConfig(hidden_size, num_heads, num_layers)) | changes
-    fusion = NoiseFusion(dataclasses.replace(DEMO.trip, **settings))
+    fusion = NoiseFusion(dataclasses.replace(DEMO.trip, **({"latent_channels": 8} | settings)))
     with torch.no_grad():
         for parameter in fusion.parameters():
             if not parameter.any():

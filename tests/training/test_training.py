@@ -332,7 +332,7 @@ def test_weights_of_the_loss():
     torch.testing.assert_close(  # signal to noise is 99, 1, and 1 to 9 999
         loss_weight(alpha_bar, config), torch.tensor([5 / 99, 1, 1], dtype=torch.float64)
     )
-    torch.testing.assert_close(loss_weight(alpha_bar, LOSS), torch.tensor([1 / 0.99, 2, 5000], dtype=torch.float64))
+    torch.testing.assert_close(loss_weight(alpha_bar, LOSS), torch.tensor([1 / 0.99, 2, 10000], dtype=torch.float64))
     assert loss_weight(alpha_bar, load_config("trip-256").loss).tolist() == [1, 1, 1]
 
 
