@@ -397,15 +397,15 @@ def hang_up(server, head, body=b"", reads=0):
 
 
 def held(server):
-    """What the server holds open: its connections to clients and workers, and the names of its files.
+    """What the server holds open, each by its name without the number that the system gives it: files, connections to
+    clients and workers, pipes and all the rest.
 
     The database's own files are left out: each thread that asked it something keeps its connection."""
     names = []
     for name in os.listdir(f"/proc/{server.process.pid}/fd"):
         with contextlib.suppress(OSError):
             names.append(os.readlink(f"/proc/{server.process.pid}/fd/{name}"))
-    files = [name for name in names if name.startswith("/") and not Path(name).name.startswith("jobs.db")]
-    return sum(name.startswith("socket:") for name in names), sorted(files)
+    return sorted(name.split(":[")[0] for name in names if not Path(name).name.startswith("jobs.db"))
 
 
 def settled(server):
