@@ -125,7 +125,7 @@ def contact_sheet(
     top = margin
     for row, clip in enumerate(clips):
         if labels is not None:
-            label = _shortened(printable(labels[row]), lambda text: font.getlength(text) <= size[0] - 2 * margin)
+            label = shortened(printable(labels[row]), lambda text: font.getlength(text) <= size[0] - 2 * margin)
             draw.text((margin, top + label_height / 2), label, fill=(40, 40, 40), font=font, anchor="lm")
         for column, frame in enumerate(np.rint(np.linspace(0, len(clip) - 1, min(columns, len(clip)))).astype(int)):
             picture = Image.fromarray(np.ascontiguousarray(clip[frame].repeat(scale, 0).repeat(scale, 1)))
@@ -134,7 +134,8 @@ def contact_sheet(
     return sheet
 
 
-def _shortened(text: str, fits: Callable[[str], bool]) -> str:
+def shortened(text: str, fits: Callable[[str], bool]) -> str:
+    """The text, or as much of its beginning as `fits`, with dots."""
     if fits(text):
         return text
     while text and not fits(text + "..."):

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,6 +42,7 @@ INDEX = "cache.json"
 VERSION = 1
 PER_FILE = 256
 _REMEDY = "make the cache anew with trip-data cache"
+MOST_THREADS = 8
 TEXTS = 8  # sentences drawn for a clip whose data set words it differently each time
 
 
@@ -180,9 +182,11 @@ def write_cache(
             written += len(pending)
             pending.clear()
 
-        # A thread a core encodes whole clips, as one clip's tensors may be too small to keep several busy.
-        with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            encoded = pool.map(encode, range(len(clips)))
+        with ThreadPoolExecutor(_threads(device), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            # A file's clips at a time: what is asked of the pool stays small, however many clips there are.
+            starts = range(0, len(clips), PER_FILE)
+            parts = (range(start, min(start + PER_FILE, len(clips))) for start in starts)
+            encoded = chain.from_iterable(pool.map(encode, part) for part in parts)
             try:
                 for found in shown_progress(encoded, len(clips), "encode clips", "clip"):
                     if isinstance(found, BrokenClip):
@@ -209,6 +213,13 @@ def write_cache(
         }
         (draft / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return broken
+
+
+def _threads(device: torch.device) -> int:
+    """How many clips are encoded side by side: one on a GPU, which one clip keeps busy; on a CPU, where one clip's
+    tensors may be too small for several cores, one a core, and no more than MOST_THREADS, as each holds a clip's
+    activations."""
+    return 1 if device.type != "cpu" else min(os.cpu_count() or 1, MOST_THREADS)
 
 
 def encoder_digest(model: TripModel) -> str:

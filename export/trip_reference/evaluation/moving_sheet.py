@@ -8,6 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from trip_rt.errors import printable
+from trip_rt.images import shortened
+
 LABEL, GAP = 22, 8  # pixels: the height of a sentence, the space between clips
 
 
@@ -29,7 +32,8 @@ def moving_sheet(
         for column in range(columns)
     ]
     for (top, left), label in zip(corners, labels, strict=False):
-        draw.text((left, top + LABEL / 2), label, fill=(40, 40, 40), font=font, anchor="lm")
+        words = shortened(printable(label), lambda text: font.getlength(text) <= width)
+        draw.text((left, top + LABEL / 2), words, fill=(40, 40, 40), font=font, anchor="lm")
     sheet = np.repeat(np.asarray(blank)[None], frames, axis=0)
     for (top, left), clip in zip(corners, clips, strict=False):
         sheet[:, top + LABEL : top + LABEL + height, left : left + width] = clip.repeat(scale, 1).repeat(scale, 2)
