@@ -103,7 +103,7 @@ def test_the_example_with_real_videos(tmp_path):
 
 @pytest.mark.slow
 def test_one_clip_is_learned_by_heart(tmp_path):
-    """400 steps give it back at 25 dB or more; the demo's VAE alone gives it back at 30."""
+    """400 steps give it back at 30 dB or more; the demo's VAE alone gives it back at 36.6."""
     write_demo_folder(tmp_path / "one", 1, 0, num_frames=8)
     words = [
         "model.preset=demo-small",
@@ -137,4 +137,4 @@ def test_one_clip_is_learned_by_heart(tmp_path):
             frames = to_frames(model.decode(latents.transpose(0, 1)).numpy())
             found.append(psnr(frames, true.frames, 255))
     print(f"the clip at {', '.join(f'{value:.2f}' for value in found)} dB from three seeds")
-    assert min(found) >= 25
+    assert min(found) >= 30
