@@ -70,10 +70,12 @@ def fused_step_kernel(
     p_row = p_table + step * ROW_LENGTH
     blocks = tl.cdiv(pixels, PIXELS)
     clip = (tl.program_id(0) // blocks).to(tl.int64)
-    row = tl.arange(0, PIXELS * SHAPE.frames)
+    ROWS: tl.constexpr = PIXELS * SHAPE.frames
+    CHANNELS_P: tl.constexpr = SHAPE.channels_p  # Triton 3.6 takes no plain number of a shape in `zeros`
+    row = tl.arange(0, ROWS)
     pixel, frame = (tl.program_id(0) % blocks) * PIXELS + row // SHAPE.frames, row % SHAPE.frames
     inside = (pixel < pixels) & (frame < SHAPE.real_frames)
-    guided = tl.zeros([PIXELS * SHAPE.frames, SHAPE.channels_p], tl.float32)
+    guided = tl.zeros([ROWS, CHANNELS_P], tl.float32)
     guidance = tl.load(p_row + GUIDANCE)
     # Without guidance the second half, the conditional one, is enough.
     for branch in tl.range(tl.where(guidance == 1, 1, 0), 2, disable_licm=True):
@@ -96,7 +98,7 @@ def fused_step_kernel(
         guided += noise * tl.where(branch == 1, guidance, 1 - guidance)
 
     CHANNELS: tl.constexpr = SHAPE.channels
-    channel = tl.arange(0, SHAPE.channels_p)
+    channel = tl.arange(0, CHANNELS_P)
     real = inside[:, None] & (channel < CHANNELS)[None, :]
     channel_stride = SHAPE.real_frames * pixels
     offset = clip * CHANNELS * channel_stride + frame * pixels + pixel
