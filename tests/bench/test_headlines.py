@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def results(tmp_path):
-    for name in ("latency_bench", "latency_demo", "speeds_demo"):
+    for name in ("latency_bench", "latency_demo", "speeds_demo", "nvidia-h200"):
         shutil.copy(RESULTS / f"{name}.json", tmp_path)
     return tmp_path
 
