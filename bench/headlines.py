@@ -107,7 +107,8 @@ def _kernel(figures: dict[str, Any]) -> str:
     fused, compiled = (figures["gpu_us"][name] for name in _KERNELS)
     return (
         f"On an {figures['gpu']}, in fp16 at full size, the fused kernel does all that follows the UNet in"
-        f" **{fused:.0f} µs**; torch.compile in a CUDA graph takes {compiled:.0f} µs, **{compiled / fused:.1f} times** as long."
+        f" **{fused:.0f} µs**; torch.compile in a CUDA graph takes {compiled:.0f} µs, **{compiled / fused:.1f} times**"
+        " as long."
     )
 
 
