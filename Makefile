@@ -23,7 +23,7 @@ lint: $(READY)
 
 # On a machine whose own python has torch for its GPU, that one is used as it is.
 gpu:
-	@if $(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then python=$(PYTHON); \
+	@if $(PYTHON) -c 'import msgspec, torch, tqdm, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then python=$(PYTHON); \
 	elif nvidia-smi -L >/dev/null 2>&1; then $(MAKE) --no-print-directory $(READY) && python=$(BIN)/python; \
 	else echo "gpu: found no NVIDIA GPU, expected one; python bench/gpu/run.py --dry-run shows what would be done" >&2; exit 2; fi; \
 	PYTHONPATH=.:kernels:export:engines:$$PYTHONPATH $$python bench/gpu/run.py $(ARGS)
