@@ -114,14 +114,12 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Budget:
-    """What every trial of a table gets: minutes of one thread or, with `steps`, a number of steps; and how many clips a
-    step takes, if the trial does not vary it."""
+    """What every trial of a table gets: minutes of one thread or, with `steps`, a number of steps."""
 
     preset: str
     vae: str
     minutes: float
     steps: int
-    batch: int
     clips: int
     judged: int
 
@@ -181,10 +179,10 @@ def _run(task: tuple[Trial, int], budget: Budget, folder: Path) -> dict[str, Any
     _write_start(trial, seed, budget, start)
     clips = _clips(trial, budget)
     data = _latents(folder, budget, clips) if clips else None
-    steps = budget.steps or _steps_in(budget, trial, seed, start, data, run / "warm")
-    log = _train(trial, budget, seed, steps, start, data, run / "run")
+    steps = budget.steps or _steps_in(budget.minutes, trial, seed, start, data, run / "warm")
+    log = _train(trial, seed, steps, start, data, run / "run")
     loss = round(mean(record["loss"] for record in log[-LOOKED_AT:]), 6)
-    made = {"steps": steps, "loss": loss, "clips_seen": steps * _batch(trial, budget)}
+    made = {"steps": steps, "loss": loss, "clips_seen": steps * _batch(trial)}
     result = what | made | _judged(run / "run", budget)
     with whole_file(path) as part:
         part.write_text(json.dumps(result) + "\n", encoding="utf-8")
@@ -257,9 +255,7 @@ def _latents(folder: Path, budget: Budget, clips: int) -> Path:
     return folder / f"latents-{budget.preset}-{clips}"
 
 
-def _train(
-    trial: Trial, budget: Budget, seed: int, steps: int, start: Path, latents: Path | None, run: Path
-) -> list[dict[str, Any]]:
+def _train(trial: Trial, seed: int, steps: int, start: Path, latents: Path | None, run: Path) -> list[dict[str, Any]]:
     """Train into `run`; returns its log."""
     from trip_reference import checkpoint
     from trip_reference.training.config import load_config
@@ -279,7 +275,6 @@ def _train(
         f"stages.0.steps={steps}",
         f"stages.0.warmup={min(50, max(1, steps // 4))}",
         f"run.seed={seed}",
-        f"run.batch={budget.batch}",
         "run.weights=fp32",
         "run.tracker=none",
         "run.save_every=1000000",
@@ -295,17 +290,17 @@ def _train(
     return [json.loads(line) for line in log.splitlines()]
 
 
-def _steps_in(budget: Budget, trial: Trial, seed: int, start: Path, latents: Path | None, run: Path) -> int:
+def _steps_in(minutes: float, trial: Trial, seed: int, start: Path, latents: Path | None, run: Path) -> int:
     """How many steps fit, by the speed of a few."""
-    log = _train(trial, budget, seed, 2 * WARM, start, latents, run)
+    log = _train(trial, seed, 2 * WARM, start, latents, run)
     shutil.rmtree(run)
-    return max(1, round(budget.minutes * 60 * log[-1]["clips_per_second"] / _batch(trial, budget)))
+    return max(1, round(minutes * 60 * log[-1]["clips_per_second"] / _batch(trial)))
 
 
-def _batch(trial: Trial, budget: Budget) -> int:
+def _batch(trial: Trial) -> int:
     from trip_reference.training.config import load_config
 
-    return load_config("demo", None, (f"run.batch={budget.batch}", *trial.settings)).run.batch
+    return load_config("demo", None, trial.settings).run.batch
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -336,9 +331,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=4.0, help="of training, each (%(default)s)")
     parser.add_argument("--steps", type=int, default=0, help="the same number of steps for all, whatever they take")
     parser.add_argument(
-        "--batch", type=int, default=8, help="clips a step, for trials that do not vary it (%(default)s)"
-    )
-    parser.add_argument(
         "--clips", type=int, default=20_000, help="to train on, for trials that do not vary it (%(default)s)"
     )
     parser.add_argument("--judged", type=int, default=48, help="held-out clips to judge by (%(default)s)")
@@ -351,14 +343,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    for name, least in (("seeds", 1), ("steps", 0), ("batch", 1), ("clips", 1), ("judged", 1), ("jobs", 1)):
+    for name, least in (("seeds", 1), ("steps", 0), ("clips", 1), ("judged", 1), ("jobs", 1)):
         if getattr(args, name) < least:
             raise InputError(f"{name}: found {getattr(args, name)}, expected at least {least}")
     if not 0 < args.minutes < 1e4:
         raise InputError(f"minutes: found {args.minutes:g}, expected more than 0")
     groups = GROUPS if "all" in args.groups else args.groups
     trials = list(dict.fromkeys(trial for group in groups for trial in GROUPS[group]))
-    budget = Budget(args.preset, str(args.vae), args.minutes, args.steps, args.batch, args.clips, args.judged)
+    budget = Budget(args.preset, str(args.vae), args.minutes, args.steps, args.clips, args.judged)
     results = run_trials(trials, args.seeds, budget, args.output, args.jobs)
     text = table(results)
     if args.markdown:

@@ -11,14 +11,14 @@ VAE = "checkpoints/demo"
 
 
 def test_trials_train_what_differs_and_keep_what_is_done(tmp_path):
-    budget = Budget("demo-small", VAE, minutes=1, steps=2, batch=4, clips=4, judged=2)
+    budget = Budget("demo-small", VAE, minutes=1, steps=2, clips=4, judged=2)
     asked = [
         Trial("two clips / λ by frame", ("run.batch=2",), trip={"gate": "frame"}, unet={"layers_per_block": 2}),
         Trial("endless", clips=0),
     ]
     results = run_trials(asked, 1, budget, tmp_path, 1)
     assert [result["trial"] for result in results] == [trial.name for trial in asked]
-    assert [result["clips_seen"] for result in results] == [4, 8]
+    assert [result["clips_seen"] for result in results] == [4, 16]
     assert all(result["steps"] == 2 and result["loss"] > 0 and result["rms_999"] > 0 for result in results)
     assert {result["shape"] for result in results} <= {0.0, 50.0, 100.0}
     assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.name != "latents-demo-small-4"]
@@ -29,7 +29,7 @@ def test_trials_train_what_differs_and_keep_what_is_done(tmp_path):
 
 
 def test_a_start_is_what_the_trial_says(tmp_path):
-    budget = Budget("demo-small", VAE, minutes=1, steps=2, batch=2, clips=4, judged=1)
+    budget = Budget("demo-small", VAE, minutes=1, steps=2, clips=4, judged=1)
     for group in GROUPS.values():
         for trial in group:
             if trial.trip or trial.unet:
