@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import json
 import multiprocessing
 import os
 import signal
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -100,15 +102,23 @@ def train_together(folder: Path, count: int, *settings: str, sharded: bool = Fal
     ranks = [
         world | {"RANK": str(rank), "LOCAL_RANK": str(rank), "SHARDED": str(int(sharded))} for rank in range(count)
     ]
-    processes = [start(folder, *settings, environment=rank) for rank in ranks]
+    logs = [folder.with_name(f"{folder.name}-rank-{rank}.log") for rank in range(count)]
+    processes = [
+        start(folder, *settings, environment=rank | {"LOG": str(log)}) for rank, log in zip(ranks, logs, strict=True)
+    ]
     for process in processes:
         process.join(240)
     codes = [process.exitcode for process in processes]
-    assert codes == [0] * count, codes
+    # What a process says as it dies, by a signal too, is the only trace of a fault in one run of many.
+    assert codes == [0] * count, "\n".join([f"exit codes: {codes}", *(log.read_text()[-6000:] for log in logs)])
 
 
 def _child(folder: Path, settings: tuple[str, ...], kill_at: int | None, environment: dict[str, str]) -> None:
     os.environ.update(environment)
+    if "LOG" in environment:
+        sys.stderr.flush()
+        os.dup2(os.open(environment["LOG"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        faulthandler.enable(2)
     torch.set_num_threads(1)
     if kill_at is not None:
         seed_torch = loop.seed_torch
