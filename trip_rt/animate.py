@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from trip_rt import backends, images, video
-from trip_rt.animator import Animator
+from trip_rt.animator import Animation, Animator
 from trip_rt.bundle import read_manifest
 from trip_rt.clip_requests import Job, Pictures, check_jobs, read_batch
 from trip_rt.command_line import CommandParser, add_json_flag, add_settings, main_of, report, settings_of
 from trip_rt.errors import InputError, printable
 from trip_rt.files import whole_file
 from trip_rt.launch import note
+from trip_rt.settings import check_prompt
 
 _SHEET_COLUMNS = 8
 
@@ -52,6 +53,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="a file that asks for a clip a line; paths in it are relative to the current folder",
     )
     add_settings(parser)
+    parser.add_argument(
+        "--frames",
+        dest="num_frames",
+        type=int,
+        metavar="N",
+        help="frames of a clip: the engines' own, or more, by overlapping windows",
+    )
+    parser.add_argument(
+        "--then",
+        action="append",
+        default=[],
+        metavar="PROMPT",
+        help="what happens next, once for each --then: the clip goes on from its last frame or, with --frames, all"
+        " sentences share the frames",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, another clip (%(default)s)")
     parser.add_argument(
         "--fps",
@@ -88,7 +104,12 @@ def run(args: argparse.Namespace) -> int:
         profile = manifest.profile(args.profile)
         options = backends.EngineOptions(args.device, args.threads, cuda_graph=not args.no_cuda_graph)
         settings = settings_of(args)
-        steps = settings.steps(manifest.config)
+        shared, later = ((), args.then) if args.num_frames is None else (args.then, ())
+        for sentence in args.then:
+            check_prompt(sentence)
+        config = manifest.config_of(profile)
+        steps = settings.steps(config)
+        settings.frames(config)
         fps = float(manifest.config.fps if args.fps is None else args.fps)
         video.check_fps(fps)
         backends.choose(profile, args.backend, options)
@@ -96,8 +117,9 @@ def run(args: argparse.Namespace) -> int:
         pictures.check(jobs)
         animator = Animator(args.bundle, args.backend, profile.name, options)
     note(f"backend: {animator.backend} ({animator.backend_reason})")
-    clips, strips = [], []
-    total = len(steps) * math.ceil(len(jobs) / profile.batch)
+    clips: list[dict[str, Any]] = []
+    strips = []
+    total = len(steps) * (math.ceil(len(jobs) / profile.batch) + len(later) * len(jobs))
     with (
         animator,
         _plain_warnings(),
@@ -108,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
             with _timed(seconds, "denoise"):
                 latents = animator.latents(
                     np.stack([pictures.of(job) for job in group]),
-                    [job.prompt for job in group],
+                    [[job.prompt, *shared] for job in group],
                     [job.seed for job in group],
                     settings=settings,
                     on_step=lambda *_: bar.update(),
@@ -116,12 +138,19 @@ def run(args: argparse.Namespace) -> int:
             for job, clip in zip(group, latents, strict=True):
                 with _timed(seconds, "decode"):
                     frames = np.concatenate(list(animator.decode(clip)))
+                with _timed(seconds, "denoise"):
+                    animation = Animation(frames, fps, "; ".join([job.prompt, *shared]), job.seed, clip)
+                    for sentence in later:
+                        animation = animator.extend(
+                            animation, sentence, settings=settings, on_step=lambda *_: bar.update()
+                        )
+                    frames = animation.frames
                 with _timed(seconds, "save"):
                     video.save(frames, job.output, fps)
                 clips.append(
                     {
                         "image": job.image,
-                        "prompt": job.prompt,
+                        "prompt": animation.prompt,
                         "seed": job.seed,
                         "output": job.output,
                         "frames": len(frames),
@@ -140,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
                     sys.stdout.flush()
     if args.contact_sheet:
         with _timed(seconds, "save"):
-            _save_sheet(strips, [job.prompt for job in jobs], args.contact_sheet)
+            _save_sheet(strips, [clip["prompt"] for clip in clips], args.contact_sheet)
     seconds = {stage: round(value, 3) for stage, value in {"total": time.perf_counter() - began, **seconds}.items()}
     figures = {"clips": clips, "seconds": seconds, "backend": animator.backend, "reason": animator.backend_reason}
     figures["contact_sheet"] = args.contact_sheet and str(args.contact_sheet)

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -23,18 +23,22 @@ from trip_rt.errors import EngineError, InputError
 from trip_rt.images import Picture
 from trip_rt.pipeline import Pipeline
 from trip_rt.sampling.loop import Array, OnStep, initial_noise
+from trip_rt.sampling.step import Step
+from trip_rt.sampling.windows import anchored, sentence_of_window, shuffled_noise, window_starts
 from trip_rt.settings import Settings, SettingsKeywords, check_prompt, check_seed
 from trip_rt.tokenizer import PromptTokenizer
 
 
 @dataclass(frozen=True)
 class Animation:
-    """A finished clip: `frames` uint8 [F, H, W, 3], to be shown at `fps`."""
+    """A finished clip: `frames` uint8 [F, H, W, 3], to be shown at `fps`, and the clean latents float32 [C, F, h, w]
+    that they were decoded from, by which `Animator.extend` goes on without loss."""
 
     frames: NDArray[np.uint8]
     fps: float
     prompt: str
     seed: int
+    latents: Array | None = field(default=None, repr=False, compare=False)
 
     def save(self, path: str | os.PathLike[str], fps: float | None = None) -> None:
         """Write .mp4, .gif, .webp, or a folder of PNGs, at `fps` frames a second (the clip's own); InputError where
@@ -96,7 +100,7 @@ class Animator:
     def __call__(
         self,
         image: Picture,
-        prompt: str,
+        prompt: str | Sequence[str],
         *,
         seed: int = 0,
         settings: Settings | None = None,
@@ -107,14 +111,15 @@ class Animator:
 
         How it is made is said by a `settings` object or by the fields of Settings as keywords, such as `speed="fast"`
         or `guidance_scale=3`; keywords replace the object's fields. `on_step(done, total)` is called after every step.
-        InputError for anything out of bounds.
+        `num_frames` may be more than the engines have; then `prompt` may be several sentences, which share the frames
+        equally. InputError for anything out of bounds.
         """
         return self.batch([image], [prompt], seeds=[seed], settings=settings, on_step=on_step, **changes)[0]
 
     def batch(
         self,
         pictures: Sequence[Picture],
-        prompts: Sequence[str] | str,
+        prompts: Sequence[str | Sequence[str]] | str,
         *,
         seeds: Sequence[int] | None = None,
         settings: Settings | None = None,
@@ -136,13 +141,82 @@ class Animator:
         for rows, latents in self._denoised(fitted, prompts, seeds, settings, on_step):
             for row, clip in zip(rows, latents, strict=True):
                 frames = np.concatenate([self._frames(pixels) for pixels in self._pipeline.decode(clip)])
-                clips.append(Animation(frames, self.config.fps, prompts[row], int(seeds[row])))
+                told = "; ".join(_sentences(prompts[row]))
+                clips.append(Animation(frames, self.config.fps, told, int(seeds[row]), clip))
         return clips
+
+    def extend(
+        self,
+        animation: Animation,
+        prompt: str,
+        *,
+        seed: int | None = None,
+        settings: Settings | None = None,
+        on_step: OnStep | None = None,
+        **changes: Unpack[SettingsKeywords],
+    ) -> Animation:
+        """The clip going on as `prompt` says, which may be another sentence: the whole of it, with one engine's frames
+        after its own, or with `num_frames` new ones, run after run.
+
+        Each run begins at the last frame, where what has hardly changed since the first is put back to it, so that long
+        chains drift less. `seed` is the first run's (one more than the clip's own), later runs count on from it, and
+        the new clip has the last one's. InputError for a clip of another size.
+        """
+        settings, config = _settings(settings, changes), self.config
+        each = config.num_frames - 1
+        if not each:
+            raise InputError("extend: found engines of one frame, expected some that show a motion to go on with")
+        check_prompt(prompt)
+        first, last = self._ends(animation)
+        seed = check_seed((animation.seed + 1) % 2**64 if seed is None else seed)
+        wanted = each if settings.num_frames is None else int(settings.num_frames)
+        frames, latents = [animation.frames], []
+        for run in range(runs := math.ceil(wanted / each)):
+            report = _counting(on_step, run, runs)
+            clip = self._continued(first, last, prompt, (seed + run) % 2**64, settings, report)
+            last = clip[:, -1]
+            latents.append(clip[:, 1 : 1 + min(each, wanted - run * each)])
+            frames.extend(self._frames(pixels) for pixels in self._pipeline.decode(latents[-1]))
+        told = prompt if animation.prompt == prompt else f"{animation.prompt}; {prompt}"
+        whole = None if animation.latents is None else np.concatenate([animation.latents, *latents], axis=1)
+        return Animation(np.concatenate(frames), animation.fps, told, (seed + runs - 1) % 2**64, whole)
+
+    def _ends(self, animation: Animation) -> tuple[Array, Array]:
+        """The clean latents [C, h, w] of a clip's first and last frame."""
+        config = self.config
+        if not isinstance(animation, Animation):
+            raise InputError(f"animation: found {shown(animation)}, expected an Animation, such as a call returns")
+        check_array("animation.frames", animation.frames, "uint8", (None, config.height, config.width, 3))
+        channels, _, height, width = config.latent_shape
+        if animation.latents is not None:
+            shape = (channels, len(animation.frames), height, width)
+            check_array("animation.latents", animation.latents, "float32", shape)
+            return animation.latents[:, 0], animation.latents[:, -1]
+        with self._pipeline.turn:
+            encoded = [
+                self._pipeline.encode_images(images.to_model(np.stack([frame] * self.profile.batch)))[0]
+                for frame in animation.frames[[0, -1]]
+            ]
+        return encoded[0], encoded[1]
+
+    def _continued(
+        self, first: Array, last: Array, prompt: str, seed: int, settings: Settings, on_step: OnStep
+    ) -> Array:
+        """The latents [C, F, h, w] of a clip that begins at `last`, of one that began at `first`, both [C, h, w]."""
+        steps, batch = self._steps(settings), self.profile.batch
+        unconditional, conditional = (self._tokenizer([text] * batch) for text in (settings.negative_prompt, prompt))
+        noise = initial_noise([seed] * batch, self.config.latent_shape)
+        with self._pipeline.turn:
+            self._pipeline.encode_text(unconditional, conditional)
+            self._pipeline.give(np.concatenate([anchored(last[None], first[None])] * batch))
+            self._pipeline.denoise(noise, steps, on_step)
+            clip: Array = self._pipeline.latents()[0]
+            return clip
 
     def stream(
         self,
         image: Picture,
-        prompt: str,
+        prompt: str | Sequence[str],
         *,
         seed: int = 0,
         settings: Settings | None = None,
@@ -158,7 +232,7 @@ class Animator:
     def latents(
         self,
         pictures: NDArray[np.uint8],
-        prompts: Sequence[str],
+        prompts: Sequence[str | Sequence[str]],
         seeds: Sequence[int],
         *,
         settings: Settings | None = None,
@@ -168,20 +242,22 @@ class Animator:
         """The denoised latents float32 [n, C, F, h, w] of fitted pictures uint8 [n, H, W, 3]."""
         config = self.config
         check_array("pictures", pictures, "uint8", (None, config.height, config.width, 3))
-        groups = [
-            latents for _, latents in self._denoised(pictures, prompts, seeds, _settings(settings, changes), on_step)
-        ]
-        return np.concatenate(groups) if groups else np.zeros((0, *config.latent_shape), np.float32)
+        settings = _settings(settings, changes)
+        groups = [latents for _, latents in self._denoised(pictures, prompts, seeds, settings, on_step)]
+        channels, _, height, width = config.latent_shape
+        empty = np.zeros((0, channels, settings.frames(config), height, width), np.float32)
+        return np.concatenate([empty, *groups])
 
     def decode(self, latents: Array) -> Iterator[NDArray[np.uint8]]:
-        """One clip's frames from its latents [C, F, h, w], uint8 [≤ decode_frames, H, W, 3] at a time, so memory stays
+        """One clip's frames from its latents [C, N, h, w], uint8 [≤ decode_frames, H, W, 3] at a time, so memory stays
         flat."""
         for pixels in self.decode_pixels(latents):
             yield self._frames(pixels)
 
     def decode_pixels(self, latents: Array) -> Iterator[Array]:
         """As `decode`, but the decoder's own float32 [n, 3, H, W], about −1 to 1."""
-        check_array("latents", latents, "float32", self.config.latent_shape)
+        channels, _, height, width = self.config.latent_shape
+        check_array("latents", latents, "float32", (channels, None, height, width))
         yield from self._pipeline.decode(latents)
 
     def _frames(self, pixels: Array) -> NDArray[np.uint8]:
@@ -207,7 +283,7 @@ class Animator:
     def _denoised(
         self,
         pictures: NDArray[np.uint8],
-        prompts: Sequence[str],
+        prompts: Sequence[str | Sequence[str]],
         seeds: Sequence[int],
         settings: Settings,
         on_step: OnStep | None,
@@ -216,36 +292,58 @@ class Animator:
         if not len(pictures) == len(prompts) == len(seeds):
             counts = f"{len(pictures)} pictures, {len(prompts)} prompts and {len(seeds)} seeds"
             raise InputError(f"batch: found {counts}, expected as many of each")
-        for prompt in prompts:
-            check_prompt(prompt)
+        told = [_sentences(prompt) for prompt in prompts]
         seeds = [check_seed(seed) for seed in seeds]
         if on_step is not None and not callable(on_step):
             raise InputError(f"on_step: found {shown(on_step)}, expected a function of two numbers, done and total")
-        steps, batch = settings.steps(self.config), self.profile.batch
+        steps, batch, frames = self._steps(settings), self.profile.batch, settings.frames(self.config)
+        most, windows = max(map(len, told), default=1), len(window_starts(frames, self.config.num_frames))
+        if most > windows:
+            raise InputError(
+                f"prompt: found {most} sentences for {frames} frames, which are {windows} of these engines' windows;"
+                " expected a sentence a window at most: ask for more with num_frames, or go on with extend"
+            )
+        groups = math.ceil(len(pictures) / batch)
+        for start in range(0, len(pictures), batch):
+            # The last group repeats its last clip.
+            rows = [min(row, len(pictures) - 1) for row in range(start, start + batch)]
+            report = _counting(on_step, start // batch, groups)
+            noise = shuffled_noise([seeds[row] for row in rows], self.config.latent_shape, frames)
+            with self._pipeline.turn:
+                self._pipeline.give(self._pipeline.encode_images(images.to_model(pictures[rows])))
+                contexts = self._contexts([told[row] for row in rows], settings)
+                if frames > self.config.num_frames:
+                    latents = self._pipeline.denoise_windows(contexts, noise, steps, report)
+                else:
+                    self._pipeline.denoise(noise, steps, report)
+                    latents = self._pipeline.latents()
+            taken = range(start, min(start + batch, len(pictures)))
+            yield taken, latents[: len(taken)]
+
+    def _contexts(self, told: Sequence[Sequence[str]], settings: Settings) -> list[Array]:
+        """The sentences of every window of a group of clips, as the pipeline's contexts; the last one is left in its
+        buffer."""
+        frames, length = settings.frames(self.config), self.config.num_frames
+        unconditional = self._tokenizer([settings.negative_prompt] * len(told))
+        known: dict[tuple[str, ...], Array] = {}
+        contexts = []
+        for start in window_starts(frames, length):
+            now = tuple(some[sentence_of_window(start, length, frames, len(some))] for some in told)
+            if now not in known:
+                self._pipeline.encode_text(unconditional, self._tokenizer(now))
+                known[now] = self._pipeline.context()
+            contexts.append(known[now])
+        return contexts
+
+    def _steps(self, settings: Settings) -> list[Step]:
+        steps = settings.steps(self.config)
         if settings.negative_prompt and not any(step.guided for step in steps):
             warnings.warn(
                 "negative prompt: it says nothing at guidance scale 1, which is this run's; ask for more, such as"
                 " guidance_scale=2",
-                stacklevel=2,
+                stacklevel=3,
             )
-        total = len(steps) * math.ceil(len(pictures) / batch)
-        for start in range(0, len(pictures), batch):
-            # The last group repeats its last clip.
-            rows = [min(row, len(pictures) - 1) for row in range(start, start + batch)]
-
-            def report(done: int, _: int, before: int = start // batch * len(steps)) -> None:
-                if on_step:
-                    on_step(before + done, total)
-
-            unconditional = self._tokenizer([settings.negative_prompt] * batch)
-            conditional = self._tokenizer([prompts[row] for row in rows])
-            noise = initial_noise([seeds[row] for row in rows], self.config.latent_shape)
-            with self._pipeline.turn:
-                self._pipeline.encode(unconditional, conditional, images.to_model(pictures[rows]))
-                self._pipeline.denoise(noise, steps, report)
-                latents = self._pipeline.latents()
-            taken = range(start, min(start + batch, len(pictures)))
-            yield taken, latents[: len(taken)]
+        return steps
 
     def engine(self, name: str) -> backends.Engine | None:
         """A component's engine, opened when first asked for; None where the bundle has none for this backend."""
@@ -278,6 +376,26 @@ class Animator:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _sentences(prompt: str | Sequence[str]) -> tuple[str, ...]:
+    """The sentences of a clip, one or several."""
+    told = (prompt,) if isinstance(prompt, str) else tuple(several("prompt", prompt))
+    for sentence in told:
+        check_prompt(sentence)
+    if not told:
+        raise InputError("prompt: found no sentence, expected one or several")
+    return told
+
+
+def _counting(on_step: OnStep | None, run: int, runs: int) -> OnStep:
+    """What counts the steps of one run of several."""
+
+    def report(done: int, total: int) -> None:
+        if on_step:
+            on_step(run * total + done, runs * total)
+
+    return report
 
 
 def _settings(settings: Settings | None, changes: SettingsKeywords) -> Settings:

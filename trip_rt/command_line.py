@@ -124,8 +124,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    """The settings that the options of `add_settings` ask for; InputError for one out of bounds."""
-    return Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
+    """The settings that the options of `add_settings` and a command's own ask for; InputError for one out of bounds."""
+    names = {field.name for field in dataclasses.fields(Settings)}
+    return Settings(**{name: value for name, value in vars(args).items() if name in names})
 
 
 def _interval(text: str) -> tuple[float, float]:

@@ -82,7 +82,7 @@ def last_rows(buffers: StepBuffers, tensor: TensorSpec) -> Buffer:
 
 
 class EngineNetworks:
-    """UNet and TNF by their engines, for a loop that keeps its latents on the host (sampling.loop.Networks)."""
+    """UNet and TNF by their engines, for a loop whose latents are on the host (sampling.windows.WindowNetworks)."""
 
     def __init__(self, device: Device, buffers: StepBuffers, unet: BoundUNet, open_engine: OpenEngine):
         self._device, self._buffers, self._unet, self._open_engine = device, buffers, unet, open_engine
@@ -92,6 +92,11 @@ class EngineNetworks:
         self._latents = halves(buffers.latents)
         self._tnf: dict[bool, tuple[Work, Buffer]] = {}
         self._fusion(True)
+
+    def give(self, first_frame: Array, context: Array) -> None:
+        self._device.write(self._buffers.context, context)
+        for half in halves(self._buffers.first_frame):
+            self._device.write(half, first_frame)
 
     def unet(self, step: Step, latents: Array) -> None:
         for half in self._latents:

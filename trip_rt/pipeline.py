@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from trip_rt.manifest import Profile
 from trip_rt.networks import BoundUNet, EngineNetworks, OpenEngine, halves, step_buffers
 from trip_rt.sampling.loop import Array, OnStep, denoise, denoise_on_gpu
 from trip_rt.sampling.step import Step
+from trip_rt.sampling.windows import denoise_windows
 from trip_rt.turns import Turn
 
 
@@ -57,10 +59,12 @@ class Pipeline:
         self.graph = False
         self._works: dict[tuple[bool, bool], Work] = {}
         self.fused_step = self._open_kernel(config, folder)
+        self._open_engine = open_engine
+        self._networks: EngineNetworks | None = None
         if self.fused_step:
             self._work(True, False)
         else:
-            self._networks = EngineNetworks(device, self.buffers, self._unet, open_engine)
+            self._host_networks()
 
     @property
     def after_unet(self) -> str:
@@ -108,20 +112,42 @@ class Pipeline:
             self._works[guided, shallow] = engine.capture(step) if graph else step
         return self._works[guided, shallow]
 
+    def _host_networks(self) -> EngineNetworks:
+        """For loops on the host; beside the fused kernel, opened when a clip of several windows first asks for them."""
+        if self._networks is None:
+            self._networks = EngineNetworks(self._device, self.buffers, self._unet, self._open_engine)
+        return self._networks
+
     def encode(self, unconditional: NDArray[np.int64], conditional: NDArray[np.int64], pixels: Array) -> None:
         """Token ids [B, L] of both halves and pictures [B, 3, H, W], −1 to 1, to the buffers `context` and
         `first_frame`."""
-        device, buffers = self._device, self.buffers
+        self.encode_text(unconditional, conditional)
+        self.give(self.encode_images(pixels))
+
+    def encode_text(self, unconditional: NDArray[np.int64], conditional: NDArray[np.int64]) -> None:
+        """Token ids [B, L] of both halves to the buffer `context`."""
+        device = self._device
         for half, ids in zip(halves(self._projection.input), (unconditional, conditional), strict=True):
             device.write(self._text.input, ids)
             self._text.run()
             device.copy(self._text.output, half)
         self._projection.run()
-        device.copy(self._projection.output, buffers.context)
-        device.write(self._image.input, pixels)
+        device.copy(self._projection.output, self.buffers.context)
+
+    def context(self) -> Array:
+        """What `encode_text` made, [2B, L, K]; the caller's own."""
+        return self._device.read(self.buffers.context)
+
+    def encode_images(self, pixels: Array) -> Array:
+        """Pictures [B, 3, H, W], −1 to 1, as clean latents [B, C, h, w]."""
+        self._device.write(self._image.input, pixels)
         self._image.run()
-        for half in halves(buffers.first_frame):
-            device.copy(self._image.output, half)
+        return self._device.read(self._image.output)
+
+    def give(self, first_frame: Array) -> None:
+        """Clean latents [B, C, h, w] to the buffer `first_frame`."""
+        for half in halves(self.buffers.first_frame):
+            self._device.write(half, first_frame)
 
     def denoise(self, noise: Array, steps: Sequence[Step], on_step: OnStep | None = None) -> None:
         """The loop on what `encode` left, from `noise` [B, C, F, h, w]; `latents` reads what it made.
@@ -137,19 +163,37 @@ class Pipeline:
             denoise_on_gpu(device, works, steps, on_step)
         else:
             first_frame = device.read(halves(buffers.first_frame)[0])
-            device.write(halves(buffers.latents)[0], denoise(self._networks, first_frame, noise, steps, on_step))
+            device.write(halves(buffers.latents)[0], denoise(self._host_networks(), first_frame, noise, steps, on_step))
+
+    def denoise_windows(
+        self, contexts: Sequence[Array], noise: Array, steps: Sequence[Step], on_step: OnStep | None = None
+    ) -> Array:
+        """The same by overlapping windows, from `noise` [B, C, N, h, w] of more frames than the engines have, each
+        window by its own context; the loop runs on the host and returns clean latents of that shape."""
+        first_frame = self._device.read(halves(self.buffers.first_frame)[0])
+        whole = [dataclasses.replace(step, shallow=False) for step in steps]
+        return denoise_windows(self._host_networks(), first_frame, contexts, noise, whole, self._clip.shape[1], on_step)
 
     def latents(self) -> Array:
         """The loop's result, [B, C, F, h, w]; the caller's own."""
         return self._device.read(halves(self.buffers.latents)[0])
 
     def decode(self, latents: Array) -> Iterator[Array]:
-        """The frames of a clip's latents [C, F, h, w], float32 [≤ decode_frames, 3, H, W], about −1 to 1.
+        """The frames of a clip's latents [C, N, h, w], float32 [≤ decode_frames, 3, H, W], about −1 to 1.
 
         They come chunk by chunk, so that memory stays flat; on a GPU the next chunk is being decoded while the caller
         has this one. Between chunks others may have their turn: then what they displaced is decoded again.
         """
-        frames, chunk = latents.shape[1], self._decoder.input.shape[0]
+        length = self._clip.shape[1]
+        for start in range(0, latents.shape[1], length):
+            part = latents[:, start : start + length]
+            frames = part.shape[1]
+            padded = part if frames == length else np.pad(part, ((0, 0), (0, length - frames), (0, 0), (0, 0)))
+            yield from self._decode_clip(padded, frames)
+
+    def _decode_clip(self, latents: Array, frames: int) -> Iterator[Array]:
+        """The first `frames` frames of latents [C, F, h, w]."""
+        chunk = self._decoder.input.shape[0]
         starts, ours = range(0, frames, chunk), object()
         put = 0  # chunks handed to the decoder
         for taken, start in enumerate(starts):

@@ -15,6 +15,7 @@ from trip_rt.sampling.solvers import SOLVERS, Solver, solver_steps
 from trip_rt.sampling.step import Step
 
 MAX_GUIDANCE_SCALE = 100
+MAX_FRAMES = 4096
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class SettingsKeywords(TypedDict, total=False):
     feature_reuse: int | None
     negative_prompt: str
     fit: Fit
+    num_frames: int | None
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class Settings:
     `speed` is one of SPEEDS or a Speed; `num_inference_steps`, `solver`, `guidance_interval` and `feature_reuse`
     replace the speed's own where they are given. `guidance_scale` 0 to 100 says how closely the clip follows the prompt
     (None: the model's own), `negative_prompt` what should not be seen. `fit` says how a picture of another shape is
-    fitted: `crop` keeps its largest centred part, `letterbox` all of it.
+    fitted: `crop` keeps its largest centred part, `letterbox` all of it. `num_frames` may be more than the engines have
+    (None: theirs): then overlapping windows make the clip.
     """
 
     speed: Speed | str = "exact"
@@ -72,6 +75,7 @@ class Settings:
     feature_reuse: int | None = None
     negative_prompt: str = ""
     fit: Fit = "crop"
+    num_frames: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.speed, Speed):
@@ -89,6 +93,8 @@ class Settings:
         if speed.num_inference_steps is not None and not is_whole(speed.num_inference_steps):
             raise InputError(f"num_inference_steps: found {shown(speed.num_inference_steps)}, expected a whole number")
         _check_interval(speed.guidance_interval)
+        if self.num_frames is not None:
+            whole_number("num_frames", self.num_frames, 1, MAX_FRAMES)
 
     @property
     def resolved_speed(self) -> Speed:
@@ -114,6 +120,20 @@ class Settings:
             whole = whole if shallow else i
             steps.append(dataclasses.replace(step, guidance_scale=scale if guided else 1.0, shallow=shallow))
         return steps
+
+    def frames(self, config: TripConfig) -> int:
+        """How many frames a clip of this model's engines has; InputError for fewer than they make."""
+        count = config.num_frames if self.num_frames is None else int(self.num_frames)
+        if count < config.num_frames:
+            raise InputError(
+                f"num_frames: found {count}, expected at least {config.num_frames}, which these engines make at once;"
+                " leave some out, or export others with trip-export --frames N --add"
+            )
+        if count > config.num_frames == 1:
+            raise InputError(
+                f"num_frames: found {count}, expected 1: engines of one frame show no motion to go on with"
+            )
+        return count
 
     def changed(self, keywords: Mapping[str, Any]) -> Settings:
         """These settings with some fields replaced; InputError names a keyword that is none and what to write
@@ -148,7 +168,6 @@ def _check_interval(interval: Any) -> None:
 # What users of diffusers' pipelines write first, and what does it here.
 _INSTEAD = {
     "generator": "write seed=7 in its place",
-    "num_frames": "the engines' shapes are fixed; export others with trip-export --frames N --add, then profile=NAME",
     "height": "the engines' shapes are fixed; export others with trip-export --size WxH --add, then profile=NAME",
     "width": "the engines' shapes are fixed; export others with trip-export --size WxH --add, then profile=NAME",
     "fps": "frames a second are chosen when the clip is written: clip.save('clip.mp4', fps=8)",

@@ -141,6 +141,18 @@ def test_json_and_every_option(animate, here, tiny_bundle):
     assert sorted(os.listdir()) == ["clip.webp", "photo.png", "sheet.PNG"]
 
 
+def test_longer_clips(animate, here, tiny_bundle, tiny_animator):
+    then = ["--steps", 2, "--then", "a red ball falls"]
+    ran = animate(tiny_bundle, "photo.png", PROMPT, "-o", "clip.webp", *then, "--json")
+    (clip,) = json.loads(ran.out)["clips"]
+    assert (clip["frames"], clip["prompt"]) == (9, f"{PROMPT}; a red ball falls") and frames_of("clip.webp") == 9
+    ran = animate(tiny_bundle, "photo.png", PROMPT, "-o", "frames", *then, "--frames", 12)
+    assert ran.code == 0 and ran.out.startswith("frames: 12 frames at 8 a second") and frames_of("frames") == 12
+    expected = tiny_animator("photo.png", [PROMPT, "a red ball falls"], num_inference_steps=2, num_frames=12)
+    last = np.asarray(Image.open("frames/frame_0012.png"))
+    assert np.abs(last.astype(int) - expected.frames[-1]).max() <= 1
+
+
 def test_batch(animate, here, tiny_bundle, tiny_animator):
     entries = [
         {"image": "photo.png", "prompt": prompt, "output": f"{i}"}
@@ -233,6 +245,10 @@ def test_bad_pictures(refuse, here, tiny_bundle, name, data, says):
         (["--feature-reuse", "0"], "feature reuse: found 0, expected at least 1"),
         (["--solver", "euler"], "argument --solver"),
         (["--speed", "ludicrous"], "argument --speed"),
+        (["--frames", "4"], "num_frames: found 4, expected at least 5"),
+        (["--frames", "0"], "num_frames: found 0"),
+        (["--then", " "], "prompt: found an empty one"),
+        (["--frames", "5", "--then", "a ball falls"], "prompt: found 2 sentences for 5 frames"),
         (["--seed", "-1"], "seed: found -1"),
         (["--seed", str(2**64)], "seed: found"),
         (["--fps", "nan"], "fps: found nan"),

@@ -150,6 +150,19 @@ def test_the_fused_kernel_makes_the_clip_that_the_engines_make(gpu, bundle, expe
     assert not gpu.memory and not gpu.handles
 
 
+def test_longer_clips_are_made_by_the_engines_and_clips_go_on_by_the_kernel(gpu, bundle):
+    settings = {"num_inference_steps": 2, "guidance_scale": 3.0}
+    with animator_on(bundle) as animator, Animator(bundle, "onnxruntime") as on_the_host:
+        found, expected = (
+            one.latents(images(one), [PROMPT], [7], num_frames=8, **settings) for one in (animator, on_the_host)
+        )
+        assert psnr(found, expected, np.ptp(expected)) > 100
+        clip = on_the_host(PICTURE, PROMPT, seed=7, **settings)
+        gpu.calls.clear()
+        found, expected = (one.extend(clip, PROMPT, **settings).latents for one in (animator, on_the_host))
+        assert psnr(found, expected, np.ptp(expected)) > 100 and gpu.calls.count("cudaGraphLaunch") == 2
+
+
 def test_between_encoding_and_decoding_nothing_waits_for_the_host(gpu, bundle):
     with animator_on(bundle) as animator:
         pipeline, steps = animator._pipeline, 4

@@ -97,7 +97,7 @@ def test_the_keywords_are_the_fields():
     ("keyword", "says"),
     [
         ("generator", "write seed=7"),
-        ("num_frames", "--frames N --add"),
+        ("height", "--size WxH --add"),
         ("callback_on_step_end", "on_step"),
         ("sharpness", "expected some of speed, num_inference_steps"),
     ],

@@ -60,10 +60,15 @@ def guide(step: Step, noise: Any, batch: int) -> Any:
     return unconditional + step.guidance_scale * (conditional - unconditional)
 
 
+def predicted_clean(step: Step, latents: Any, noise: Any) -> Any:
+    """x̂_0 = (z_t − sqrt(1−ᾱ_t)·ε̃) / sqrt(ᾱ_t), the clean latents that `noise` says are in `latents`."""
+    return (latents - step.sqrt_one_minus_alpha_bar * noise) / step.sqrt_alpha_bar
+
+
 def advance(step: Step, latents: Any, noise: Any, history: History) -> tuple[Any, History]:
     """The solver's update: the next latents and the next history, from latents and guided noise [B, C, F, h, w]."""
     terms = (latents, noise, *history)
-    clean = (latents - step.sqrt_one_minus_alpha_bar * noise) / step.sqrt_alpha_bar
+    clean = predicted_clean(step, latents, noise)
     return _combine(step.latents, terms), History(_combine(step.corrected, terms), clean, history.clean_1)
 
 
