@@ -24,6 +24,7 @@ from trip_rt.command_line import CommandParser, add_json_flag, add_settings, mai
 from trip_rt.errors import InputError, printable
 from trip_rt.files import whole_file
 from trip_rt.launch import note
+from trip_rt.play import check_live, play
 from trip_rt.settings import check_prompt
 
 _SHEET_COLUMNS = 8
@@ -32,7 +33,8 @@ _SHEET_COLUMNS = 8
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="trip-animate",
-        usage="%(prog)s BUNDLE IMAGE PROMPT -o CLIP [options]\n       %(prog)s BUNDLE --batch FILE [options]",
+        usage="%(prog)s BUNDLE IMAGE PROMPT -o CLIP [options]\n       %(prog)s BUNDLE --batch FILE [options]\n"
+        "       %(prog)s BUNDLE IMAGE PROMPT --live [options]",
         description="Animate a picture as a sentence says. Everything given is checked before the slow work begins.",
         epilog=(
             'example: trip-animate bundle photo.jpg "a red ball rolls to the right" -o clip.mp4 --seed 7; a line of a'
@@ -68,6 +70,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="what happens next, once for each --then: the clip goes on from its last frame or, with --frames, all"
         " sentences share the frames",
     )
+    parser.add_argument(
+        "--live",
+        action="store_true",
+        help="show a clip without end in the terminal; every line that is typed says what happens next. Take a --speed"
+        " that makes frames faster than they are shown",
+    )
+    parser.add_argument("--seconds", type=float, metavar="S", help="end --live after so long (never)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, another clip (%(default)s)")
     parser.add_argument(
         "--fps",
@@ -99,7 +108,8 @@ def run(args: argparse.Namespace) -> int:
     seconds = dict.fromkeys(("load", "denoise", "decode", "save"), 0.0)
     with _timed(seconds, "load"):
         jobs = _jobs(args)
-        check_jobs(jobs, args.contact_sheet)
+        if not args.live:
+            check_jobs(jobs, args.contact_sheet)
         manifest = read_manifest(args.bundle)
         profile = manifest.profile(args.profile)
         options = backends.EngineOptions(args.device, args.threads, cuda_graph=not args.no_cuda_graph)
@@ -112,11 +122,20 @@ def run(args: argparse.Namespace) -> int:
         settings.frames(config)
         fps = float(manifest.config.fps if args.fps is None else args.fps)
         video.check_fps(fps)
+        if args.live:
+            check_live(args, fps)
+        elif args.seconds is not None:
+            raise InputError(
+                "found --seconds without --live, expected both or neither; --frames says how long a clip is"
+            )
         backends.choose(profile, args.backend, options)
         pictures = Pictures(profile.height, profile.width, settings.fit)
         pictures.check(jobs)
         animator = Animator(args.bundle, args.backend, profile.name, options)
     note(f"backend: {animator.backend} ({animator.backend_reason})")
+    if args.live:
+        with animator, _plain_warnings():
+            return play(args, animator, jobs[0], settings, fps)
     clips: list[dict[str, Any]] = []
     strips = []
     total = len(steps) * (math.ceil(len(jobs) / profile.batch) + len(later) * len(jobs))
@@ -185,14 +204,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _jobs(args: argparse.Namespace) -> list[Job]:
     single = [args.image, args.prompt, args.output]
-    if args.batch:
+    if args.batch and not args.live:
         if any(value is not None for value in single):
             raise InputError(
                 "found --batch beside IMAGE, PROMPT or -o, expected one or the other; see trip-animate --help"
             )
         return read_batch(args.batch, args.seed)
+    if args.live and not any(value is None for value in single[:2]):
+        return [Job(args.image, args.prompt, args.output or "", args.seed)]
     if any(value is None for value in single):
-        raise InputError("expected IMAGE, PROMPT and -o CLIP, or --batch FILE; see trip-animate --help")
+        raise InputError("expected IMAGE, PROMPT and -o CLIP or --live, or --batch FILE; see trip-animate --help")
     return [Job(args.image, args.prompt, args.output, args.seed)]
 
 

@@ -166,16 +166,15 @@ class Animator:
         each = config.num_frames - 1
         if not each:
             raise InputError("extend: found engines of one frame, expected some that show a motion to go on with")
-        check_prompt(prompt)
         first, last = self._ends(animation)
         seed = check_seed((animation.seed + 1) % 2**64 if seed is None else seed)
         wanted = each if settings.num_frames is None else int(settings.num_frames)
         frames, latents = [animation.frames], []
         for run in range(runs := math.ceil(wanted / each)):
             report = _counting(on_step, run, runs)
-            clip = self._continued(first, last, prompt, (seed + run) % 2**64, settings, report)
-            last = clip[:, -1]
-            latents.append(clip[:, 1 : 1 + min(each, wanted - run * each)])
+            more = self.more(first, last, prompt, (seed + run) % 2**64, settings, report)
+            last = more[:, -1]
+            latents.append(more[:, : wanted - run * each])
             frames.extend(self._frames(pixels) for pixels in self._pipeline.decode(latents[-1]))
         told = prompt if animation.prompt == prompt else f"{animation.prompt}; {prompt}"
         whole = None if animation.latents is None else np.concatenate([animation.latents, *latents], axis=1)
@@ -199,10 +198,11 @@ class Animator:
             ]
         return encoded[0], encoded[1]
 
-    def _continued(
-        self, first: Array, last: Array, prompt: str, seed: int, settings: Settings, on_step: OnStep
+    def more(
+        self, first: Array, last: Array, prompt: str, seed: int, settings: Settings, on_step: OnStep | None = None
     ) -> Array:
-        """The latents [C, F, h, w] of a clip that begins at `last`, of one that began at `first`, both [C, h, w]."""
+        """The clean latents [C, F − 1, h, w] that follow `last` in a clip that began at `first`, both [C, h, w]."""
+        check_prompt(prompt)
         steps, batch = self._steps(settings), self.profile.batch
         unconditional, conditional = (self._tokenizer([text] * batch) for text in (settings.negative_prompt, prompt))
         noise = initial_noise([seed] * batch, self.config.latent_shape)
@@ -210,8 +210,8 @@ class Animator:
             self._pipeline.encode_text(unconditional, conditional)
             self._pipeline.give(np.concatenate([anchored(last[None], first[None])] * batch))
             self._pipeline.denoise(noise, steps, on_step)
-            clip: Array = self._pipeline.latents()[0]
-            return clip
+            latents: Array = self._pipeline.latents()
+        return latents[0, :, 1:]
 
     def stream(
         self,
