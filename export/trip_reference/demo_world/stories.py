@@ -1,0 +1,130 @@
+"""Clips of the demo world of any length, in which one thing happens after another, and what a judge sees at their end.
+
+A story is a list of motions, one from each frame to the next: the truth at any length. Over a long clip small errors of
+place and size add up, so shape and motion are judged where and as large as the object is seen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trip_reference.demo_world import world
+from trip_rt.accuracy import psnr
+
+Array = NDArray[np.float32]
+Frames = NDArray[np.uint8]
+
+# What brings an object back after each motion, so that a story of any length stays in the picture.
+BACK = {"left": "right", "right": "left", "up": "down", "down": "up", "grows": "shrinks", "shrinks": "grows"}
+SPAN = 12  # last frames of a clip that its motion is judged by
+MOST_STEP = 2.0  # times the object's true pace: a larger displacement from one frame to the next is a jump
+_SEEN = 0.15  # of a pixel's distance from the background; a shadow is fainter
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What is seen in the last SPAN frames (`motion`) and in the last frame (`shape`, `colour`); how far the object
+    moves from one frame to the next at most, in shares of its true pace (`step`); and the frames' PSNR to the truth in
+    dB, of the whole clip and of its last SPAN frames."""
+
+    motion: str
+    shape: str
+    colour: str
+    step: float
+    truth_psnr: float
+    last_psnr: float
+
+    def checks(self, scene: world.Scene, motion: str) -> dict[str, bool]:
+        """Each demand on a clip of `scene` that should end with `motion`, and whether it is met."""
+        return {
+            "motion": self.motion == motion,
+            "shape": self.shape == scene.shape,
+            "colour": self.colour == scene.colour,
+            "no jump": self.step <= MOST_STEP,
+        }
+
+
+def poses(scene: world.Scene, story: Sequence[str]) -> list[world.Scene]:
+    """The scene as it is in each of len(story) + 1 frames."""
+    found = [scene]
+    for motion in story:
+        dx, dy = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}.get(motion, (0, 0))
+        change = {"grows": world.GROWTH, "shrinks": world.SHRINKAGE}.get(motion, 1.0) ** (1 / 15)
+        now = found[-1]
+        found.append(
+            dataclasses.replace(
+                now,
+                x=now.x + dx * world.SPEED,
+                y=now.y + dy * world.SPEED,
+                radius=now.radius * change,
+                angle=now.angle + (world.TURN if motion == "spins" else 0),
+            )
+        )
+    return found
+
+
+def render_story(scene: world.Scene, story: Sequence[str], size: int = 64) -> Frames:
+    """The truth, uint8 [len(story) + 1, size, size, 3]."""
+    return np.concatenate([world.render(pose, "still", 1, size) for pose in poses(scene, story)])
+
+
+def judge_ending(frames: Frames, scene: world.Scene, story: Sequence[str]) -> Ending:
+    """Look at a clip uint8 [len(story) + 1, size, size, 3] that should show `scene` doing one motion after another."""
+    size, true = frames.shape[1], poses(scene, story)
+    empty = world.background(scene, size)
+    truth, clip = render_story(scene, story, size).astype(np.float32) / 255, frames.astype(np.float32) / 255
+    seen = np.linalg.norm(clip - empty, axis=-1)
+
+    def looks(pose: world.Scene, motion: str = "still", count: int = 1) -> Array:
+        picture = world.render(pose, motion, count, size).astype(np.float32) / 255
+        return np.linalg.norm(picture - empty, axis=-1)
+
+    def aligned(pose: world.Scene, frame: int) -> world.Scene:
+        """The pose, where and as large as something is seen in that frame."""
+        for _ in range(2):
+            (x, y), area = _place(seen[frame])
+            (at_x, at_y), covers = _place(looks(pose)[0])
+            larger = float(np.clip(np.sqrt(area / max(covers, 1)), 0.5, 2.0))
+            pose = dataclasses.replace(
+                pose, x=pose.x + (x - at_x) / size, y=pose.y + (y - at_y) / size, radius=pose.radius * larger
+            )
+        return pose
+
+    def likeness(mine: Array, other: Array) -> float:
+        return float((mine * other).sum() / max(float(np.linalg.norm(mine) * np.linalg.norm(other)), 1e-12))
+
+    start = len(frames) - SPAN
+    begins = aligned(true[start], start)
+    motions = [name for name in world.MOTIONS if (scene.shape, name) != ("circle", "spins")]
+    of_motions = {name: likeness(seen[start + 1 :], looks(begins, name, SPAN)[1:]) for name in motions}
+    shapes = {name: aligned(dataclasses.replace(true[-1], shape=name), -1) for name in world.SHAPES}
+    of_shapes = {name: likeness(seen[-1], looks(pose)[0]) for name, pose in shapes.items()}
+    inside = world.mask(shapes[scene.shape], "still", 1, size)[0] > 0.99
+    colour = clip[-1][inside].mean(axis=0) if inside.any() else np.zeros(3)
+    places = np.array([_place(frame)[0] for frame in seen])
+    paces = np.linalg.norm(np.diff(places, axis=0), axis=1) / (world.SPEED * size)
+    return Ending(
+        motion=max(of_motions, key=lambda name: of_motions[name]),
+        shape=max(of_shapes, key=lambda name: of_shapes[name]),
+        colour=min(world.COLOURS, key=lambda name: float(np.square(colour - world.COLOURS[name]).sum())),
+        step=float(paces.max()),
+        truth_psnr=psnr(clip, truth, 1.0, 100.0),
+        last_psnr=psnr(clip[start:], truth[start:], 1.0, 100.0),
+    )
+
+
+def _place(seen: Any) -> tuple[tuple[float, float], float]:
+    """Middle (x, y) and area, in pixels, of what differs from the background in one frame."""
+    there = np.maximum(seen - _SEEN, 0)
+    there[there > 0] = 1  # its colour says nothing of its place
+    area = float(there.sum())
+    if not area:
+        return (0.0, 0.0), 0.0
+    y, x = np.mgrid[: seen.shape[0], : seen.shape[1]]
+    return (float((there * x).sum() / area), float((there * y).sum() / area)), area
