@@ -1,0 +1,1 @@
+"""Pictures from words, by diffusers' own pipelines: what trip-imagine animates."""
