@@ -25,6 +25,7 @@ from trip_rt.errors import InputError, printable
 from trip_rt.files import whole_file
 from trip_rt.launch import note
 from trip_rt.play import check_live, play
+from trip_rt.sampling.windows import window_starts
 from trip_rt.settings import check_prompt
 
 _SHEET_COLUMNS = 8
@@ -119,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
             check_prompt(sentence)
         config = manifest.config_of(profile)
         steps = settings.steps(config)
-        settings.frames(config)
+        windows = len(window_starts(settings.frames(config), config.num_frames))
         fps = float(manifest.config.fps if args.fps is None else args.fps)
         video.check_fps(fps)
         if args.live:
@@ -138,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
             return play(args, animator, jobs[0], settings, fps)
     clips: list[dict[str, Any]] = []
     strips = []
-    total = len(steps) * (math.ceil(len(jobs) / profile.batch) + len(later) * len(jobs))
+    total = len(steps) * (windows * math.ceil(len(jobs) / profile.batch) + len(later) * len(jobs))
     with (
         animator,
         _plain_warnings(),

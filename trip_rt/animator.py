@@ -111,8 +111,8 @@ class Animator:
 
         How it is made is said by a `settings` object or by the fields of Settings as keywords, such as `speed="fast"`
         or `guidance_scale=3`; keywords replace the object's fields. `on_step(done, total)` is called after every step.
-        `num_frames` may be more than the engines have; then `prompt` may be several sentences, which share the frames
-        equally. InputError for anything out of bounds.
+        `num_frames` may be more than the engines have: then every window of a step counts as one, and `prompt` may be
+        several sentences, which share the frames equally. InputError for anything out of bounds.
         """
         return self.batch([image], [prompt], seeds=[seed], settings=settings, on_step=on_step, **changes)[0]
 

@@ -40,9 +40,10 @@ def test_every_command_is_there():
         assert callable(getattr(launch, function))
 
 
-@pytest.mark.parametrize(
-    "name", ["trip_animate", "trip_export", "trip_parity", "trip_evaluate", "trip_data", "trip_serve", "trip_train"]
-)
+COMMANDS = ("animate", "export", "parity", "evaluate", "data", "serve", "train", "imagine")
+
+
+@pytest.mark.parametrize("name", [f"trip_{name}" for name in COMMANDS])
 def test_every_command_runs(name):
     ran = subprocess.run([*command(name), "--help"], capture_output=True, text=True, env=environment())
     assert ran.returncode == 0 and "example" in ran.stdout and ran.stderr == ""

@@ -74,6 +74,19 @@ def test_a_clip(server, tiny_bundle, tmp_path):
         assert status == 200 and content == (tmp_path / name).read_bytes()
 
 
+@pytest.mark.parametrize("length", [{"num_frames": 12}, {"seconds": "1.5"}, {"seconds": "1.5", "num_frames": 12}])
+def test_a_longer_clip(server, tiny_bundle, length):
+    _, job = server.ask("POST", "/v1/videos", clip(seed=7, num_inference_steps=2, **length))
+    assert (job["num_frames"], job["seconds"]) == (12, "1.5")
+    done = server.wait(job["id"])
+    # Three windows of five frames: each of them counts.
+    assert done["status"] == "completed" and (done["steps_done"], done["steps"]) == (6, 6)
+    _, content = server.ask("GET", f"/v1/videos/{job['id']}/content")
+    assert len(frames_of(content)) == 12
+    told = [data for _, event, data in events(server, job["id"]) if event == "decoding"]
+    assert told and all(data["num_frames"] == 12 for data in told)
+
+
 def test_a_form(server):
     fields = {"prompt": "ein roter Ball", "seed": "18446744073709551615", "guidance_interval": "0.1,0.9"}
     boundary = "b0undary"
@@ -218,8 +231,14 @@ REFUSED = [
     ({"fit": "stretch"}, "fit"),
     ({"fps": 0}, "fps"),
     ({"size": "64x64"}, "size"),
-    ({"num_frames": 16}, "num_frames"),
-    ({"seconds": "4"}, "seconds"),
+    ({"num_frames": 4}, "num_frames"),
+    ({"num_frames": 257}, "num_frames"),
+    ({"seconds": "0.5"}, "seconds"),
+    ({"seconds": "1.03"}, "seconds"),
+    ({"seconds": "1.5", "num_frames": 11}, "seconds"),
+    ({"seconds": "40"}, "seconds"),
+    ({"seconds": "1e300"}, "seconds"),
+    ({"seconds": "nan"}, "seconds"),
     ({"seconds": "long"}, "seconds"),
     ({"color": "red"}, "color"),
     ({"input_reference": None}, "input_reference"),

@@ -155,7 +155,7 @@ def test_a_clip_that_is_not_finished(client):
     [
         ({"prompt": " "}, "prompt"),
         ({"size": "1280x720"}, "size"),
-        ({"seconds": "12"}, "seconds"),
+        ({"seconds": "0.3"}, "seconds"),
         ({"extra_body": {"seed": -1}}, "seed"),
         ({"extra_body": {"colour": "red"}}, "colour"),
         ({"extra_body": {"input_reference": {"image_url": "https://example.com/a.png"}}}, "input_reference"),

@@ -88,11 +88,12 @@ def denoise_windows(
 ) -> Array:
     """Clean latents [B, C, N, h, w] from `noise` of that shape, by networks for `length` frames, fewer than N; frame 1
     is held at `first_frame` [B, C, h, w]. `contexts` are the windows' sentences. Steps are whole ones: deep features of
-    one window are none of another's."""
+    one window are none of another's. `on_step` counts the windows of all steps."""
     starts = window_starts(noise.shape[2], length)
     weights = window_weights(starts, length)[:, None, None, :, None, None]
     latents, history = noise.copy(), History()
-    for done, step in enumerate(steps, 1):
+    done = 0
+    for step in steps:
         hold_first_frame(step, latents, first_frame, noise[:, :, 0])
         fused, total = np.zeros_like(latents), np.zeros((1, 1, noise.shape[2], 1, 1), np.float32)
         for start, weight, context in zip(starts, weights, contexts, strict=True):
@@ -105,8 +106,9 @@ def denoise_windows(
             networks.unet(step, np.ascontiguousarray(latents[:, :, window]))
             fused[:, :, window] += weight * guide(step, networks.fuse(step), len(latents))
             total[:, :, window] += weight
+            done += 1
+            if on_step:
+                on_step(done, len(steps) * len(starts))
         latents, history = advance(step, latents, fused, history)
-        if on_step:
-            on_step(done, len(steps))
     latents[:, :, 0] = first_frame
     return latents

@@ -19,11 +19,13 @@ from trip_rt import video
 from trip_rt.checks import excerpt, shown
 from trip_rt.errors import InputError, one_line
 from trip_rt.images import load_image
+from trip_rt.sampling.windows import window_starts
 from trip_rt.serving.api_errors import ApiError, of_input
 from trip_rt.serving.jobs import NewJob
-from trip_rt.serving.models import Model
-from trip_rt.settings import Settings, check_prompt, check_seed
+from trip_rt.serving.models import Model, playing_time
+from trip_rt.settings import MAX_FRAMES, Settings, check_prompt, check_seed
 
+_MOST_HELD = 256 << 20  # bytes of a running clip's frames, which the server holds for those who watch
 _RANDOM_SEEDS = 2**31  # of which JavaScript, too, keeps every digit
 # The words that the runtime's errors begin with, and the request's field that they are about.
 _PARAMS = {
@@ -39,6 +41,7 @@ _PARAMS = {
     "feature reuse": "feature_reuse",
     "fit": "fit",
     "fps": "fps",
+    "num_frames": "num_frames",
     "image": "input_reference",
     "image file": "input_reference",
 }
@@ -52,6 +55,7 @@ class Limits:
     megapixels: float = 25
     prompt_characters: int = 2000
     steps: int = 200
+    frames: int = 256
 
     @property
     def body_bytes(self) -> int:
@@ -71,7 +75,10 @@ class ClipFields(BaseModel):
 
     prompt: str = Field(description="The sentence that says what happens.", examples=["a red ball rolls to the right"])
     model: str | None = Field(None, description="One of /v1/models; the first by default.")
-    seconds: str | None = Field(None, description="How long the clip plays: the model's own, or num_frames / fps.")
+    seconds: str | None = Field(
+        None,
+        description="How long the clip plays, num_frames / fps: the model's own, or longer by overlapping windows.",
+    )
     size: str | None = Field(None, description="WIDTHxHEIGHT, the model's own.")
     seed: int | None = Field(None, description="0 to 2^64 − 1; a random one by default, which the answer names.")
     speed: str = Field("exact", description="exact, balanced or fast.")
@@ -85,7 +92,7 @@ class ClipFields(BaseModel):
     negative_prompt: str = Field("", description="What should not be seen.")
     fit: str = Field("crop", description="How a picture of another shape is fitted: crop or letterbox.")
     fps: float | None = Field(None, description="Frames a second that the clip is written with; the model's own.")
-    num_frames: int | None = Field(None, description="The model's own.")
+    num_frames: int | None = Field(None, description="The model's own, or more by overlapping windows.")
 
 
 class PictureURL(BaseModel):
@@ -163,7 +170,11 @@ def _new_job(
         if len(words) > limits.prompt_characters:
             found = f"{len(words)} characters, expected at most {limits.prompt_characters}"
             raise ApiError(400, f"{name}: found {found}; say it shorter", name)
+    fps = float(model.config.fps if fields.fps is None else fields.fps)
+    video.check_fps(fps)
+    frames = _frames(fields, model, fps, limits)
     asked = {field.name: getattr(fields, field.name) for field in dataclasses.fields(Settings)}
+    asked["num_frames"] = frames if frames > model.config.num_frames else None
     defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
     asked = {name: value for name, value in asked.items() if value is not None and value != defaults[name]}
     settings = Settings(**asked)
@@ -172,9 +183,8 @@ def _new_job(
         found = f"{shown(count)}, expected at most {limits.steps}"
         raise ApiError(400, f"num_inference_steps: found {found} on this server", "num_inference_steps")
     steps = len(settings.steps(model.config))
-    fps = float(model.config.fps if fields.fps is None else fields.fps)
-    video.check_fps(fps)
-    _check_shape(fields, model, fps)
+    if fields.size is not None and fields.size != model.size:
+        raise ApiError(400, f"size: found {excerpt(fields.size)}, expected {model.size}, this model's", "size")
     seed = secrets.randbelow(_RANDOM_SEEDS) if fields.seed is None else check_seed(fields.seed)
     if len(picture) > limits.upload_bytes:
         found = f"{len(picture)} bytes, expected at most {limits.upload_bytes}"
@@ -195,9 +205,9 @@ def _new_job(
             model.config.guidance_scale if fields.guidance_scale is None else fields.guidance_scale
         ),
         "size": model.size,
-        "num_frames": model.config.num_frames,
+        "num_frames": frames,
         "fps": fps,
-        "seconds": model.seconds(fps),
+        "seconds": playing_time(frames, fps),
         "settings": asked,
     }
     sent = fields.model_dump() | {"model": model.name, "input_reference": hashlib.sha256(picture).hexdigest()}
@@ -206,34 +216,38 @@ def _new_job(
         model=model.name,
         request=request,
         picture=fitted.getvalue(),
-        steps=steps,
+        steps=steps * len(window_starts(frames, model.config.num_frames)),
         batch_key=_hash([model.name, asked]),
         fingerprint=_hash(sent),
         idempotency_key=idempotency_key,
     )
 
 
-def _check_shape(fields: ClipFields, model: Model, fps: float) -> None:
-    """ApiError for a size or a length that the model's engines do not have."""
-    frames = model.config.num_frames
-    if fields.size is not None and fields.size != model.size:
-        raise ApiError(400, f"size: found {excerpt(fields.size)}, expected {model.size}, this model's", "size")
-    if fields.num_frames is not None and fields.num_frames != frames:
+def _frames(fields: ClipFields, model: Model, fps: float, limits: Limits) -> int:
+    """How many frames are asked for; ApiError for fewer than the model's engines make, or more than this server
+    does."""
+    own = model.config.num_frames
+    most = max(own, min(limits.frames, MAX_FRAMES, _MOST_HELD // (model.config.height * model.config.width * 3)))
+    given = fields.num_frames
+    if given is not None and not own <= given <= most:
+        raise ApiError(400, f"num_frames: found {shown(given)}, expected {own}, this model's, to {most}", "num_frames")
+    if fields.seconds is None:
+        return own if given is None else given
+    try:
+        frames = float(fields.seconds) * fps
+    except ValueError:
+        frames = float("nan")
+    found = round(frames) if abs(frames) < 1e9 else 0
+    whole = abs(frames - found) / fps < 1e-3
+    if not (whole and own <= found <= most and given in (None, found)):
+        wanted = own if given is None else given
         raise ApiError(
-            400, f"num_frames: found {shown(fields.num_frames)}, expected {frames}, this model's", "num_frames"
+            400,
+            f"seconds: found {excerpt(fields.seconds)}, expected {playing_time(wanted, fps)}: {wanted} frames at {fps:g} a"
+            f" second, or what another whole number of frames takes, {own} to {most}",
+            "seconds",
         )
-    if fields.seconds is not None:
-        try:
-            seconds = float(fields.seconds)
-        except ValueError:
-            seconds = float("nan")
-        if not abs(seconds - frames / fps) < 1e-3:
-            raise ApiError(
-                400,
-                f"seconds: found {excerpt(fields.seconds)}, expected {model.seconds(fps)}: {frames} frames at {fps:g} a"
-                " second; leave it out, or choose another fps",
-                "seconds",
-            )
+    return found
 
 
 def _hash(value: Any) -> str:

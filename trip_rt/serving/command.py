@@ -92,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-prompt", type=int, default=2000, metavar="N", help="characters of a sentence (%(default)s)"
     )
     parser.add_argument("--max-steps", type=int, default=200, metavar="N", help="denoising steps (%(default)s)")
+    parser.add_argument("--max-frames", type=int, default=256, metavar="N", help="frames of a clip (%(default)s)")
     parser.add_argument("--max-disk-gb", type=float, default=10, metavar="N", help="that clips may take (%(default)s)")
     parser.add_argument(
         "--keep-hours", type=float, default=24, metavar="N", help="a finished job is kept (%(default)s)"
@@ -112,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Serve until stopped."""
     began = time.perf_counter()
-    for name in ("workers", "max_queued", "max_upload_mb", "max_prompt", "max_steps"):
+    for name in ("workers", "max_queued", "max_upload_mb", "max_prompt", "max_steps", "max_frames"):
         _check(f"--{name.replace('_', '-')}", getattr(args, name), 1, 1 << 30)
     for name in ("max_megapixels", "max_disk_gb", "keep_hours", "grace", *(["hang_after"] if args.hang_after else [])):
         _check(f"--{name.replace('_', '-')}", getattr(args, name), 0, 1e9)
@@ -159,7 +160,7 @@ def _serve(
             yield
 
     log_to_stderr(args.log_format)
-    limits = Limits(args.max_upload_mb << 20, args.max_megapixels, args.max_prompt, args.max_steps)
+    limits = Limits(args.max_upload_mb << 20, args.max_megapixels, args.max_prompt, args.max_steps, args.max_frames)
     store = JobStore(f"sqlite:///{args.data.resolve() / 'jobs.db'}", args.keep_hours * 3600)
     service = Service(
         models, store, Results(args.data / "clips"), Metrics(), args.max_queued, int(args.max_disk_gb * 1e9)

@@ -53,8 +53,8 @@ class Model:
         return f"{self.profile.width}x{self.profile.height}"
 
     def seconds(self, fps: float) -> str:
-        """How long a clip plays at `fps`, as the API writes it."""
-        return f"{self.config.num_frames / fps:.6g}"
+        """How long a clip of the engines' own length plays at `fps`."""
+        return playing_time(self.config.num_frames, fps)
 
     def speeds(self) -> dict[str, dict[str, Any]]:
         """The named speeds: how many steps each takes, and how long a clip of it is expected to take."""
@@ -63,6 +63,11 @@ class Model:
             name: {"num_inference_steps": count, "expected_s": round(self.timing.expected_s(count), 3)}
             for name, count in counts.items()
         }
+
+
+def playing_time(frames: int, fps: float) -> str:
+    """Seconds, as the API writes them."""
+    return f"{frames / fps:.6g}"
 
 
 def read_models(arguments: list[str], workers: int) -> dict[str, Model]:

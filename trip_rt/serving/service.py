@@ -284,7 +284,7 @@ class Service:
         running.frames.append(frames)
         for index, frame in enumerate(frames, first):
             self._tell(id, "frame", (index, frame))
-        total = self.models[running.job.model].config.num_frames
+        total = running.job.request["num_frames"]
         self._tell(id, "decoding", {"frames_done": first + len(frames), "num_frames": total})
 
     async def made(self, job: Job, draft: str, made: Made) -> None:
@@ -293,6 +293,7 @@ class Service:
         model = self.models[job.model]
         denoise_s = made.seconds["denoise"]
         other_s = sum(made.seconds.values()) - denoise_s
+        other_s *= model.config.num_frames / job.request["num_frames"]  # of a clip of the engines' own length
         model.timing.measured(job.steps, denoise_s, other_s)
         self.metrics.made(job, made)
         result = {
