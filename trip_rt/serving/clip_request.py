@@ -77,7 +77,7 @@ class ClipFields(BaseModel):
     model: str | None = Field(None, description="One of /v1/models; the first by default.")
     seconds: str | None = Field(
         None,
-        description="How long the clip plays, num_frames / fps: the model's own, or longer by overlapping windows.",
+        description="How long the clip plays, num_frames / fps: the model's own, or longer by windows.",
     )
     size: str | None = Field(None, description="WIDTHxHEIGHT, the model's own.")
     seed: int | None = Field(None, description="0 to 2^64 − 1; a random one by default, which the answer names.")
@@ -241,12 +241,9 @@ def _frames(fields: ClipFields, model: Model, fps: float, limits: Limits) -> int
     whole = abs(frames - found) / fps < 1e-3
     if not (whole and own <= found <= most and given in (None, found)):
         wanted = own if given is None else given
-        raise ApiError(
-            400,
-            f"seconds: found {excerpt(fields.seconds)}, expected {playing_time(wanted, fps)}: {wanted} frames at {fps:g} a"
-            f" second, or what another whole number of frames takes, {own} to {most}",
-            "seconds",
-        )
+        said = f"{excerpt(fields.seconds)}, expected {playing_time(wanted, fps)}: {wanted} frames at {fps:g} a second"
+        others = f"what another whole number of frames takes, {own} to {most}"
+        raise ApiError(400, f"seconds: found {said}, or {others}", "seconds")
     return found
 
 
