@@ -281,7 +281,7 @@ def test_empty_prompts(refuse, tiny_bundle, prompt):
 
 @pytest.mark.parametrize("args", [[], ["photo.png"], ["photo.png", PROMPT]])
 def test_too_few_arguments(refuse, tiny_bundle, args):
-    assert "expected IMAGE, PROMPT and -o CLIP, or --batch FILE" in refuse(tiny_bundle, *args)
+    assert "expected IMAGE, PROMPT and -o CLIP or --live, or --batch FILE" in refuse(tiny_bundle, *args)
 
 
 def test_undecodable_prompt(refuse, tiny_bundle):

@@ -63,7 +63,7 @@ def test_settings_out_of_bounds(tiny_animator, picture, settings, says):
                 "negative_prompt": [None, 5, b"a"],
                 "settings": [{"speed": "fast"}, "fast"],
                 "on_step": [5],
-                "prompt": [None, "", "  ", ["a"], 5, b"a", "\ud800"],
+                "prompt": [None, "", "  ", [5], 5, b"a", "\ud800"],
             }.items()
             for value in values
         ),

@@ -78,13 +78,13 @@ def test_a_clip(server, tiny_bundle, tmp_path):
 def test_a_longer_clip(server, tiny_bundle, length):
     _, job = server.ask("POST", "/v1/videos", clip(seed=7, num_inference_steps=2, **length))
     assert (job["num_frames"], job["seconds"]) == (12, "1.5")
+    told = [data for _, event, data in events(server, job["id"]) if event == "decoding"]
+    assert all(data["num_frames"] == 12 for data in told)
     done = server.wait(job["id"])
     # Three windows of five frames: each of them counts.
     assert done["status"] == "completed" and (done["steps_done"], done["steps"]) == (6, 6)
     _, content = server.ask("GET", f"/v1/videos/{job['id']}/content")
     assert len(frames_of(content)) == 12
-    told = [data for _, event, data in events(server, job["id"]) if event == "decoding"]
-    assert told and all(data["num_frames"] == 12 for data in told)
 
 
 def test_a_form(server):
