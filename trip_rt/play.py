@@ -57,9 +57,9 @@ def play(args: argparse.Namespace, animator: Animator, job: Job, settings: Setti
     size = shutil.get_terminal_size()
     rows = terminal.rows_of(animator.config.height, animator.config.width, size.columns, size.lines)
     draws = sys.stdout.isatty() and not args.json
-    if draws:
-        print(terminal.CLEAR + terminal.below(rows) + "what happens next? ", end="", flush=True)
-    threading.Thread(target=_listen, args=(live,), daemon=True).start()
+    question = terminal.below(rows) + "what happens next? " if draws else ""
+    print(terminal.CLEAR + question if draws else "", end="", flush=True)
+    threading.Thread(target=_listen, args=(live, question), daemon=True).start()
     kept: list[NDArray[np.uint8]] = []
     said = began = time.monotonic()
     with closing(live.frames()) as frames:
@@ -91,9 +91,11 @@ def _told(pace: Pace) -> str:
     return f"{pace.shown} frames shown, {pace.late} late{heard}"
 
 
-def _listen(live: Live) -> None:
-    """Take every line of stdin for the next sentence."""
+def _listen(live: Live, question: str) -> None:
+    """Take every line of stdin for the next sentence, and ask for another."""
     for line in sys.stdin:
+        sys.stdout.write(question)
+        sys.stdout.flush()
         try:
             live.say(line.strip())
         except InputError as error:

@@ -11,8 +11,8 @@ _SAVE, _HOME, _RESTORE, _PLAIN = "\x1b7", "\x1b[H", "\x1b8", "\x1b[0m"
 
 
 def below(rows: int) -> str:
-    """Where to write under a picture of so many rows."""
-    return f"\x1b[{rows + 2};1H"
+    """Goes to where to write under a picture of so many rows, and clears that."""
+    return f"\x1b[{rows + 2};1H\x1b[J"
 
 
 def rows_of(height: int, width: int, columns: int, lines: int) -> int:

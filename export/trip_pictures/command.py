@@ -121,12 +121,10 @@ def _check(args: argparse.Namespace) -> Kind:
     """Everything that can be wrong without opening a model; which kind of model is asked for."""
     check_prompt(args.words)
     check_seed(args.seed)
-    for name, value, low, high in (
-        ("picture steps", args.picture_steps, 1, 1000),
-        ("picture guidance scale", args.picture_guidance_scale, 0, MAX_GUIDANCE_SCALE),
-    ):
-        if value is not None:
-            (whole_number if isinstance(value, int) else real_number)(name, value, low, high)
+    if args.picture_steps is not None:
+        whole_number("picture steps", args.picture_steps, 1, 1000)
+    if args.picture_guidance_scale is not None:
+        real_number("picture guidance scale", args.picture_guidance_scale, 0, MAX_GUIDANCE_SCALE)
     for side in args.picture_size or ():
         whole_number("picture size", side, MIN_SIDE, MAX_SIDE)
     if args.then is None:

@@ -31,9 +31,11 @@ def open_pipeline(model: str, kind: Kind, control_model: str | None = None) -> A
     """diffusers' pipeline of a model, on the GPU in half precision where there is one; `control_model` is the folder or
     hub id of a ControlNet. InputError in one line for what is missing, pickled, of another kind or out of reach."""
     import diffusers
+    import transformers
 
-    diffusers.utils.logging.disable_progress_bar()  # of loading, which would be in an error's line
-    diffusers.utils.logging.set_verbosity_error()
+    for library in diffusers, transformers:  # bars of loading would stand in an error's line
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
     folder = _folder(model, diffusers.DiffusionPipeline.download)
     name = _check_pipeline(folder, model)
     more: dict[str, Any] = {}
