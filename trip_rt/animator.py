@@ -192,10 +192,10 @@ class Animator:
             check_array("animation.latents", animation.latents, "float32", shape)
             return animation.latents[:, 0], animation.latents[:, -1]
         with self._pipeline.turn:
-            encoded = [
-                self._pipeline.encode_images(images.to_model(np.stack([frame] * self.profile.batch)))[0]
-                for frame in animation.frames[[0, -1]]
-            ]
+            encoded = []
+            for frame in animation.frames[[0, -1]]:
+                self._pipeline.encode_images(images.to_model(np.stack([frame] * self.profile.batch)))
+                encoded.append(self._pipeline.first_frame()[0])
         return encoded[0], encoded[1]
 
     def more(
@@ -204,10 +204,9 @@ class Animator:
         """The clean latents [C, F − 1, h, w] that follow `last` in a clip that began at `first`, both [C, h, w]."""
         check_prompt(prompt)
         steps, batch = self._steps(settings), self.profile.batch
-        unconditional, conditional = (self._tokenizer([text] * batch) for text in (settings.negative_prompt, prompt))
         noise = initial_noise([seed] * batch, self.config.latent_shape)
         with self._pipeline.turn:
-            self._pipeline.encode_text(unconditional, conditional)
+            self._encode_text([prompt] * batch, settings)
             self._pipeline.give(np.concatenate([anchored(last[None], first[None])] * batch))
             self._pipeline.denoise(noise, steps, on_step)
             latents: Array = self._pipeline.latents()
@@ -310,30 +309,34 @@ class Animator:
             report = _counting(on_step, start // batch, groups)
             noise = shuffled_noise([seeds[row] for row in rows], self.config.latent_shape, frames)
             with self._pipeline.turn:
-                self._pipeline.give(self._pipeline.encode_images(images.to_model(pictures[rows])))
-                contexts = self._contexts([told[row] for row in rows], settings)
+                self._pipeline.encode_images(images.to_model(pictures[rows]))
                 if frames > self.config.num_frames:
+                    contexts = self._contexts([told[row] for row in rows], settings)
                     latents = self._pipeline.denoise_windows(contexts, noise, steps, report)
                 else:
+                    self._encode_text([told[row][0] for row in rows], settings)
                     self._pipeline.denoise(noise, steps, report)
                     latents = self._pipeline.latents()
             taken = range(start, min(start + batch, len(pictures)))
             yield taken, latents[: len(taken)]
 
     def _contexts(self, told: Sequence[Sequence[str]], settings: Settings) -> list[Array]:
-        """The sentences of every window of a group of clips, as the pipeline's contexts; the last one is left in its
-        buffer."""
+        """The sentences of every window of a group of clips, as the pipeline's contexts."""
         frames, length = settings.frames(self.config), self.config.num_frames
-        unconditional = self._tokenizer([settings.negative_prompt] * len(told))
         known: dict[tuple[str, ...], Array] = {}
         contexts = []
         for start in window_starts(frames, length):
             now = tuple(some[sentence_of_window(start, length, frames, len(some))] for some in told)
             if now not in known:
-                self._pipeline.encode_text(unconditional, self._tokenizer(now))
+                self._encode_text(now, settings)
                 known[now] = self._pipeline.context()
             contexts.append(known[now])
         return contexts
+
+    def _encode_text(self, sentences: Sequence[str], settings: Settings) -> None:
+        """A sentence for each clip of a group, and what none of them should show."""
+        unconditional = self._tokenizer([settings.negative_prompt] * len(sentences))
+        self._pipeline.encode_text(unconditional, self._tokenizer(sentences))
 
     def _steps(self, settings: Settings) -> list[Step]:
         steps = settings.steps(self.config)

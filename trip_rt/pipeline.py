@@ -122,7 +122,7 @@ class Pipeline:
         """Token ids [B, L] of both halves and pictures [B, 3, H, W], −1 to 1, to the buffers `context` and
         `first_frame`."""
         self.encode_text(unconditional, conditional)
-        self.give(self.encode_images(pixels))
+        self.encode_images(pixels)
 
     def encode_text(self, unconditional: NDArray[np.int64], conditional: NDArray[np.int64]) -> None:
         """Token ids [B, L] of both halves to the buffer `context`."""
@@ -138,11 +138,16 @@ class Pipeline:
         """What `encode_text` made, [2B, L, K]; the caller's own."""
         return self._device.read(self.buffers.context)
 
-    def encode_images(self, pixels: Array) -> Array:
-        """Pictures [B, 3, H, W], −1 to 1, as clean latents [B, C, h, w]."""
+    def encode_images(self, pixels: Array) -> None:
+        """Pictures [B, 3, H, W], −1 to 1, to the buffer `first_frame`."""
         self._device.write(self._image.input, pixels)
         self._image.run()
-        return self._device.read(self._image.output)
+        for half in halves(self.buffers.first_frame):
+            self._device.copy(self._image.output, half)
+
+    def first_frame(self) -> Array:
+        """What `encode_images` made or `give` was given, clean latents [B, C, h, w]; the caller's own."""
+        return self._device.read(halves(self.buffers.first_frame)[0])
 
     def give(self, first_frame: Array) -> None:
         """Clean latents [B, C, h, w] to the buffer `first_frame`."""
@@ -162,17 +167,18 @@ class Pipeline:
             self.fused_step.begin(noise, steps)
             denoise_on_gpu(device, works, steps, on_step)
         else:
-            first_frame = device.read(halves(buffers.first_frame)[0])
-            device.write(halves(buffers.latents)[0], denoise(self._host_networks(), first_frame, noise, steps, on_step))
+            clean = denoise(self._host_networks(), self.first_frame(), noise, steps, on_step)
+            device.write(halves(buffers.latents)[0], clean)
 
     def denoise_windows(
         self, contexts: Sequence[Array], noise: Array, steps: Sequence[Step], on_step: OnStep | None = None
     ) -> Array:
         """The same by overlapping windows, from `noise` [B, C, N, h, w] of more frames than the engines have, each
         window by its own context; the loop runs on the host and returns clean latents of that shape."""
-        first_frame = self._device.read(halves(self.buffers.first_frame)[0])
         whole = [dataclasses.replace(step, shallow=False) for step in steps]
-        return denoise_windows(self._host_networks(), first_frame, contexts, noise, whole, self._clip.shape[1], on_step)
+        return denoise_windows(
+            self._host_networks(), self.first_frame(), contexts, noise, whole, self._clip.shape[1], on_step
+        )
 
     def latents(self) -> Array:
         """The loop's result, [B, C, F, h, w]; the caller's own."""

@@ -18,10 +18,11 @@ from trip_rt.animator import Animator
 from trip_rt.checks import real_number
 from trip_rt.clip_requests import Job
 from trip_rt.command_line import report
+from trip_rt.config import MAX_FRAMES
 from trip_rt.errors import InputError, printable
 from trip_rt.launch import note
 from trip_rt.live import Live, Pace
-from trip_rt.settings import MAX_FRAMES, Settings, check_prompt, check_seed
+from trip_rt.settings import Settings, check_prompt, check_seed
 
 _SAID_EVERY = 10.0  # seconds between two lines about how it goes, where there is no terminal to draw in
 

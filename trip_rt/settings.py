@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import Any, TypedDict, get_args
 
 from trip_rt.checks import is_number, is_whole, one_of, real_number, shown, text, whole_number
-from trip_rt.config import TripConfig
+from trip_rt.config import MAX_FRAMES, TripConfig
 from trip_rt.errors import InputError
 from trip_rt.images import Fit
 from trip_rt.sampling.solvers import SOLVERS, Solver, solver_steps
 from trip_rt.sampling.step import Step
 
 MAX_GUIDANCE_SCALE = 100
-MAX_FRAMES = 4096
 
 
 @dataclass(frozen=True)

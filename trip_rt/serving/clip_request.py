@@ -17,13 +17,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from trip_rt import video
 from trip_rt.checks import excerpt, shown
+from trip_rt.config import MAX_FRAMES
 from trip_rt.errors import InputError, one_line
 from trip_rt.images import load_image
 from trip_rt.sampling.windows import window_starts
 from trip_rt.serving.api_errors import ApiError, of_input
 from trip_rt.serving.jobs import NewJob
 from trip_rt.serving.models import Model, playing_time
-from trip_rt.settings import MAX_FRAMES, Settings, check_prompt, check_seed
+from trip_rt.settings import Settings, check_prompt, check_seed
 
 _MOST_HELD = 256 << 20  # bytes of a running clip's frames, which the server holds for those who watch
 _RANDOM_SEEDS = 2**31  # of which JavaScript, too, keeps every digit
