@@ -62,21 +62,21 @@ def judge(frames: NDArray[np.uint8], scene: world.Scene, motion: str) -> Verdict
         return world.render(of, doing, num_frames, size).astype(np.float32) / 255
 
     empty = world.background(scene, size)
-    seen = _distance(clip, empty)
+    seen = difference(clip, empty)
 
     def nearest(candidates: dict[str, Array], start: int) -> str:
-        return max(candidates, key=lambda name: _cosine(seen[start:], _distance(candidates[name], empty)[start:]))
+        return max(candidates, key=lambda name: likeness(seen[start:], difference(candidates[name], empty)[start:]))
 
     true = truth()
     late = num_frames // 2
-    motions = [name for name in world.MOTIONS if (scene.shape, name) != ("circle", "spins")]
+    motions = motions_of(scene.shape)
     seen_motion = nearest({name: truth(doing=name) for name in motions}, 1)
     seen_shape = nearest({name: truth(replace(scene, shape=name)) for name in world.SHAPES}, late)
 
     cover = world.mask(scene, motion, num_frames, size)
     inside = cover[late:] > 0.99
     colour = clip[late:][inside].mean(axis=0) if inside.any() else np.zeros(3)
-    seen_colour = min(world.COLOURS, key=lambda name: float(np.square(colour - world.COLOURS[name]).sum()))
+    seen_colour = nearest_colour(colour)
 
     near = np.stack([_dilate(frame > 0.01, REACH * size // 64) for frame in cover])  # [F, H, W]
     path = near.any(axis=0)
@@ -95,12 +95,22 @@ def judge(frames: NDArray[np.uint8], scene: world.Scene, motion: str) -> Verdict
     )
 
 
-def _distance(clip: Array, picture: Array) -> Array:
+def motions_of(shape: str) -> list[str]:
+    """Those that can be told apart: a spinning circle looks like a resting one."""
+    return [name for name in world.MOTIONS if (shape, name) != ("circle", "spins")]
+
+
+def nearest_colour(colour: Array) -> str:
+    """The name of the colour nearest to an RGB one, levels 0 to 1."""
+    return min(world.COLOURS, key=lambda name: float(np.square(colour - world.COLOURS[name]).sum()))
+
+
+def difference(clip: Array, picture: Array) -> Array:
     """How far each pixel's colour is from the picture's, [F, H, W]."""
     return np.linalg.norm(clip - picture, axis=-1)
 
 
-def _cosine(a: Array, b: Array) -> float:
+def likeness(a: Array, b: Array) -> float:
     return float((a * b).sum() / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-12))
 
 

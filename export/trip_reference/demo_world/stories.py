@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trip_reference.demo_world import world
+from trip_reference.demo_world.judge import difference, likeness, motions_of, nearest_colour
 from trip_rt.accuracy import psnr
 
 Array = NDArray[np.float32]
@@ -54,8 +55,8 @@ def poses(scene: world.Scene, story: Sequence[str]) -> list[world.Scene]:
     """The scene as it is in each of len(story) + 1 frames."""
     found = [scene]
     for motion in story:
-        dx, dy = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}.get(motion, (0, 0))
-        change = {"grows": world.GROWTH, "shrinks": world.SHRINKAGE}.get(motion, 1.0) ** (1 / 15)
+        dx, dy = world.DIRECTIONS.get(motion, (0, 0))
+        change = world.SIZES.get(motion, 1.0) ** (1 / 15)
         now = found[-1]
         found.append(
             dataclasses.replace(
@@ -79,11 +80,11 @@ def judge_ending(frames: Frames, scene: world.Scene, story: Sequence[str]) -> En
     size, true = frames.shape[1], poses(scene, story)
     empty = world.background(scene, size)
     truth, clip = render_story(scene, story, size).astype(np.float32) / 255, frames.astype(np.float32) / 255
-    seen = np.linalg.norm(clip - empty, axis=-1)
+    seen = difference(clip, empty)
 
     def looks(pose: world.Scene, motion: str = "still", count: int = 1) -> Array:
         picture = world.render(pose, motion, count, size).astype(np.float32) / 255
-        return np.linalg.norm(picture - empty, axis=-1)
+        return difference(picture, empty)
 
     def aligned(pose: world.Scene, frame: int) -> world.Scene:
         """The pose, where and as large as something is seen in that frame."""
@@ -96,13 +97,9 @@ def judge_ending(frames: Frames, scene: world.Scene, story: Sequence[str]) -> En
             )
         return pose
 
-    def likeness(mine: Array, other: Array) -> float:
-        return float((mine * other).sum() / max(float(np.linalg.norm(mine) * np.linalg.norm(other)), 1e-12))
-
     start = len(frames) - SPAN
     begins = aligned(true[start], start)
-    motions = [name for name in world.MOTIONS if (scene.shape, name) != ("circle", "spins")]
-    of_motions = {name: likeness(seen[start + 1 :], looks(begins, name, SPAN)[1:]) for name in motions}
+    of_motions = {name: likeness(seen[start + 1 :], looks(begins, name, SPAN)[1:]) for name in motions_of(scene.shape)}
     shapes = {name: aligned(dataclasses.replace(true[-1], shape=name), -1) for name in world.SHAPES}
     of_shapes = {name: likeness(seen[-1], looks(pose)[0]) for name, pose in shapes.items()}
     inside = world.mask(shapes[scene.shape], "still", 1, size)[0] > 0.99
@@ -112,7 +109,7 @@ def judge_ending(frames: Frames, scene: world.Scene, story: Sequence[str]) -> En
     return Ending(
         motion=max(of_motions, key=lambda name: of_motions[name]),
         shape=max(of_shapes, key=lambda name: of_shapes[name]),
-        colour=min(world.COLOURS, key=lambda name: float(np.square(colour - world.COLOURS[name]).sum())),
+        colour=nearest_colour(colour),
         step=float(paces.max()),
         truth_psnr=psnr(clip, truth, 1.0, 100.0),
         last_psnr=psnr(clip[start:], truth[start:], 1.0, 100.0),

@@ -31,6 +31,8 @@ BACKGROUNDS = ("gradient", "radial", "rings", "stripes", "hills", "dunes", "blob
 
 SPEED = 1.2 / 64  # fraction of the picture's side per frame
 GROWTH, SHRINKAGE = 1.8, 0.5  # size in the last frame over size in the first
+SIZES = {"grows": GROWTH, "shrinks": SHRINKAGE}
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x to the right, y down
 TURN = np.deg2rad(12.0)  # clockwise per frame
 
 _NOUNS = {"circle": ("circle", "ball"), "cross": ("cross", "plus")}
@@ -198,8 +200,8 @@ def _distance(scene: Scene, motion: str, num_frames: int, size: int) -> Array:
     """Signed distance to the shape's edge in pixels, negative inside, [F, size, size]."""
     step = np.arange(num_frames, dtype=np.float32)
     # Sizes are set for the last of 16 frames, so that a longer clip goes on at the same pace.
-    change = {"grows": GROWTH, "shrinks": SHRINKAGE}.get(motion, 1.0) ** (step / 15)
-    dx, dy = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}.get(motion, (0, 0))
+    change = SIZES.get(motion, 1.0) ** (step / 15)
+    dx, dy = DIRECTIONS.get(motion, (0, 0))
     angle = scene.angle + (TURN * step if motion == "spins" else 0 * step)
     y, x = (np.mgrid[:size, :size].astype(np.float32) + 0.5) / size
     x = x - (scene.x + dx * SPEED * step)[:, None, None]  # [F, H, W]
