@@ -7,13 +7,12 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from trip_rt import backends, images, video
@@ -22,7 +21,6 @@ from trip_rt.bundle import read_manifest
 from trip_rt.clip_requests import Job, Pictures, check_jobs, read_batch
 from trip_rt.command_line import CommandParser, add_json_flag, add_settings, main_of, report, settings_of
 from trip_rt.errors import InputError, printable
-from trip_rt.files import whole_file
 from trip_rt.launch import note
 from trip_rt.play import check_live, play
 from trip_rt.sampling.windows import window_starts
@@ -189,7 +187,8 @@ def run(args: argparse.Namespace) -> int:
                     sys.stdout.flush()
     if args.contact_sheet:
         with _timed(seconds, "save"):
-            _save_sheet(strips, [clip["prompt"] for clip in clips], args.contact_sheet)
+            sheet_of_all = images.contact_sheet(strips, _SHEET_COLUMNS, [clip["prompt"] for clip in clips])
+            images.save_png(sheet_of_all, args.contact_sheet)
     seconds = {stage: round(value, 3) for stage, value in {"total": time.perf_counter() - began, **seconds}.items()}
     figures = {"clips": clips, "seconds": seconds, "backend": animator.backend, "reason": animator.backend_reason}
     figures["contact_sheet"] = args.contact_sheet and str(args.contact_sheet)
@@ -216,16 +215,6 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     if any(value is None for value in single):
         raise InputError("expected IMAGE, PROMPT and -o CLIP or --live, or --batch FILE; see trip-animate --help")
     return [Job(args.image, args.prompt, args.output, args.seed)]
-
-
-def _save_sheet(strips: Sequence[NDArray[np.uint8]], labels: Sequence[str], path: Path) -> None:
-    try:
-        with whole_file(path) as part:
-            images.contact_sheet(strips, _SHEET_COLUMNS, labels).save(part, "PNG")
-    except OSError as error:
-        raise InputError(
-            f"cannot write {path}: {(error.strerror or str(error)).lower()}; choose another place"
-        ) from error
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from trip_rt import video
 from trip_rt.checks import text
 from trip_rt.errors import InputError, printable
-from trip_rt.images import Fit, load_image
+from trip_rt.images import Fit, check_png, load_image
 from trip_rt.settings import check_prompt, check_seed
 
 MAX_BATCH_FILE_MEGABYTES = 16
@@ -98,15 +98,7 @@ def check_jobs(jobs: Sequence[Job], contact_sheet: Path | None) -> None:
             video.output_format(job.output)
             _claim(job.output, "another clip", taken)
     if contact_sheet:
-        name = printable(str(contact_sheet))
-        if (
-            contact_sheet.suffix.lower() != ".png"
-            or os.path.isdir(contact_sheet)
-            or not os.access(contact_sheet.parent, os.W_OK | os.X_OK)
-        ):
-            raise InputError(
-                f"{name}: expected a file name ending in .png, in a folder to write in, for the contact sheet"
-            )
+        check_png(contact_sheet, "the contact sheet")
         if len(jobs) > MAX_SHEET_CLIPS:
             raise InputError(
                 f"contact sheet: found {len(jobs)} clips, expected at most {MAX_SHEET_CLIPS}; leave --contact-sheet out"

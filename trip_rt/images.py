@@ -8,6 +8,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from trip_rt.checks import one_of, shown
 from trip_rt.errors import EngineError, InputError, printable
+from trip_rt.files import whole_file
 from trip_rt.plain_files import check_plain
 
 if TYPE_CHECKING:
@@ -132,6 +134,24 @@ def contact_sheet(
             sheet.paste(picture, (margin + column * (cell_width + gap), top + label_height))
         top += heights[row] + row_gap
     return sheet
+
+
+def check_png(path: Path, what: str) -> None:
+    """InputError for a place that `save_png` could not write `what` to."""
+    if path.suffix.lower() != ".png" or os.path.isdir(path) or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{printable(str(path))}: expected a file name ending in .png, in a folder to write in, for {what}"
+        )
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write a picture, whole or not at all; InputError where the disk refuses."""
+    try:
+        with whole_file(path) as part:
+            image.save(part, "PNG")
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise InputError(f"cannot write {printable(str(path))}: {reason}; choose another place") from error
 
 
 def shortened(text: str, fits: Callable[[str], bool]) -> str:

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from trip_pictures.pictures import Control, make_picture
 from trip_rt import images, video
 from trip_rt.bundle import read_manifest
 from trip_rt.checks import real_number, whole_number
 from trip_rt.command_line import CommandParser, add_json_flag, add_settings, main_of, report, settings_of, size_of
 from trip_rt.errors import InputError, printable
-from trip_rt.files import whole_file
 from trip_rt.launch import note
 from trip_rt.settings import MAX_GUIDANCE_SCALE, check_prompt, check_seed
 
 if TYPE_CHECKING:
-    from trip_pictures.pictures import Picture8
     from trip_pictures.pipelines import Kind
 
-_CONTROLS = ("canny", "depth")
 MIN_SIDE, MAX_SIDE = 8, 4096  # pixels
 
 
@@ -78,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
         settings.steps(config)
         fps = float(config.fps if args.fps is None else args.fps)
         video.check_fps(fps)
-    from trip_pictures.pictures import make_picture
+    from PIL import Image
+
     from trip_pictures.pipelines import open_pipeline
 
     pipeline = open_pipeline(args.model, kind, args.control_model)
@@ -98,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     seconds = {"picture": round(time.perf_counter() - began, 3)}
     kept = Path(args.output) if args.then is None else args.picture
     if kept is not None:
-        _save(picture, kept)
+        images.save_png(Image.fromarray(picture), kept)
     figures: dict[str, Any] = {"words": args.words, "seed": args.seed, "picture": kept and str(kept)}
     figures["size"] = f"{picture.shape[1]}x{picture.shape[0]}"
     text = f"{printable(str(kept))}: {figures['size']}" if kept else f"a picture of {figures['size']}"
@@ -131,42 +129,23 @@ def _check(args: argparse.Namespace) -> Kind:
         for option, given in (("--bundle", args.bundle), ("--picture", args.picture), ("--fps", args.fps)):
             if given is not None:
                 raise InputError(f"found {option} without --then, expected both or neither; see trip-imagine --help")
-        _check_png(Path(args.output))
+        images.check_png(Path(args.output), "the picture")
     else:
         check_prompt(args.then)
         if args.bundle is None:
             raise InputError("found --then without --bundle, expected the bundle that animates the picture")
         video.output_format(args.output)
         if args.picture is not None:
-            _check_png(args.picture)
+            images.check_png(args.picture, "the picture")
     if (args.control is None) != (args.control_model is None):
         raise InputError("found one of --control and --control-model, expected both or neither")
-    if args.control and args.control[0] not in _CONTROLS:
-        raise InputError(f"control: found {printable(args.control[0])!r}, expected {' or '.join(_CONTROLS)}")
+    if args.control and args.control[0] not in get_args(Control):
+        raise InputError(f"control: found {printable(args.control[0])!r}, expected {' or '.join(get_args(Control))}")
     if args.control and args.edit:
         raise InputError("found --control beside --edit, expected one or the other")
     for source in filter(None, (args.edit, args.control and args.control[1])):
         images.load_image(source, 8, 8)  # it can be read; its size is the model's to say
     return "edit" if args.edit else "control" if args.control else "words"
-
-
-def _check_png(path: Path) -> None:
-    if path.suffix.lower() != ".png" or path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise InputError(
-            f"{printable(str(path))}: expected a file name ending in .png, in a folder to write in, for the picture"
-        )
-
-
-def _save(picture: Picture8, path: Path) -> None:
-    from PIL import Image
-
-    try:
-        with whole_file(path) as part:
-            Image.fromarray(picture).save(part, "PNG")
-    except OSError as error:
-        raise InputError(
-            f"cannot write {path}: {(error.strerror or str(error)).lower()}; choose another place"
-        ) from error
 
 
 main = main_of(build_parser, run)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -30,6 +29,8 @@ def make_picture(
     seed: int = 0,
 ) -> Picture8:
     """uint8 [H, W, 3] of `size` (height, width; the model's own), which is rounded down to what its latents allow."""
+    import torch  # here, as trip-imagine's --help needs none
+
     height, width = _size(pipeline, size)
     asked: dict[str, Any] = {"prompt": words, "generator": torch.Generator("cpu").manual_seed(seed)}
     asked |= {"num_inference_steps": steps} if steps is not None else {}

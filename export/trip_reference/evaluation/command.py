@@ -173,14 +173,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _write_sheet(path: Path, clips: Sequence[np.ndarray], labels: Sequence[str], fps: float) -> None:
     from trip_reference.evaluation.moving_sheet import moving_sheet
-    from trip_rt.images import contact_sheet
+    from trip_rt.images import contact_sheet, save_png
     from trip_rt.video import save
 
     if path.suffix.lower() != ".png":
         save(moving_sheet(clips[:8], labels[:8]), path, fps)
         return
-    with whole_file(path) as part:
-        contact_sheet(clips[:24], labels=labels[:24]).save(part, "PNG")
+    save_png(contact_sheet(clips[:24], labels=labels[:24]), path)
 
 
 def _backend(name: str) -> str | type[Engine]:
