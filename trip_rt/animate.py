@@ -20,11 +20,13 @@ from trip_rt.animator import Animation, Animator
 from trip_rt.bundle import read_manifest
 from trip_rt.clip_requests import Job, Pictures, check_jobs, read_batch
 from trip_rt.command_line import CommandParser, add_json_flag, add_settings, main_of, report, settings_of
+from trip_rt.config import ControlConfig
+from trip_rt.control import check_points
 from trip_rt.errors import InputError, printable
 from trip_rt.launch import note
 from trip_rt.play import check_live, play
 from trip_rt.sampling.windows import window_starts
-from trip_rt.settings import check_prompt
+from trip_rt.settings import Settings, check_prompt
 
 _SHEET_COLUMNS = 8
 
@@ -68,6 +70,34 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PROMPT",
         help="what happens next, once for each --then: the clip goes on from its last frame or, with --frames, all"
         " sentences share the frames",
+    )
+    parser.add_argument(
+        "--path",
+        type=_path,
+        metavar="'X,Y X,Y …'",
+        help="where the thing at the first point goes, in shares of the picture's sides, y down, such as '0.3,0.5"
+        " 0.7,0.4'; for bundles exported with --control",
+    )
+    parser.add_argument(
+        "--control-scale",
+        type=float,
+        default=Settings.control_scale,
+        metavar="S",
+        help="how strongly --path counts, 0 to 10 (%(default)s)",
+    )
+    parser.add_argument(
+        "--control-guidance-start",
+        type=float,
+        default=Settings.control_guidance_start,
+        metavar="SHARE",
+        help="share of the steps from which --path counts (%(default)s)",
+    )
+    parser.add_argument(
+        "--control-guidance-end",
+        type=float,
+        default=Settings.control_guidance_end,
+        metavar="SHARE",
+        help="share of the steps up to which --path counts (%(default)s)",
     )
     parser.add_argument(
         "--live",
@@ -121,6 +151,8 @@ def run(args: argparse.Namespace) -> int:
         windows = len(window_starts(settings.frames(config), config.num_frames))
         fps = float(manifest.config.fps if args.fps is None else args.fps)
         video.check_fps(fps)
+        if args.path is not None:
+            _check_path(args, manifest.control)
         if args.live:
             check_live(args, fps)
         elif args.seconds is not None:
@@ -131,6 +163,7 @@ def run(args: argparse.Namespace) -> int:
         pictures = Pictures(profile.height, profile.width, settings.fit)
         pictures.check(jobs)
         animator = Animator(args.bundle, args.backend, profile.name, options)
+        control = None if args.path is None else animator.path(args.path)
     note(f"backend: {animator.backend} ({animator.backend_reason})")
     if args.live:
         with animator, _plain_warnings():
@@ -150,6 +183,7 @@ def run(args: argparse.Namespace) -> int:
                     np.stack([pictures.of(job) for job in group]),
                     [[job.prompt, *shared] for job in group],
                     [job.seed for job in group],
+                    controls=[control] * len(group),
                     settings=settings,
                     on_step=lambda *_: bar.update(),
                 )
@@ -200,6 +234,28 @@ def run(args: argparse.Namespace) -> int:
         f"{sheet}{len(clips)} {'clip' if len(clips) == 1 else 'clips'} in {seconds['total']:.2f} s: {stages}",
     )
     return 0
+
+
+def _path(text: str) -> list[tuple[float, ...]]:
+    try:
+        points = [tuple(float(number) for number in point.split(",")) for point in text.split()]
+        check_points(points)
+    except (ValueError, InputError) as error:
+        found = str(error) if isinstance(error, InputError) else f"found {text[:100]!r}, expected 'X,Y X,Y …'"
+        raise argparse.ArgumentTypeError(found) from None
+    return points
+
+
+def _check_path(args: argparse.Namespace, control: ControlConfig | None) -> None:
+    """InputError for --path where nothing would follow it."""
+    if control is None:
+        raise InputError(
+            f"--path: the UNet of {args.bundle} takes no control; export it with trip-export --control DIR"
+        )
+    for name in ("live", "batch", "num_frames"):
+        if getattr(args, name):
+            option = "frames" if name == "num_frames" else name
+            raise InputError(f"found --path beside --{option}, expected one or the other; --then goes on after a path")
 
 
 def _jobs(args: argparse.Namespace) -> list[Job]:

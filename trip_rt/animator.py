@@ -18,6 +18,7 @@ from trip_rt import backends, images, video
 from trip_rt.bundle import Bundle, open_bundle
 from trip_rt.checks import check_array, several, shown
 from trip_rt.components import REQUIRED
+from trip_rt.control import path_control
 from trip_rt.devices import open_device
 from trip_rt.errors import EngineError, InputError
 from trip_rt.images import Picture
@@ -91,7 +92,13 @@ class Animator:
                 with ThreadPoolExecutor(os.cpu_count()) as pool:
                     list(pool.map(self.engine, sorted(REQUIRED, key=lambda name: name != "unet")))
             self._pipeline = Pipeline(
-                self._device, self.config, self.profile, self.engine, opened.folder, options.cuda_graph
+                self._device,
+                self.config,
+                self.profile,
+                self.engine,
+                opened.folder,
+                options.cuda_graph,
+                opened.manifest.control,
             )
         except BaseException:
             self._free()
@@ -103,6 +110,7 @@ class Animator:
         prompt: str | Sequence[str],
         *,
         seed: int = 0,
+        control: Array | None = None,
         settings: Settings | None = None,
         on_step: OnStep | None = None,
         **changes: Unpack[SettingsKeywords],
@@ -112,9 +120,24 @@ class Animator:
         How it is made is said by a `settings` object or by the fields of Settings as keywords, such as `speed="fast"`
         or `guidance_scale=3`; keywords replace the object's fields. `on_step(done, total)` is called after every step.
         `num_frames` may be more than the engines have: then every window of a step counts as one, and `prompt` may be
-        several sentences, which share the frames equally. InputError for anything out of bounds.
+        several sentences, which share the frames equally. `control` [K, F, h, w] steers the clip, such as `path` makes
+        it, where the bundle was exported with --control. InputError for anything out of bounds.
         """
-        return self.batch([image], [prompt], seeds=[seed], settings=settings, on_step=on_step, **changes)[0]
+        return self.batch(
+            [image], [prompt], seeds=[seed], controls=[control], settings=settings, on_step=on_step, **changes
+        )[0]
+
+    def path(self, points: Sequence[tuple[float, float]]) -> Array:
+        """A control by which what lies at the first of `points` goes along them at an even pace (control.py).
+
+        Points are (x, y) in shares of the picture's sides, y down. InputError where this bundle's UNet takes none.
+        """
+        control = self._bundle.manifest.control
+        if control is None or control.kind != "motion":
+            raise InputError(
+                "path: the UNet of this bundle takes no control of motion; export it with trip-export --control DIR"
+            )
+        return path_control(points, self.config)
 
     def batch(
         self,
@@ -122,6 +145,7 @@ class Animator:
         prompts: Sequence[str | Sequence[str]] | str,
         *,
         seeds: Sequence[int] | None = None,
+        controls: Sequence[Array | None] | None = None,
         settings: Settings | None = None,
         on_step: OnStep | None = None,
         **changes: Unpack[SettingsKeywords],
@@ -129,8 +153,8 @@ class Animator:
         """Animate several pictures, `profile.batch` at a time; a clip depends on its own seed and not on its
         neighbours.
 
-        One sentence as `prompts` is for all of them. `seeds` default to 0, 1, …; the rest is as in a call, with
-        `on_step` counting the steps of all groups.
+        One sentence as `prompts` is for all of them. `seeds` default to 0, 1, …, `controls` to none; the rest is as in
+        a call, with `on_step` counting the steps of all groups.
         """
         settings = _settings(settings, changes)
         pictures = several("pictures", pictures)
@@ -138,7 +162,7 @@ class Animator:
         seeds = list(range(len(pictures))) if seeds is None else several("seeds", seeds)
         fitted = self._fitted(pictures, settings)
         clips: list[Animation] = []
-        for rows, latents in self._denoised(fitted, prompts, seeds, settings, on_step):
+        for rows, latents in self._denoised(fitted, prompts, seeds, settings, on_step, controls):
             for row, clip in zip(rows, latents, strict=True):
                 frames = np.concatenate([self._frames(pixels) for pixels in self._pipeline.decode(clip)])
                 told = "; ".join(_sentences(prompts[row]))
@@ -208,6 +232,7 @@ class Animator:
         with self._pipeline.turn:
             self._encode_text([prompt] * batch, settings)
             self._pipeline.give(np.concatenate([anchored(last[None], first[None])] * batch))
+            self._pipeline.steer([None] * batch)
             self._pipeline.denoise(noise, steps, on_step)
             latents: Array = self._pipeline.latents()
         return latents[0, :, 1:]
@@ -218,13 +243,15 @@ class Animator:
         prompt: str | Sequence[str],
         *,
         seed: int = 0,
+        control: Array | None = None,
         settings: Settings | None = None,
         on_step: OnStep | None = None,
         **changes: Unpack[SettingsKeywords],
     ) -> Iterator[NDArray[np.uint8]]:
         """One clip's frames, uint8 [H, W, 3] each, as they are decoded; the arguments are those of a call."""
         settings = _settings(settings, changes)
-        for _, latents in self._denoised(self._fitted([image], settings), [prompt], [seed], settings, on_step):
+        fitted = self._fitted([image], settings)
+        for _, latents in self._denoised(fitted, [prompt], [seed], settings, on_step, [control]):
             for pixels in self._pipeline.decode(latents[0]):
                 yield from self._frames(pixels)
 
@@ -234,6 +261,7 @@ class Animator:
         prompts: Sequence[str | Sequence[str]],
         seeds: Sequence[int],
         *,
+        controls: Sequence[Array | None] | None = None,
         settings: Settings | None = None,
         on_step: OnStep | None = None,
         **changes: Unpack[SettingsKeywords],
@@ -242,7 +270,7 @@ class Animator:
         config = self.config
         check_array("pictures", pictures, "uint8", (None, config.height, config.width, 3))
         settings = _settings(settings, changes)
-        groups = [latents for _, latents in self._denoised(pictures, prompts, seeds, settings, on_step)]
+        groups = [latents for _, latents in self._denoised(pictures, prompts, seeds, settings, on_step, controls)]
         channels, _, height, width = config.latent_shape
         empty = np.zeros((0, channels, settings.frames(config), height, width), np.float32)
         return np.concatenate([empty, *groups])
@@ -286,11 +314,13 @@ class Animator:
         seeds: Sequence[int],
         settings: Settings,
         on_step: OnStep | None,
+        controls: Sequence[Array | None] | None = None,
     ) -> Iterator[tuple[range, Array]]:
         """Denoise `profile.batch` pictures at a time: yields which they are and their latents [≤ batch, C, F, h, w]."""
         if not len(pictures) == len(prompts) == len(seeds):
             counts = f"{len(pictures)} pictures, {len(prompts)} prompts and {len(seeds)} seeds"
             raise InputError(f"batch: found {counts}, expected as many of each")
+        steering = self._checked(controls, len(pictures), settings)
         told = [_sentences(prompt) for prompt in prompts]
         seeds = [check_seed(seed) for seed in seeds]
         if on_step is not None and not callable(on_step):
@@ -310,6 +340,7 @@ class Animator:
             noise = shuffled_noise([seeds[row] for row in rows], self.config.latent_shape, frames)
             with self._pipeline.turn:
                 self._pipeline.encode_images(images.to_model(pictures[rows]))
+                self._pipeline.steer([steering[row] for row in rows], settings.control_scale)
                 if frames > self.config.num_frames:
                     contexts = self._contexts([told[row] for row in rows], settings)
                     latents = self._pipeline.denoise_windows(contexts, noise, steps, report)
@@ -319,6 +350,28 @@ class Animator:
                     latents = self._pipeline.latents()
             taken = range(start, min(start + batch, len(pictures)))
             yield taken, latents[: len(taken)]
+
+    def _checked(
+        self, controls: Sequence[Array | None] | None, count: int, settings: Settings
+    ) -> Sequence[Array | None]:
+        """The controls of `count` clips; InputError for those that do not fit."""
+        controls = [None] * count if controls is None else several("controls", controls)
+        if len(controls) != count:
+            raise InputError(f"controls: found {len(controls)} for {count} pictures, expected as many of each")
+        config, kind = self.config, self._bundle.manifest.control
+        for control in controls:
+            if control is None:
+                continue
+            if kind:
+                check_array("control", control, "float32", (kind.channels, *config.latent_shape[1:]))
+                if not np.isfinite(control).all():
+                    raise InputError("control: found a number that is not finite, expected finite ones")
+            if (frames := settings.frames(config)) > config.num_frames:
+                raise InputError(
+                    f"control: found one for a clip of {frames} frames, expected {config.num_frames}, which these"
+                    " engines make at once; go on from its end with extend"
+                )
+        return controls
 
     def _contexts(self, told: Sequence[Sequence[str]], settings: Settings) -> list[Array]:
         """The sentences of every window of a group of clips, as the pipeline's contexts."""

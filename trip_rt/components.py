@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from trip_rt.config import Count, TripConfig
+from trip_rt.config import ControlConfig, Count, TripConfig
 
-Part = Literal["text_encoder", "unet", "fusion", "vae"]  # of a checkpoint
+Part = Literal["text_encoder", "unet", "fusion", "vae", "control"]  # of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,15 @@ class TensorSpec:
 class Component:
     """One graph of the model. `part` holds its weights; a `variant_of` another component shares that one's weights and
     choice of precision. The denoising graphs are `guided`, for both of guidance's halves, or for the conditional half
-    alone; a `shallow` UNet is its outermost layer on the deep features of an earlier step."""
+    alone; a `shallow` UNet is its outermost layer on the deep features of an earlier step. An `optional` component is
+    there where the model has its part."""
 
     name: str
     part: Part
     variant_of: str | None = None
     guided: bool = True
     shallow: bool = False
+    optional: bool = False
 
 
 ALL = {
@@ -49,15 +51,16 @@ ALL = {
         Component("unet", "unet"),
         Component("tnf", "fusion"),
         Component("vae_decoder", "vae"),
+        Component("control_encoder", "control", optional=True),
         Component("unet_shallow", "unet", "unet", shallow=True),
         Component("unet_unguided", "unet", "unet", guided=False),
         Component("unet_unguided_shallow", "unet", "unet", guided=False, shallow=True),
         Component("tnf_unguided", "fusion", "tnf", guided=False),
     )
 }
-REQUIRED = tuple(name for name, component in ALL.items() if component.variant_of is None)
+REQUIRED = tuple(name for name, component in ALL.items() if component.variant_of is None and not component.optional)
 # A bundle may hold these besides, for steps without guidance and steps that reuse deep features (settings.py).
-VARIANTS = tuple(name for name in ALL if name not in REQUIRED)
+VARIANTS = tuple(name for name, component in ALL.items() if component.variant_of)
 
 
 def variant(of: str, guided: bool, shallow: bool = False) -> str:
@@ -70,11 +73,17 @@ Signature = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
 
 
 def signatures(
-    config: TripConfig, batch: int, decode_frames: int, context_width: int, features_shape: Sequence[int]
+    config: TripConfig,
+    batch: int,
+    decode_frames: int,
+    context_width: int,
+    features_shape: Sequence[int],
+    control: ControlConfig | None = None,
 ) -> dict[str, Signature]:
     """Inputs and outputs of every component's graph, for a config of the profile's shapes.
 
-    The denoising graphs hold 2·batch clips, the unconditional half first; unguided ones hold the conditional half.
+    The denoising graphs hold 2·batch clips, the unconditional half first; unguided ones hold the conditional half. A
+    clip's control is the same for both.
     """
 
     def f32(name: str, *shape: int) -> TensorSpec:
@@ -93,12 +102,13 @@ def signatures(
             )
         context = f32("context", clips, config.text_length, context_width)
         features = f32("features", clips, *features_shape)
-        inputs = (latents, first_frame, timestep, context)
+        inputs = (latents, first_frame, timestep, context, *controlled)
         return ((*inputs, features), (residual_noise,)) if component.shallow else (inputs, (residual_noise, features))
 
     input_ids = TensorSpec("input_ids", "int64", (batch, config.text_length))
     text_shape = (config.text_length, config.text_width)
     picture = (3, config.height, config.width)
+    controlled = (f32("control_features", batch, *features_shape),) if control else ()
     fixed: dict[str, Signature] = {
         "text_encoder": ((input_ids,), (f32("text", batch, *text_shape),)),
         "text_projection": (
@@ -111,4 +121,8 @@ def signatures(
             (f32("image", decode_frames, *picture),),
         ),
     }
-    return {name: fixed.get(name) or denoising(component) for name, component in ALL.items()}
+    if control:
+        _, frames, height, width = config.latent_shape
+        fixed["control_encoder"] = (f32("control", batch, control.channels, frames, height, width),), controlled
+    names = [name for name, component in ALL.items() if control or not component.optional]
+    return {name: fixed.get(name) or denoising(ALL[name]) for name in names}

@@ -16,6 +16,8 @@ from trip_rt.errors import InputError, printable
 Fusion = Literal["tnf", "linear", "none"]
 FirstFrame = Literal["start", "end", "channel"]
 Gate = Literal["frame", "matched"]
+ControlKind = Literal["motion"]
+CONTROL_CHANNELS: dict[ControlKind, int] = {"motion": 3}
 Count = Annotated[int, Meta(ge=1, le=1 << 20)]
 Beta = Annotated[float, Meta(gt=0, lt=1)]
 Timesteps = Annotated[int, Meta(ge=1, le=100_000)]
@@ -64,6 +66,23 @@ class TNFConfig:
             raise InputError(
                 f"num_heads: found {self.num_heads}, expected a divisor of hidden_size, {self.hidden_size}"
             )
+
+
+@dataclass(frozen=True)
+class ControlConfig:
+    """A network that steers a clip by a map [channels, F, h, w] beside picture and sentence.
+
+    `kind` says what the map shows (control.py). The network has `num_layers` layers of `hidden_size` channels.
+    """
+
+    kind: ControlKind
+    hidden_size: Width
+    num_layers: Annotated[int, Meta(ge=1, le=64)]
+
+    @property
+    def channels(self) -> int:
+        """How many numbers the map has at each place."""
+        return CONTROL_CHANNELS[self.kind]
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,9 @@ class FusedStep:
         weights = device.zeros("uint8", blob.shape)
         device.write(weights, blob)
         pointers = vars(buffers) | vars(self.own) | {"weights": weights}
-        known: dict[str, tuple[int, Any]] = {n: (buffer.address, ctypes.c_void_p) for n, buffer in pointers.items()}
+        known: dict[str, tuple[int, Any]] = {
+            name: (buffer.address, ctypes.c_void_p) for name, buffer in pointers.items() if buffer is not None
+        }
         known |= {"batch": (batch, ctypes.c_int32), "pixels": (pixels, ctypes.c_int32), "scratch": (0, ctypes.c_void_p)}
         if unknown := [name for name in spec.parameters if name not in known]:
             raise InputError(

@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from trip_rt.components import ALL, REQUIRED, TensorSpec, signatures
-from trip_rt.config import Count, TripConfig, from_json, to_json
+from trip_rt.components import REQUIRED, TensorSpec, signatures
+from trip_rt.config import ControlConfig, Count, TripConfig, from_json, to_json
 from trip_rt.errors import InputError
 
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 
 # Of a graph's input or output; several frames of 4K are below it. Nothing larger is set aside on a file's word.
 MAX_TENSOR_BYTES = 1 << 30
@@ -133,7 +133,8 @@ class Profile:
 class Manifest:
     """What a bundle holds: the model's config, how many token ids its text encoder knows (`vocabulary`), a profile for
     each set of shapes (the first is the default), and a table of all its files. `built_with` (package versions) and
-    `source` (hashes of the checkpoint's files) are for people and for the next export."""
+    `source` (hashes of the checkpoint's files) are for people and for the next export. `control` is that of a bundle
+    whose UNets take one."""
 
     config: TripConfig
     vocabulary: Count
@@ -141,6 +142,7 @@ class Manifest:
     files: dict[FileName, FileSpec]
     built_with: dict[str, str]
     source: dict[str, str]
+    control: ControlConfig | None = None
 
     def profile(self, name: str | None = None) -> Profile:
         """The profile of that name, or the default; InputError where there is none such."""
@@ -208,10 +210,9 @@ def _check_consistent(manifest: Manifest, where: str) -> None:
     if len(set(names)) < len(names):
         raise InputError(f"{where}: found two profiles of one name among {', '.join(names)}; {again}")
     for profile in manifest.profiles:
-        if lacking := [name for name in REQUIRED if name not in profile.engines]:
+        required = (*REQUIRED, *(("control_encoder",) if manifest.control else ()))
+        if lacking := [name for name in required if name not in profile.engines]:
             raise InputError(f"{where}: found no engine of {', '.join(lacking)} for {profile.name}; {again}")
-        if unknown := [name for name in profile.engines if name not in ALL]:
-            raise InputError(f"{where}: found the unknown component {unknown[0][:100]!r}; {again}")
         for engines in profile.engines.values():
             for spec in engines.values():
                 for tensor in (*spec.inputs, *spec.outputs):
@@ -225,8 +226,15 @@ def _check_consistent(manifest: Manifest, where: str) -> None:
         except InputError as error:
             raise InputError(f"{where}: {profile.name}: {error}; {again}") from error
         expected = signatures(
-            config, profile.batch, profile.decode_frames, profile.context_width, profile.features_shape
+            config,
+            profile.batch,
+            profile.decode_frames,
+            profile.context_width,
+            profile.features_shape,
+            manifest.control,
         )
+        if unknown := [name for name in profile.engines if name not in expected]:
+            raise InputError(f"{where}: found the unknown component {unknown[0][:100]!r}; {again}")
         mentioned = {"tokenizer.json", profile.reference} - {""}
         for component, engines in profile.engines.items():
             for backend, spec in engines.items():

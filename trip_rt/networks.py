@@ -24,7 +24,8 @@ class StepBuffers:
     first.
 
     latents, residual_noise [2B, C, F, h, w]; first_frame [2B, C, h, w], clean; context [2B, L, K], the text's keys and
-    values; features, deep ones of the UNet's, of the manifest's shape; timestep int64 [1]. All others are fp32.
+    values; features, deep ones of the UNet's, of the manifest's shape; timestep int64 [1]; control_features, of as many
+    clips as there are, with the features' shape, where the UNet takes some. All others are fp32.
     """
 
     latents: Buffer
@@ -33,12 +34,18 @@ class StepBuffers:
     residual_noise: Buffer
     features: Buffer
     timestep: Buffer
+    control_features: Buffer | None = None
 
 
 def step_buffers(
-    device: Device, config: TripConfig, batch: int, context_width: int, features_shape: Sequence[int]
+    device: Device,
+    config: TripConfig,
+    batch: int,
+    context_width: int,
+    features_shape: Sequence[int],
+    controlled: bool = False,
 ) -> StepBuffers:
-    """Buffers for `batch` clips at a time; the last two arguments as in manifest.Profile."""
+    """Buffers for `batch` clips at a time; `context_width` and `features_shape` as in manifest.Profile."""
     return StepBuffers(
         latents=device.zeros("float32", (2 * batch, *config.latent_shape)),
         first_frame=device.zeros("float32", (2 * batch, *config.frame_shape)),
@@ -46,6 +53,7 @@ def step_buffers(
         residual_noise=device.zeros("float32", (2 * batch, *config.latent_shape)),
         features=device.zeros("float32", (2 * batch, *features_shape)),
         timestep=device.zeros("int64", (1,)),
+        control_features=device.zeros("float32", (batch, *features_shape)) if controlled else None,
     )
 
 
@@ -84,8 +92,16 @@ def last_rows(buffers: StepBuffers, tensor: TensorSpec) -> Buffer:
 class EngineNetworks:
     """UNet and TNF by their engines, for a loop whose latents are on the host (sampling.windows.WindowNetworks)."""
 
-    def __init__(self, device: Device, buffers: StepBuffers, unet: BoundUNet, open_engine: OpenEngine):
+    def __init__(
+        self,
+        device: Device,
+        buffers: StepBuffers,
+        unet: BoundUNet,
+        open_engine: OpenEngine,
+        steer: Callable[[Step], None] = lambda step: None,
+    ):
         self._device, self._buffers, self._unet, self._open_engine = device, buffers, unet, open_engine
+        self._steer = steer
         self._coefficients = {
             name: device.zeros("float32", (1,)) for name in ("sqrt_alpha_bar", "sqrt_one_minus_alpha_bar")
         }
@@ -99,6 +115,7 @@ class EngineNetworks:
             self._device.write(half, first_frame)
 
     def unet(self, step: Step, latents: Array) -> None:
+        self._steer(step)
         for half in self._latents:
             self._device.write(half, latents)
         self._device.write(self._buffers.timestep, np.array([step.timestep]))

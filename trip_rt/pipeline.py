@@ -12,15 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trip_rt.backends import Engine
-from trip_rt.config import TripConfig
+from trip_rt.config import ControlConfig, TripConfig
 from trip_rt.devices import Device, Work
-from trip_rt.errors import EngineError
+from trip_rt.errors import EngineError, InputError
 from trip_rt.fused_step import FusedStep, fitting
 from trip_rt.manifest import Profile
 from trip_rt.networks import BoundUNet, EngineNetworks, OpenEngine, halves, step_buffers
 from trip_rt.sampling.loop import Array, OnStep, denoise, denoise_on_gpu
 from trip_rt.sampling.step import Step
 from trip_rt.sampling.windows import denoise_windows
+from trip_rt.steering import Steering
 from trip_rt.turns import Turn
 
 
@@ -43,8 +44,10 @@ class Pipeline:
         open_engine: OpenEngine,
         folder: Path,
         cuda_graph: bool,
+        control: ControlConfig | None = None,
     ):
         self._device, self._profile, self._cuda_graph = device, profile, cuda_graph
+        self._open_engine = open_engine
         self.turn = Turn(device.use)
         names = ("text_encoder", "text_projection", "vae_encoder", "vae_decoder")
         self._text, self._projection, self._image, self._decoder = (
@@ -53,18 +56,38 @@ class Pipeline:
         self._frames = device.read_back(self._decoder.output)
         self._clip = device.zeros("float32", config.latent_shape)
         self._decoding: object = None  # whose latents `_clip` holds
-        self.buffers = step_buffers(device, config, profile.batch, profile.context_width, profile.features_shape)
+        self.buffers = step_buffers(
+            device, config, profile.batch, profile.context_width, profile.features_shape, control is not None
+        )
+        self._steering = self._open_steering()
         self._unet = BoundUNet(self.buffers, open_engine)
         self._unet.kind(True, False)
         self.graph = False
         self._works: dict[tuple[bool, bool], Work] = {}
         self.fused_step = self._open_kernel(config, folder)
-        self._open_engine = open_engine
         self._networks: EngineNetworks | None = None
         if self.fused_step:
             self._work(True, False)
         else:
             self._host_networks()
+
+    def _open_steering(self) -> Steering | None:
+        """What hands a clip's control to UNets that take one."""
+        if self.buffers.control_features is None:
+            return None
+        device = self._device
+        encoder = _Bound(device, _present(self._open_engine, "control_encoder"))
+
+        def encode(controls: Array) -> Array:
+            device.write(encoder.input, controls)
+            encoder.run()
+            return device.read(encoder.output)
+
+        return Steering(device, self.buffers.control_features, encode)
+
+    def _steer(self, step: Step) -> None:
+        if self._steering:
+            self._steering(step)
 
     @property
     def after_unet(self) -> str:
@@ -115,7 +138,7 @@ class Pipeline:
     def _host_networks(self) -> EngineNetworks:
         """For loops on the host; beside the fused kernel, opened when a clip of several windows first asks for them."""
         if self._networks is None:
-            self._networks = EngineNetworks(self._device, self.buffers, self._unet, self._open_engine)
+            self._networks = EngineNetworks(self._device, self.buffers, self._unet, self._open_engine, self._steer)
         return self._networks
 
     def encode(self, unconditional: NDArray[np.int64], conditional: NDArray[np.int64], pixels: Array) -> None:
@@ -154,6 +177,16 @@ class Pipeline:
         for half in halves(self.buffers.first_frame):
             self._device.write(half, first_frame)
 
+    def steer(self, controls: Sequence[Array | None], scale: float = 1.0) -> None:
+        """Controls [K, F, h, w] for the next runs, one or None for each clip, and how strongly they count; those before
+        count no more. InputError where the UNets take none."""
+        if self._steering:
+            self._steering.give(controls, scale)
+        elif any(control is not None for control in controls):
+            raise InputError(
+                "control: found one, but the UNet of this bundle takes none; export it with trip-export --control DIR"
+            )
+
     def denoise(self, noise: Array, steps: Sequence[Step], on_step: OnStep | None = None) -> None:
         """The loop on what `encode` left, from `noise` [B, C, F, h, w]; `latents` reads what it made.
 
@@ -165,7 +198,7 @@ class Pipeline:
         if self.fused_step:
             works = {(step.guided, step.shallow): self._work(step.guided, step.shallow) for step in steps}
             self.fused_step.begin(noise, steps)
-            denoise_on_gpu(device, works, steps, on_step)
+            denoise_on_gpu(device, works, steps, on_step, self._steer)
         else:
             clean = denoise(self._host_networks(), self.first_frame(), noise, steps, on_step)
             device.write(halves(buffers.latents)[0], clean)

@@ -15,6 +15,7 @@ from trip_rt.sampling.solvers import SOLVERS, Solver, solver_steps
 from trip_rt.sampling.step import Step
 
 MAX_GUIDANCE_SCALE = 100
+MAX_CONTROL_SCALE = 10
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ class SettingsKeywords(TypedDict, total=False):
     negative_prompt: str
     fit: Fit
     num_frames: int | None
+    control_scale: float
+    control_guidance_start: float
+    control_guidance_end: float
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ class Settings:
     replace the speed's own where they are given. `guidance_scale` 0 to 100 says how closely the clip follows the prompt
     (None: the model's own), `negative_prompt` what should not be seen. `fit` says how a picture of another shape is
     fitted: `crop` keeps its largest centred part, `letterbox` all of it. `num_frames` may be more than the engines have
-    (None: theirs): then overlapping windows make the clip.
+    (None: theirs): then overlapping windows make the clip. A clip's control counts `control_scale` times, 0 to 10, in
+    the steps between the shares `control_guidance_start` and `control_guidance_end` of a run, 0 to 1.
     """
 
     speed: Speed | str = "exact"
@@ -75,6 +80,9 @@ class Settings:
     negative_prompt: str = ""
     fit: Fit = "crop"
     num_frames: int | None = None
+    control_scale: float = 1.0
+    control_guidance_start: float = 0.0
+    control_guidance_end: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.speed, Speed):
@@ -94,6 +102,9 @@ class Settings:
         _check_interval(speed.guidance_interval)
         if self.num_frames is not None:
             whole_number("num_frames", self.num_frames, 1, MAX_FRAMES)
+        real_number("control scale", self.control_scale, 0, MAX_CONTROL_SCALE)
+        start = real_number("control guidance start", self.control_guidance_start, 0, 1)
+        real_number("control guidance end", self.control_guidance_end, start, 1)
 
     @property
     def resolved_speed(self) -> Speed:
@@ -117,7 +128,12 @@ class Settings:
             reusable = whole >= 0 and (steps[whole].guided or not guided)
             shallow = reusable and i - whole < speed.feature_reuse
             whole = whole if shallow else i
-            steps.append(dataclasses.replace(step, guidance_scale=scale if guided else 1.0, shallow=shallow))
+            controlled = self.control_guidance_start <= i / count and (i + 1) / count <= self.control_guidance_end
+            steps.append(
+                dataclasses.replace(
+                    step, guidance_scale=scale if guided else 1.0, shallow=shallow, controlled=controlled
+                )
+            )
         return steps
 
     def frames(self, config: TripConfig) -> int:

@@ -93,6 +93,7 @@ def measure(animator: Animator, reference: Reference, precision: str, measured_o
             reference.pictures,
             reference.prompts,
             reference.seeds,
+            controls=None if reference.control is None else list(reference.control),
             num_inference_steps=steps,
             guidance_scale=reference.guidance_scale,
             on_step=lambda done, total: bar.update(),

@@ -34,8 +34,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class Reference:
-    """Calls of every component, and a whole run: uint8 pictures [B, H, W, 3] with prompts and seeds, denoised in so
-    many steps at that guidance scale to `latents` [B, C, F, h, w]; `frames` [F, 3, H, W] are the first clip's."""
+    """Calls of every component, and a whole run: uint8 pictures [B, H, W, 3] with prompts, seeds and, where the model
+    takes one, `control` [B, K, F, h, w], denoised in so many steps at that guidance scale to `latents` [B, C, F, h, w];
+    `frames` [F, 3, H, W] are the first clip's."""
 
     samples: Mapping[str, list[Sample]]
     pictures: NDArray[np.uint8]
@@ -45,6 +46,7 @@ class Reference:
     guidance_scale: float
     latents: NDArray[np.float32]
     frames: NDArray[np.float32]
+    control: NDArray[np.float32] | None = None
 
     def save(self, path: Path, key: str) -> None:
         """Write a safetensors file; `key` says what it was recorded from. InputError where the disk is full."""
@@ -53,6 +55,8 @@ class Reference:
             "loop/latents": self.latents,
             "loop/frames": self.frames,
         }
+        if self.control is not None:
+            arrays["loop/control"] = self.control
         for name, samples in self.samples.items():
             for index, sample in enumerate(samples):
                 arrays |= {f"{name}/{index}/in/{tensor}": array for tensor, array in sample.inputs.items()}
@@ -82,6 +86,7 @@ class Reference:
                     raise InputError(f"{path}: was recorded from something else; export the bundle again")
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
             loop = {name: arrays.pop(f"loop/{name}") for name in ("pictures", "latents", "frames")}
+            loop["control"] = arrays.pop("loop/control", None)
             calls: dict[str, dict[int, dict[str, NDArray[Any]]]] = {}
             for name, array in arrays.items():
                 component, index, tensor = name.split("/", 2)

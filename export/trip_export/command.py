@@ -61,6 +61,13 @@ def build_export_parser() -> argparse.ArgumentParser:
             " half precision)"
         ),
     )
+    parser.add_argument(
+        "--control",
+        type=Path,
+        metavar="DIR",
+        help="a control trained beside this checkpoint's UNet (trip-train --recipe control), by which a drawn path"
+        " steers clips",
+    )
     parser.add_argument("--batch", type=int, default=1, help="clips animated at a time (%(default)s)")
     parser.add_argument("--frames", type=int, help="frames of a clip (the checkpoint's)")
     parser.add_argument("--size", type=size_of, metavar="WxH", help="picture size in pixels (the checkpoint's)")
@@ -177,6 +184,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         size=args.size,
         gpus=_kernel_gpus(gpus, with_plans="tensorrt-rtx" in (args.backend or [])),
         speedups=not args.no_speedups,
+        control=args.control,
         add=args.add,
         parity_steps=args.parity_steps,
         device=args.device or ("cuda" if is_available() else "cpu"),

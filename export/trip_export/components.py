@@ -52,8 +52,12 @@ def component(model: TripModel, name: str, batch: int, decode_frames: int) -> Co
             module = Call(model.fusion)
         case "vae_decoder":
             module = Call(model.decode, model.vae)
+        case "control_encoder":
+            module = Call(model.encode_control, model.control)
         case _:
-            module = DenoisingUNet(model.residual_unet, guided=ALL[name].guided, shallow=ALL[name].shallow)
+            module = DenoisingUNet(
+                model.residual_unet, ALL[name].guided, ALL[name].shallow, controlled=model.control is not None
+            )
     inputs, outputs = signatures(model, batch, decode_frames)[name]
     return Component(
         name, module.eval(), {spec.name: _example(spec) for spec in inputs}, tuple(spec.name for spec in outputs)
@@ -62,7 +66,8 @@ def component(model: TripModel, name: str, batch: int, decode_frames: int) -> Co
 
 def signatures(model: TripModel, batch: int, decode_frames: int) -> dict[str, Signature]:
     """`trip_rt.components.signatures` of all the model's components; no part of it need hold weights."""
-    return graph_signatures(model.config, batch, decode_frames, context_width(model), features_shape(model))
+    control = model.control.config if model.control else None
+    return graph_signatures(model.config, batch, decode_frames, context_width(model), features_shape(model), control)
 
 
 def context_width(model: TripModel) -> int:

@@ -40,34 +40,39 @@ class DenoisingUNet(nn.Module):
 
     `guided`: latents and first frames come twice, once for each of guidance's halves, and are equal; what comes before
     the first cross-attention is computed once. `shallow`: only the outermost layer, on deep features that another step
-    left (DeepCache, Ma et al. 2023). The network given is changed: it can no longer be called by itself.
+    left (DeepCache, Ma et al. 2023). `controlled`: a ControlEncoder's features are the inputs' next. The network given
+    is changed: it can no longer be called by itself.
     """
 
-    def __init__(self, residual_unet: ResidualUNet, guided: bool, shallow: bool):
+    def __init__(self, residual_unet: ResidualUNet, guided: bool, shallow: bool, controlled: bool = False):
         super().__init__()
         self.unet = _arranged(residual_unet.unet)
         self.first_frame = residual_unet.first_frame
-        self.guided, self.shallow = guided, shallow
+        self.guided, self.shallow, self.controlled = guided, shallow, controlled
 
     def forward(
-        self, latents: Tensor, first_frame: Tensor, timestep: Tensor, context: Tensor, features: Tensor | None = None
+        self, latents: Tensor, first_frame: Tensor, timestep: Tensor, context: Tensor, *more: Tensor
     ) -> tuple[Tensor, ...]:
-        """latents: [B, C, F, h, w]; first_frame: [B, C, h, w]; timestep: [1]; context: [B, L, K]; where shallow,
-        features: [B, F', C', h, w].
+        """latents: [B, C, F, h, w]; first_frame: [B, C, h, w]; timestep: [1]; context: [B, L, K]; `more`, where
+        controlled, the control's features, for one of guidance's halves, and, where shallow, deep ones: [B, F', C', h,
+        w] each.
 
         Returns the residual noise [B, C, F, h, w] and, from the whole network, its features; F' counts the clean frame
         where that is one of them.
         """
         unet, clips = self.unet, len(context)
+        control = more[0] if self.controlled else None
+        features = more[-1] if self.shallow else None
         if self.guided:
             latents, first_frame = latents[: clips // 2], first_frame[: clips // 2]
         texts = _split(unet, context)
         time = unet.time_embedding(unet.time_proj(timestep))  # [1, width], the same for all clips and frames
         x = with_first_frame(latents, first_frame, self.first_frame).transpose(1, 2)  # [B, F', C, h, w]
         frames = x.shape[1]
-        (x,) = unet.transformer_in(
-            unet.conv_in(x.flatten(0, 1)), num_frames=frames, return_dict=False
-        )  # [B·F', C', h, w]
+        x = unet.conv_in(x.flatten(0, 1))  # [B·F', C', h, w]
+        if control is not None:
+            x = x + _as_many(control.flatten(0, 1), len(x))
+        (x,) = unet.transformer_in(x, num_frames=frames, return_dict=False)
         skips = [x]
         last = unet.up_blocks[-1]
         if features is None:

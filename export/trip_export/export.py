@@ -166,6 +166,7 @@ class _Export:
             files={},
             built_with=self.plan.versions | {"python": platform.python_version()},
             source=self.plan.hashes,
+            control=self.plan.control,
         )
         specs = (*manifest.engine_specs(), *manifest.kernel_specs())
         spoken_of = {
@@ -286,7 +287,7 @@ class _Export:
         return graph, gflop
 
     def _component(self, name: str) -> tuple[Component, float]:
-        model = checkpoint.from_pretrained(self.plan.source, only=ALL[name].part)
+        model = checkpoint.from_pretrained(self.plan.source, ALL[name].part, self.options.control)
         model.config = self.plan.config
         part = component(model, name, self.options.batch, self.plan.decode_frames)
         with FakeTensorMode(allow_non_fake_inputs=True), no_grad(), FlopCounterMode(display=False) as counter:
@@ -307,7 +308,7 @@ class _Export:
                 return reference
         self.note(f"reference run: {self.plan.steps} steps in PyTorch")
         with self._stage("reference run"):
-            model = checkpoint.from_pretrained(self.plan.source)
+            model = checkpoint.from_pretrained(self.plan.source, control=self.options.control)
             model.config = self.plan.config
             reference = record(
                 model, self.plan.tokenizer_json, self.options.batch, self.plan.decode_frames, self.plan.steps

@@ -32,6 +32,7 @@ def estimate_gb(plan: Plan, outline: TripModel) -> float:
         "vae": outline.vae,
         "unet": outline.residual_unet,
         "fusion": outline.fusion,
+        **({"control": outline.control} if outline.control else {}),
     }
     weights = {name: 4 * sum(p.numel() for p in part.parameters()) / 1e9 for name, part in parts.items()}
     largest, live = max(weights.values()), _live_gb(plan, outline)

@@ -16,6 +16,7 @@ from trip_engines.tensorrt_build import LIBRARIES, BuildOptions, cache_key
 from trip_export.components import context_width, default_decode_frames, features_shape, signatures
 from trip_export.memory import estimate_gb
 from trip_reference import checkpoint
+from trip_reference.control import CONFIG, WEIGHTS
 from trip_rt import backends
 from trip_rt.bundle import file_sha256
 from trip_rt.components import ALL, REQUIRED, VARIANTS
@@ -35,7 +36,8 @@ class ExportOptions:
     `gpus` are the compute capabilities that the fused step is compiled for, whether there is a GPU here or not.
     `speedups`: also the engines that only approximate or unguided steps need (trip_rt/settings.py). `add` keeps what
     the bundle already holds of the same checkpoint. `parity_steps` is how many denoising steps parity compares (the
-    model's own number by default; 0: none). `device` is what inductor compiles for.
+    model's own number by default; 0: none). `device` is what inductor compiles for. `control` is the folder of one
+    trained beside the checkpoint's UNet, which then takes its features.
     """
 
     backends: tuple[str, ...] = ("onnxruntime",)
@@ -48,6 +50,7 @@ class ExportOptions:
     add: bool = False
     parity_steps: int | None = None
     device: str = "cpu"
+    control: Path | None = None
     tensorrt: BuildOptions = field(default_factory=BuildOptions)
 
 
@@ -95,16 +98,23 @@ class Plan:
             from trip_export.inductor_export import target_for
 
             self.inductor = target_for(options.device)
-        outline = checkpoint.from_pretrained(source, only=ALL["tnf"].part)
+        outline = checkpoint.from_pretrained(source, ALL["tnf"].part, options.control)
         outline.config = self.config
+        self.control = outline.control.config if outline.control else None
         self.context_width, self.features_shape = context_width(outline), features_shape(outline)
         self.signatures = signatures(outline, options.batch, self.decode_frames)
         self.memory_gb = estimate_gb(self, outline)
-        self.components = (*REQUIRED, *(VARIANTS if options.speedups else ()))
+        self.components = (
+            *REQUIRED,
+            *(("control_encoder",) if self.control else ()),
+            *(VARIANTS if options.speedups else ()),
+        )
         self.vocabulary = outline.vocabulary
         self.tokenizer_json = checkpoint.load_tokenizer_json(source)
         self.versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
         self.hashes = {path.relative_to(source).as_posix(): file_sha256(path) for path in _checkpoint_files(source)}
+        if options.control:
+            self.hashes |= {f"control/{name}": file_sha256(options.control / name) for name in (CONFIG, WEIGHTS)}
 
     def _check_gpus(self) -> None:
         if not importlib.util.find_spec("triton"):

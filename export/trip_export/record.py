@@ -17,12 +17,14 @@ from trip_reference.demo_world import world
 from trip_reference.feature_reuse import FeatureReuse
 from trip_reference.model import TripModel, to_pixels
 from trip_reference.sampling import sample
+from trip_rt.control import path_control
 from trip_rt.sampling.loop import initial_noise
 from trip_rt.sampling.step import Step
 from trip_rt.settings import Settings
 from trip_rt.tokenizer import PromptTokenizer
 
 STEPS_RECORDED = 6
+PATH = (0.5, 0.5), (0.6, 0.35), (0.75, 0.4)  # of the control that is recorded
 
 
 def record(
@@ -55,6 +57,11 @@ def record(
         clean = torch.cat([first_frame, first_frame])
         context = TextProjection(model.residual_unet.unet)(text)
         keep("text_projection", {"text": text}, context)
+        control = steered = None
+        if model.control:
+            control = np.stack([path_control(PATH, config)] * batch)
+            steered = model.encode_control(torch.from_numpy(control))
+            keep("control_encoder", {"control": torch.from_numpy(control)}, steered)
         recorded = {steps[i].timestep for i in np.linspace(0, len(steps) - 1, STEPS_RECORDED).round().astype(int)}
         kept: list[tuple[dict[str, Tensor], Tensor]] = []  # the UNet's inputs at those, and the features it had
 
@@ -68,22 +75,24 @@ def record(
                 "sqrt_alpha_bar": torch.tensor([step.sqrt_alpha_bar]),
                 "sqrt_one_minus_alpha_bar": torch.tensor([step.sqrt_one_minus_alpha_bar]),
             }
-            keep("unet", shared | {"context": context}, residual)
+            given = shared | {"context": context} | ({} if steered is None else {"control_features": steered})
+            keep("unet", given, residual)
             keep("tnf", shared | coefficients, noise)
-            kept.append((shared, features))
+            kept.append((given, features))
             if len(kept) == 1 + len(recorded) // 2:  # one call of each of their variants, in the middle
-                keep("unet_unguided", _conditional(shared | {"context": context}, batch), residual[batch:])
+                keep("unet_unguided", _conditional(given, batch), residual[batch:])
                 keep("tnf_unguided", _conditional(shared | coefficients, batch), noise[batch:])
 
         seeds = list(range(batch))
         noise = torch.from_numpy(initial_noise(seeds, config.latent_shape))
         with tqdm(total=len(steps), desc="reference run", unit="step", disable=None, leave=False) as bar:
-            latents = sample(model, first_frame, noise, text, steps, on_step)
+            latents = sample(model, first_frame, noise, text, steps, on_step, steered)
         middle = len(recorded) // 2
         with FeatureReuse(model.residual_unet) as reusing:
-            (shared, _), (_, reusing.features) = kept[middle], kept[max(0, middle - 1)]
-            inputs = shared | {"context": context, "features": reusing.features}
-            residual = reusing(shared["latents"], clean, shared["timestep"], text, shallow=True)
+            (given, _), (_, reusing.features) = kept[middle], kept[max(0, middle - 1)]
+            inputs = given | {"features": reusing.features}
+            twice = None if steered is None else torch.cat([steered, steered])
+            residual = reusing(given["latents"], clean, given["timestep"], text, True, twice)
         keep("unet_shallow", inputs, residual)
         keep("unet_unguided_shallow", _conditional(inputs, batch), residual[batch:])
         frames = []
@@ -92,12 +101,14 @@ def record(
             if len(chunk) == decode_frames and not samples["vae_decoder"]:
                 keep("vae_decoder", {"latents": chunk}, frames[0])
     whole = latents.numpy(), torch.cat(frames).numpy()
-    return Reference(dict(samples), pictures, prompts, seeds, len(steps), scale, *whole)
+    return Reference(dict(samples), pictures, prompts, seeds, len(steps), scale, *whole, control)
 
 
 def _conditional(inputs: dict[str, Tensor], batch: int) -> dict[str, Tensor]:
-    """The conditional half, which is all that a step without guidance gets."""
-    return {name: tensor if tensor.ndim == 1 else tensor[batch:] for name, tensor in inputs.items()}
+    """The conditional half, which is all that a step without guidance gets; a control has one half."""
+    return {
+        name: tensor if tensor.ndim == 1 or len(tensor) == batch else tensor[batch:] for name, tensor in inputs.items()
+    }
 
 
 def held_out(height: int, width: int, count: int) -> tuple[NDArray[np.uint8], list[str]]:

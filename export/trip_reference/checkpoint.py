@@ -23,6 +23,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from trip_reference.control import load_control
 from trip_reference.model import TripModel
 from trip_reference.parts import REMEDY, TEXT_ENCODER, UNET, VAE, Part, load_part, load_weights, read_config
 from trip_rt.config import TripConfig, from_json, to_json
@@ -73,12 +74,12 @@ def save_pretrained(
             os.replace(draft / name, folder / name)
 
 
-def from_pretrained(folder: str | os.PathLike[str], only: str | None = None) -> TripModel:
+def from_pretrained(folder: str | os.PathLike[str], only: str | None = None, control: Path | None = None) -> TripModel:
     """The model of a checkpoint folder, fp32 and in evaluation mode; InputError where the folder is not a whole
     checkpoint.
 
-    With `only` (text_encoder, vae, unet or fusion) the other parts are on the meta device: they have shapes but take no
-    memory.
+    `control` is the folder of one trained beside this checkpoint's UNet. With `only` (text_encoder, vae, unet, fusion
+    or control) the other parts are on the meta device: they have shapes but take no memory.
     """
     folder = Path(folder)
     config = load_config(folder)
@@ -93,6 +94,9 @@ def from_pretrained(folder: str | os.PathLike[str], only: str | None = None) -> 
         with torch.device("meta"):
             model = TripModel(config, unet, vae, text_encoder)
     load_weights(model.fusion, folder / "fusion" / _FUSION_WEIGHTS)
+    if control is not None:
+        width = model.residual_unet.unet.config.block_out_channels[0]
+        model.control = load_control(control, folder, width, config.first_frame)
     return model.eval()
 
 

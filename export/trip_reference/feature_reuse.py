@@ -33,11 +33,19 @@ class FeatureReuse:
     def __exit__(self, *_: object) -> None:
         self._hook.remove()
 
-    def __call__(self, latents: Tensor, first_frame: Tensor, timestep: Tensor, text: Tensor, shallow: bool) -> Tensor:
+    def __call__(
+        self,
+        latents: Tensor,
+        first_frame: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        shallow: bool,
+        control_features: Tensor | None = None,
+    ) -> Tensor:
         """As ResidualUNet; with `shallow`, on the kept features. For half as many clips as before, the conditional half
         of the features is used."""
         self._reuses, self._clips = shallow, len(latents)
-        return self._network(latents, first_frame, timestep, text)  # type: ignore[no-any-return]
+        return self._network(latents, first_frame, timestep, text, control_features)  # type: ignore[no-any-return]
 
     def _swap(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
         if threading.get_ident() != self._thread:

@@ -11,15 +11,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from trip_reference.control import ControlEncoder
 from trip_reference.fusion import NoiseFusion
 from trip_reference.presets import Preset
 from trip_reference.unet import ResidualUNet
-from trip_rt.config import TripConfig
+from trip_rt.config import ControlConfig, TripConfig
 
 
 class TripModel(nn.Module):
     """TRIP (arXiv 2403.17005). Public tensors are fp32 `[B, C, F, H, W]`; pixels lie in [−1, 1]. `sampling.sample` says
-    how its parts make a clip."""
+    how its parts make a clip. Most models have no `control`."""
 
     def __init__(self, config: TripConfig, unet: UNet3DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel):
         super().__init__()
@@ -28,6 +29,7 @@ class TripModel(nn.Module):
         self.fusion = NoiseFusion(config)
         self.vae = vae
         self.text_encoder = text_encoder
+        self.control: ControlEncoder | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -37,6 +39,17 @@ class TripModel(nn.Module):
     def encode_text(self, input_ids: Tensor) -> Tensor:
         """int64 [B, text_length] → [B, text_length, text_width]. Padding is attended to, as Stable Diffusion's is."""
         return self.text_encoder(input_ids).last_hidden_state
+
+    def add_control(self, control: ControlConfig) -> None:
+        """Give the model a fresh control, which changes nothing yet."""
+        width = self.residual_unet.unet.config.block_out_channels[0]
+        self.control = ControlEncoder(control, width, self.config.first_frame)
+
+    def encode_control(self, control: Tensor) -> Tensor:
+        """[B, K, F, h, w] → what the UNet's first convolution is given more, [B, F', C', h, w]."""
+        assert self.control is not None
+        features: Tensor = self.control(control)
+        return features
 
     def encode_image(self, image: Tensor) -> Tensor:
         """[B, 3, H, W] → the scaled mean latent [B, C, h, w]; nothing is drawn at random."""

@@ -5,20 +5,10 @@ from __future__ import annotations
 import torch
 from diffusers import UNet3DConditionModel
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from trip_reference.control import added_features
+from trip_reference.temporal_conv import TemporalConv
 from trip_rt.config import FirstFrame
-
-
-class TemporalConv(nn.Conv3d):
-    """A (3, 1, 1) convolution run as a 2-D one over [F, H·W]: the same sums, without Conv3d, which is slow on CPUs.
-
-    Weights keep Conv3d's shape, so checkpoints are diffusers'.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.squeeze(-1)  # [out, in, 3, 1]
-        return F.conv2d(x.flatten(3), weight, self.bias, padding=(1, 0)).unflatten(3, x.shape[3:])
 
 
 def temporal_convs_as_2d(unet: UNet3DConditionModel) -> UNet3DConditionModel:
@@ -42,15 +32,23 @@ class ResidualUNet(nn.Module):
         self.unet = temporal_convs_as_2d(unet)
         self.first_frame = first_frame
 
-    def forward(self, latents: Tensor, first_frame: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        """latents: [B, C, F, H, W]; first_frame: [B, C, H, W]; timestep: [B] or [1]; text: [B, L, D]. Returns [B, C, F,
-        H, W].
+    def forward(
+        self,
+        latents: Tensor,
+        first_frame: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        control_features: Tensor | None = None,
+    ) -> Tensor:
+        """latents: [B, C, F, H, W]; first_frame: [B, C, H, W]; timestep: [B] or [1]; text: [B, L, D]; control_features:
+        [B, F', C', H, W], as a ControlEncoder makes them. Returns [B, C, F, H, W].
 
         `start` (TRIP) and `end` (TRIP^TE) add the clean frame along time and drop its output; `channel` (TRIP^C) stacks
         it on every frame's channels.
         """
         sample = with_first_frame(latents, first_frame, self.first_frame)
-        noise = self.unet(sample, timestep.expand(len(sample)), encoder_hidden_states=text).sample
+        with added_features(self.unet, control_features):
+            noise = self.unet(sample, timestep.expand(len(sample)), encoder_hidden_states=text).sample
         return without_first_frame(noise, self.first_frame)
 
 

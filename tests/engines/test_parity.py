@@ -14,7 +14,7 @@ from trip_export.command import export_main, parity_main
 from trip_reference import checkpoint
 from trip_reference.demo_world.text import build_tokenizer
 from trip_rt import InputError
-from trip_rt.components import ALL
+from trip_rt.components import REQUIRED, VARIANTS
 
 
 def test_parity_survives_json(tiny_export):
@@ -30,7 +30,7 @@ def test_a_recording_survives_its_file(tiny_bundle, tmp_path):
     assert (again.prompts, again.seeds, again.num_inference_steps) == (first.prompts, first.seeds, 4)
     assert (again.latents == first.latents).all() and (again.frames == first.frames).all()
     counts = {name: len(samples) for name, samples in first.samples.items()}
-    assert counts == {name: 4 if name in ("unet", "tnf") else 1 for name in ALL}
+    assert counts == {name: 4 if name in ("unet", "tnf") else 1 for name in (*REQUIRED, *VARIANTS)}
     for name, samples in first.samples.items():
         for one, other in zip(samples, again.samples[name], strict=True):
             assert set(one.inputs) == set(other.inputs) and (one.output == other.output).all()

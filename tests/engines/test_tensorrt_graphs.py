@@ -17,21 +17,25 @@ from onnx import TensorProto, helper, numpy_helper
 
 from trip_engines.precision import ALWAYS_FP32, fold_weights, typed_graph
 from trip_engines.tensorrt_build import BuildOptions, BuiltPlan, build_engine
-from trip_rt.components import ALL
+from trip_rt.components import ALL, REQUIRED, VARIANTS
+from trip_rt.config import ControlConfig
 from trip_rt.errors import InputError
 
 DEMO = Path(__file__).parents[2] / "checkpoints" / "demo"
+WITHOUT_CONTROL = (*REQUIRED, *VARIANTS)
 PRECISIONS = ("fp32", "fp16", "bf16")
 OPTIONS = BuildOptions(capabilities=("8.9",))
 
 
-def graph_of(checkpoint: Path, name: str, folder: Path) -> Path:
-    """The fp32 graph of a checkpoint's component."""
+def graph_of(checkpoint: Path, name: str, folder: Path, control: ControlConfig | None = None) -> Path:
+    """The fp32 graph of a checkpoint's component, with a fresh control if one is asked for."""
     from trip_export.components import component, default_decode_frames
     from trip_export.onnx_export import export_onnx
     from trip_reference.checkpoint import from_pretrained
 
     model = from_pretrained(checkpoint, only=ALL[name].part)
+    if control:
+        model.add_control(control)
     export_onnx(component(model, name, 1, default_decode_frames(model.config)), folder / f"{name}.onnx")
     return folder / f"{name}.onnx"
 
@@ -50,13 +54,21 @@ def built(graph: Path, precision: str, folder: Path) -> BuiltPlan:
     return plan
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", WITHOUT_CONTROL)
 def test_the_demos_graphs_are_parsed_and_built(name: str, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     graph = graph_of(DEMO, name, tmp_path)
     for precision in PRECISIONS:
         plan = built(graph, precision, tmp_path / precision)
         assert plan.layers > 20 and plan.bytes > 1e5 and plan.capabilities == ("8.9",)
+
+
+@pytest.mark.parametrize("name", ["control_encoder", "unet", "unet_unguided_shallow"])
+def test_the_graphs_of_a_steered_demo_are_parsed_and_built(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    graph = graph_of(DEMO, name, tmp_path, ControlConfig("motion", 96, 4))
+    for precision in PRECISIONS if name == "control_encoder" else ("fp16",):
+        assert built(graph, precision, tmp_path / precision).layers > 5
 
 
 @pytest.mark.slow
@@ -66,7 +78,7 @@ def test_the_benchs_graphs_are_parsed_and_built(tmp_path: Path) -> None:
     from trip_reference.random_checkpoint import save_random
 
     save_random(PRESETS["bench"], tmp_path / "bench")
-    for name in ALL:
+    for name in WITHOUT_CONTROL:
         graph = graph_of(tmp_path / "bench", name, tmp_path)
         for precision in PRECISIONS:
             assert built(graph, precision, tmp_path / f"{name}-{precision}").layers > 20

@@ -8,7 +8,8 @@ from torch import nn
 
 from trip_reference.model import build_unet
 from trip_reference.presets import DEMO, TRIP_256
-from trip_reference.unet import ResidualUNet, TemporalConv, temporal_convs_as_2d
+from trip_reference.temporal_conv import TemporalConv
+from trip_reference.unet import ResidualUNet, temporal_convs_as_2d
 
 
 def test_temporal_conv_equals_conv3d():

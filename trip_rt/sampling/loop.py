@@ -47,13 +47,19 @@ def denoise(
 
 
 def denoise_on_gpu(
-    device: Device, works: Mapping[tuple[bool, bool], Work], steps: Sequence[Step], on_step: OnStep | None = None
+    device: Device,
+    works: Mapping[tuple[bool, bool], Work],
+    steps: Sequence[Step],
+    on_step: OnStep | None = None,
+    steer: Callable[[Step], None] = lambda step: None,
 ) -> None:
     """The same where the fused kernel does all that follows the UNet: the host only says which kind of step is next.
 
     `works[guided, shallow]` is UNet and kernel, one CUDA graph; latents and the steps' numbers are on the GPU already.
+    `steer` makes the UNet's control right for a step.
     """
     for done, step in enumerate(steps, 1):
+        steer(step)
         works[step.guided, step.shallow]()
         device.pace()
         if on_step:

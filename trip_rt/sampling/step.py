@@ -15,7 +15,8 @@ class Step:
     """One step of a solver, starting at `timestep`.
 
     `latents` are the coefficients of the next latents, `corrected` those of this step's corrected latents z̄ (UniPC).
-    A `shallow` step runs the UNet's outermost layer alone, on deep features that an earlier step left.
+    A `shallow` step runs the UNet's outermost layer alone, on deep features that an earlier step left. In a
+    `controlled` one a clip's control counts, where it has one.
     """
 
     timestep: int
@@ -25,6 +26,7 @@ class Step:
     corrected: Coefficients
     guidance_scale: float = 1.0
     shallow: bool = False
+    controlled: bool = True
 
     @property
     def guided(self) -> bool:

@@ -174,9 +174,9 @@ def _new_job(
     fps = float(model.config.fps if fields.fps is None else fields.fps)
     video.check_fps(fps)
     frames = _frames(fields, model, fps, limits)
-    asked = {field.name: getattr(fields, field.name) for field in dataclasses.fields(Settings)}
-    asked["num_frames"] = frames if frames > model.config.num_frames else None
     defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
+    asked = {name: getattr(fields, name) for name in defaults if name in ClipFields.model_fields}
+    asked["num_frames"] = frames if frames > model.config.num_frames else None
     asked = {name: value for name, value in asked.items() if value is not None and value != defaults[name]}
     settings = Settings(**asked)
     count = settings.resolved_speed.num_inference_steps

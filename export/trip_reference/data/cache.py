@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -48,23 +48,35 @@ TEXTS = 8  # sentences drawn for a clip whose data set words it differently each
 
 @dataclass(frozen=True)
 class CachedSample:
-    """latents: [C, F, h, w], scaled; embedding: [L, D] of `text`, or None where the text is encoded in training."""
+    """latents: [C, F, h, w], scaled; embedding: [L, D] of `text`, or None where the text is encoded in training;
+    control: [K, F, h, w] of a clip that has one."""
 
     latents: Tensor
     text: str
     name: str
     embedding: Tensor | None
+    control: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Index:
-    """cache.json: how many clips, the shape of their latents [C, F, h, w], and which encoders made them."""
+    """cache.json: how many clips, the shape of their latents [C, F, h, w], which encoders made them, and the shape of
+    their controls [K, F, h, w], where they have some."""
 
     version: Literal[1]
     clips: Annotated[int, Meta(ge=1, le=1 << 40)]
     shape: Annotated[list[Count], Meta(min_length=4, max_length=4)]
     vae: Annotated[str, Meta(max_length=200)]
     text_encoder: Annotated[str, Meta(max_length=200)] | None
+    control: Annotated[list[Count], Meta(min_length=4, max_length=4)] | None = None
+
+
+class _Encoded(NamedTuple):
+    """A clip as it is written: its latents, its sentences, and its control, where it has one."""
+
+    latents: Tensor
+    sentences: list[str]
+    control: Tensor | None
 
 
 class CachedClips:
@@ -90,9 +102,8 @@ class CachedClips:
         read = {name: tensors.get_slice(name)[row].float() for name in self._shapes}
         if not all(tensor.isfinite().all() for tensor in read.values()):
             raise InputError(f"{path}: clip {row}: found a number that is not finite; {_REMEDY}")
-        return CachedSample(
-            read["latents"], str(rng.choice(texts[row])), f"{self.folder}, clip {index}", read.get("text")
-        )
+        name = f"{self.folder}, clip {index}"
+        return CachedSample(read["latents"], str(rng.choice(texts[row])), name, read.get("text"), read.get("control"))
 
     def text(self, index: int, rng: np.random.Generator) -> str:
         """One of the clip's sentences."""
@@ -109,7 +120,8 @@ class CachedClips:
     def _shapes(self) -> dict[str, list[int]]:
         """Those of a clip's tensors by name."""
         embedding = {"text": [*self._empty.shape]} if self.index["text_encoder"] else {}
-        return {"latents": self.index["shape"], **embedding}
+        control = {"control": self.index["control"]} if self.index["control"] else {}
+        return {"latents": self.index["shape"], **embedding, **control}
 
     def empty_text(self) -> Tensor:
         """The embedding [L, D] of the empty sentence."""
@@ -157,7 +169,7 @@ def write_cache(
         return model.encode_text(tokenize(sentences).to(device)).half().cpu()
 
     @torch.no_grad()
-    def encode(number: int) -> tuple[Tensor, list[str]] | BrokenClip:
+    def encode(number: int) -> _Encoded | BrokenClip:
         rng = np.random.default_rng([seed, number])
         try:
             sample = clips.clip(number, rng)
@@ -165,19 +177,23 @@ def write_cache(
             return error
         latents = model.encode_clip(torch.tensor(sample.frames, device=device))
         more = [clips.text(number, rng) for _ in range(0 if texts else TEXTS - 1)]
-        return latents.half().cpu(), list(dict.fromkeys([sample.text, *more]))
+        control = None if sample.control is None else torch.from_numpy(sample.control).half()
+        return _Encoded(latents.half().cpu(), list(dict.fromkeys([sample.text, *more])), control)
 
     broken = written = 0
-    pending: list[tuple[Tensor, list[str]]] = []
+    control: list[int] | None = None
+    pending: list[_Encoded] = []
 
     with new_folder(folder) as draft:
 
         def flush() -> None:
             nonlocal written
-            tensors = {"latents": torch.stack([latents for latents, _ in pending])}
+            tensors = {"latents": torch.stack([clip.latents for clip in pending])}
             if texts:
-                tensors["text"] = embedded([sentences[0] for _, sentences in pending])
-            metadata = {"texts": json.dumps([sentences for _, sentences in pending])}
+                tensors["text"] = embedded([clip.sentences[0] for clip in pending])
+            if controls := [clip.control for clip in pending if clip.control is not None]:
+                tensors["control"] = torch.stack(controls)
+            metadata = {"texts": json.dumps([clip.sentences for clip in pending])}
             save_file(tensors, draft / _file_name(written // PER_FILE), metadata=metadata)
             written += len(pending)
             pending.clear()
@@ -194,6 +210,7 @@ def write_cache(
                         note(f"warning: left out: {found}")
                         continue
                     pending.append(found)
+                    control = None if found.control is None else list(found.control.shape)
                     if len(pending) == PER_FILE:
                         flush()
             finally:
@@ -210,6 +227,7 @@ def write_cache(
             "shape": list(model.config.latent_shape),
             "vae": encoder_digest(model),
             "text_encoder": digest(model.text_encoder) if texts else None,
+            "control": control,
         }
         (draft / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return broken

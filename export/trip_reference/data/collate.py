@@ -15,8 +15,8 @@ from trip_reference.data.tokens import tokenizer_of
 
 
 class Collate:
-    """Clips to `frames` uint8 [b, F, H, W, 3] or cached `latents` [b, C, F, h, w], and to `ids` [b, L] or cached `text`
-    [b, L, D]."""
+    """Clips to `frames` uint8 [b, F, H, W, 3] or cached `latents` [b, C, F, h, w], to `ids` [b, L] or cached `text`
+    [b, L, D] and, where clips have one, to `control` [b, K, F, h, w]."""
 
     def __init__(self, tokenizer_json: str):
         self.tokenizer_json = tokenizer_json  # the tokenizer itself is made in the worker process that uses it
@@ -31,6 +31,9 @@ class Collate:
                 batch["text"] = torch.stack([sample.embedding for sample in samples])
         else:
             batch["frames"] = torch.from_numpy(np.stack([sample.frames for sample in samples]))
+        controls = [torch.as_tensor(sample.control) for sample in samples if sample.control is not None]
+        if controls:
+            batch["control"] = torch.stack(controls)
         return batch
 
     def __getstate__(self) -> dict[str, Any]:

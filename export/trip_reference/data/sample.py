@@ -16,11 +16,12 @@ Frames = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Sample:
-    """`frames` is uint8 [F, H, W, 3]; `name` says where the clip came from."""
+    """`frames` is uint8 [F, H, W, 3]; `name` says where the clip came from; `control` [K, F, h, w] what steers it."""
 
     frames: Frames
     text: str
     name: str
+    control: NDArray[np.float32] | None = None
 
 
 class BrokenClip(Exception):

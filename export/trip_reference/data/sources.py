@@ -16,12 +16,13 @@ from trip_reference.data.sample import BrokenClip, ClipDataset, ClipFormat, Samp
 from trip_reference.data.shard_files import RawSample, decode_sample, read_shard
 from trip_reference.data.shards import ShardSource
 from trip_reference.demo_world.clips import DemoWorldClips
+from trip_reference.demo_world.paths import DemoPathClips
 from trip_reference.training.config import DataConfig
 from trip_rt.config import TripConfig
 from trip_rt.errors import InputError, printable
 from trip_rt.launch import note
 
-DEMO = "demo"
+DEMO, DEMO_PATHS = "demo", "demo-paths"
 AUTO = "auto"  # data.validation: what the source itself holds out
 
 
@@ -34,14 +35,16 @@ def open_source(
     validation: bool = False,
     remote: bool = False,
 ) -> ClipDataset | ShardSource:
-    """The clips that `source` names: `demo`, a cache, a folder with annotations, or shards (a folder or a pattern such
-    as part-{000..099}.tar).
+    """The clips that `source` names: `demo`, `demo-paths` (which have a control), a cache, a folder with annotations,
+    or shards (a folder or a pattern such as part-{000..099}.tar).
 
     `validation` takes the held-out clips of the demo world, and a folder's val_annotations.json where there is one.
     `remote` allows shards that are fetched, or that a command gives (shards.list_shards).
     """
     if source == DEMO:
         return DemoWorldClips(config, clips, held_out=validation)
+    if source == DEMO_PATHS:
+        return DemoPathClips(config, clips, held_out=validation)
     folder = Path(source)
     if (folder / INDEX).is_file():
         return CachedClips(folder)
@@ -76,7 +79,7 @@ def open_held_out(data: DataConfig, trip: TripConfig, clips: int) -> tuple[ClipD
 def _held_out_by(source: str) -> str:
     """Where a source has held-out clips; empty where it has none."""
     folder = Path(source)
-    if source == DEMO or ((folder / ANNOTATIONS).is_file() and (folder / VALIDATION).is_file()):
+    if source in (DEMO, DEMO_PATHS) or ((folder / ANNOTATIONS).is_file() and (folder / VALIDATION).is_file()):
         return source
     val = folder / "val"
     return str(val) if not (folder / ANNOTATIONS).is_file() and any(val.glob("*.tar")) else ""

@@ -25,10 +25,7 @@ class DemoWorldClips:
     time; a ClipDataset."""
 
     def __init__(self, config: TripConfig, count: int, first_seed: int = 0, held_out: bool = False):
-        if config.width != config.height:
-            raise InputError(
-                f"size: found {config.width} x {config.height}, expected a square; the demo world has no other pictures"
-            )
+        check_square(config)
         self._config, self._count, self._first_seed, self._held_out = config, count, first_seed, held_out
 
     def __len__(self) -> int:
@@ -47,6 +44,14 @@ class DemoWorldClips:
         seed = self._first_seed + range(self._count)[index]
         scene, motion, _ = world.sample(seed, self._held_out)
         return seed, scene, motion
+
+
+def check_square(config: TripConfig) -> None:
+    """InputError for a model of other pictures than the demo world has."""
+    if config.width != config.height:
+        raise InputError(
+            f"size: found {config.width} x {config.height}, expected a square; the demo world has no other pictures"
+        )
 
 
 @dataclass(frozen=True)

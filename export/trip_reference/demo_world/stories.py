@@ -89,8 +89,8 @@ def judge_ending(frames: Frames, scene: world.Scene, story: Sequence[str]) -> En
     def aligned(pose: world.Scene, frame: int) -> world.Scene:
         """The pose, where and as large as something is seen in that frame."""
         for _ in range(2):
-            (x, y), area = _place(seen[frame])
-            (at_x, at_y), covers = _place(looks(pose)[0])
+            (x, y), area = place_of(seen[frame])
+            (at_x, at_y), covers = place_of(looks(pose)[0])
             larger = float(np.clip(np.sqrt(area / max(covers, 1)), 0.5, 2.0))
             pose = dataclasses.replace(
                 pose, x=pose.x + (x - at_x) / size, y=pose.y + (y - at_y) / size, radius=pose.radius * larger
@@ -104,7 +104,7 @@ def judge_ending(frames: Frames, scene: world.Scene, story: Sequence[str]) -> En
     of_shapes = {name: likeness(seen[-1], looks(pose)[0]) for name, pose in shapes.items()}
     inside = world.mask(shapes[scene.shape], "still", 1, size)[0] > 0.99
     colour = clip[-1][inside].mean(axis=0) if inside.any() else np.zeros(3)
-    places = np.array([_place(frame)[0] for frame in seen])
+    places = np.array([place_of(frame)[0] for frame in seen])
     paces = np.linalg.norm(np.diff(places, axis=0), axis=1) / (world.SPEED * size)
     return Ending(
         motion=max(of_motions, key=lambda name: of_motions[name]),
@@ -116,7 +116,7 @@ def judge_ending(frames: Frames, scene: world.Scene, story: Sequence[str]) -> En
     )
 
 
-def _place(seen: Any) -> tuple[tuple[float, float], float]:
+def place_of(seen: Any) -> tuple[tuple[float, float], float]:
     """Middle (x, y) and area, in pixels, of what differs from the background in one frame."""
     there = np.maximum(seen - _SEEN, 0)
     there[there > 0] = 1  # its colour says nothing of its place

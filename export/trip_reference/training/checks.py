@@ -12,6 +12,7 @@ import torch
 from trip_reference.data.cache import CachedClips
 from trip_reference.data.sample import ClipDataset
 from trip_reference.data.shards import ShardSource
+from trip_reference.demo_world.paths import DemoPathClips
 from trip_reference.model import TripModel
 from trip_reference.training.config import OWN_TEXT, OptimizerConfig, RunConfig, TrainConfig, lr_factor
 from trip_reference.training.start import learns, train_only, trainable
@@ -44,6 +45,8 @@ def check_source(config: TrainConfig, source: ClipDataset | ShardSource) -> None
             f"vae.steps: found {steps} on a cache of latents, expected 0: frames are gone from it; set vae.steps=0 and"
             " name the checkpoint that the cache was made with"
         )
+    if model.control:
+        _check_control(config, source)
     if isinstance(source, ShardSource) and config.data.cache:
         raise InputError("data.cache: found shards, expected a folder or the demo world; set data.cache=false")
     if not (steps or config.vae.untrained or model.checkpoint or model.modelscope or model.vae):
@@ -51,6 +54,22 @@ def check_source(config: TrainConfig, source: ClipDataset | ShardSource) -> None
             "vae.steps: found 0 and a VAE of random weights, expected a trained one; set vae.steps to train it on the"
             " data, or take one by --checkpoint or model.vae"
         )
+
+
+def _check_control(config: TrainConfig, source: ClipDataset | ShardSource) -> None:
+    """Raise InputError for a run of a control that would train, or lack, something else."""
+    steers = isinstance(source, DemoPathClips) or (isinstance(source, CachedClips) and source.index["control"])
+    trained = [pattern for stage in config.stages for pattern in stage.trains if not pattern.startswith("control.")]
+    for wrong, found, expected in (
+        (not config.model.checkpoint, "no checkpoint", "the one whose UNet is to be steered; name it by --checkpoint"),
+        (not steers, f"{config.data.source}, whose clips have no control", "demo-paths, or a cache of it, as the data"),
+        (trained, f"stages that train {', '.join(trained)[:200]}", "control.* alone, as all else stays as it is"),
+        (config.vae.steps, "vae.steps above 0", "0: the VAE stays as it is"),
+        (config.lora.rank, "lora.rank above 0", "0: the UNet stays as it is"),
+        (config.model.text, "model.text", "none: the text encoder stays as it is"),
+    ):
+        if wrong:
+            raise InputError(f"model.control: found {found}, expected {expected}")
 
 
 def check_stages(model: TripModel, config: TrainConfig) -> None:

@@ -11,11 +11,12 @@ from trip_rt.command_line import CommandParser, add_json_flag, main_of, report, 
 from trip_rt.config import to_json
 from trip_rt.launch import note
 
-RECIPES = ("demo", "trip-256")
+RECIPES = ("demo", "trip-256", "control")
 EPILOG = """examples:
   trip-train --demo -o checkpoints/mine                            the demo model from nothing (run it again to resume)
   trip-train --demo -o mine --checkpoint checkpoints/demo --steps 4000 --lr 4e-4 --set vae.steps=0      train it on
   trip-train --recipe trip-256 --data webvid --checkpoint start -o run     videos of your own
+  trip-train --recipe control -o control      a network by which a drawn path steers the demo's clips
   trip-train --data mine -o run --frames 8 --size 96x64 --set model.text=own     … with a small model from nothing
   trip-train recipe.toml -o run --set lora.rank=16 --set run.batch=32
   torchrun --nproc-per-node 8 -m trip_reference.training.command recipe.toml -o run

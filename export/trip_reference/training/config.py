@@ -36,6 +36,9 @@ class ModelConfig:
     num_frames: int
     height: int
     width: int
+    control: Literal["", "motion"]
+    control_size: int
+    control_layers: int
 
 
 @dataclass(frozen=True)
@@ -220,6 +223,8 @@ def _check(config: TrainConfig) -> None:
         "model.num_frames": (config.model.num_frames, 0, 1 << 12),
         "model.height": (config.model.height, 0, 1 << 13),
         "model.width": (config.model.width, 0, 1 << 13),
+        "model.control_size": (config.model.control_size, 1, 1 << 12),
+        "model.control_layers": (config.model.control_layers, 1, 64),
         "model.text_length": (config.model.text_length, 0, 1 << 12),
         "data.clips": (config.data.clips, 1, _MOST),
         "data.workers": (config.data.workers, 0, 256),

@@ -16,22 +16,29 @@ from trip_rt.sampling.schedule import alpha_bars
 class Denoiser(nn.Module):
     """A TripModel without its VAE. Its forward pass is the loss, because DDP and FSDP wrap a module's forward pass.
 
-    Parameter names are the TripModel's: text_encoder.*, residual_unet.*, fusion.*.
+    Parameter names are the TripModel's: text_encoder.*, residual_unet.*, fusion.* and, where it has one, control.*.
     """
 
     def __init__(self, model: TripModel, loss: LossConfig, fused_kernel: bool = False):
         super().__init__()
         self.text_encoder, self.residual_unet, self.fusion = model.text_encoder, model.residual_unet, model.fusion
+        self.control = model.control
         self.loss, self.fused_kernel = loss, fused_kernel
         self.register_buffer("alpha_bars", torch.from_numpy(alpha_bars(model.config.schedule)), persistent=False)
 
     def forward(
-        self, latents: Tensor, noise: Tensor, timestep: Tensor, ids: Tensor | None = None, text: Tensor | None = None
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        timestep: Tensor,
+        ids: Tensor | None = None,
+        text: Tensor | None = None,
+        control: Tensor | None = None,
     ) -> Tensor:
         """The mean over the batch of w(t)·|ε̃ − ε|² (TRIP, eq. 7), with `loss.change` weighted by place too.
 
         latents, noise: [B, C, F, h, w], clean and of unit variance; timestep: int64 [B]; ids: int64 [B, L], or text:
-        [B, L, D] as encoded.
+        [B, L, D] as encoded; control: [B, K, F, h, w], where the model has one.
         """
         alpha_bar = self.alpha_bars[timestep]  # fp64
         signal, sigma = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
@@ -39,7 +46,8 @@ class Denoiser(nn.Module):
         if text is None:
             text = self.text_encoder(ids).last_hidden_state
         first_frame = latents[:, :, 0]
-        residual = self.residual_unet(noised, first_frame, timestep, text)
+        steered = None if self.control is None else self.control(control)
+        residual = self.residual_unet(noised, first_frame, timestep, text, steered)
         fuse: Callable[..., Tensor] = self.fusion
         if self.fused_kernel:
             from trip_kernels.fuse_noise import fuse_noise  # Triton is there on Linux alone

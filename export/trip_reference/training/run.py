@@ -18,8 +18,9 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from trip_reference import checkpoint
+from trip_reference.control import save_control
 from trip_reference.data.cache import CachedClips, digest, write_cache
-from trip_reference.data.sources import DEMO, clip_format, open_held_out, open_source, read_some
+from trip_reference.data.sources import DEMO, DEMO_PATHS, clip_format, open_held_out, open_source, read_some
 from trip_reference.data.words import sentences_of, words_of
 from trip_reference.demo_world.clips import render_clips
 from trip_reference.model import TripModel
@@ -55,7 +56,7 @@ LOST = 0.1  # of what a run has changed, to fp16's rounding: from here on it is 
 
 
 def train_run(config: TrainConfig, folder: Path, allow_remote: bool = False) -> dict[str, Any]:
-    """Train as `config` says, leave a checkpoint in `folder` and return what a report should say.
+    """Train as `config` says, leave a checkpoint, or a control alone, in `folder` and return what a report should say.
 
     `folder/training` has the run's settings, state, log and sheets; a run that is found there is taken up where it
     stopped. `allow_remote`: shards may be addresses, or commands that give them; a recipe alone never says so.
@@ -82,7 +83,7 @@ class _Run:
         self.sentences = sentences_of(self.source)
         model, self.tokenizer_json = start_model(config.model, config.run.seed, self.sentences)
         self.vae, self.trip = model.vae, model.config  # what all stages share
-        if data.source != DEMO and not isinstance(self.source, CachedClips):
+        if data.source not in (DEMO, DEMO_PATHS) and not isinstance(self.source, CachedClips):
             # Clips play as fast as they were filmed.
             self.trip = dataclasses.replace(self.trip, fps=max(1, round(data.fps / data.stride)))
         self.run_id = _run_id(config, model, self.tokenizer_json)
@@ -218,12 +219,11 @@ class _Run:
                 model.residual_unet.unet = merged(model.residual_unet.unet)
             if self.config.run.weights == "fp16" and folder == self.folder:
                 self._say_what_is_lost(model)
-            checkpoint.save_pretrained(
-                model,
-                self.tokenizer_json,
-                folder,
-                torch.float16 if self.config.run.weights == "fp16" else torch.float32,
-            )
+            dtype = torch.float16 if self.config.run.weights == "fp16" else torch.float32
+            if model.control:
+                save_control(model.control, Path(self.config.model.checkpoint), folder, dtype)
+            else:
+                checkpoint.save_pretrained(model, self.tokenizer_json, folder, dtype)
         self.accelerator.wait_for_everyone()
 
     def _say_what_is_lost(self, model: TripModel) -> None:
@@ -256,6 +256,9 @@ def _run_id(config: TrainConfig, model: TripModel, tokenizer_json: str) -> str:
         for name in names:
             del settings[section][name]
     del settings["stages"][-1]["steps"]
+    if not config.model.control:
+        for name in ("control", "control_size", "control_layers"):
+            del settings["model"][name]
     if not config.vae.steps:  # the precision of the VAE is that of its checkpoint
         del settings["run"]["weights"]
     words = (json.dumps(settings, sort_keys=True), digest(model), tokenizer_json)

@@ -129,7 +129,8 @@ class StageRun:
                 run.seed, step, self.plan.positions(part), run.batch, shape, num_train_timesteps, self.config.loss
             )
             dropped = draws.drop_text.to(device).reshape(-1, *[1] * empty.ndim)
-            return {
+            control = {"control": batch["control"].to(device)} if self.model.control else {}
+            return control | {
                 "latents": self._latents(batch),
                 "noise": draws.noise.to(device),
                 "timestep": draws.timestep.to(device),
@@ -171,7 +172,14 @@ class StageRun:
         samples = read_some(held_out, self.config.run.validation_clips)
         captions = [sample.text for sample in samples]
         ids = tokenizer_of(self.tokenizer_json)([*captions, ""]).to(self.accelerator.device)
-        latents = self._latents(Collate(self.tokenizer_json)(samples))
+        batch = Collate(self.tokenizer_json)(samples)
         return Validation(
-            self.model, latents, ids, captions, self.config.loss, self.state.with_name("samples"), self.log
+            self.model,
+            self._latents(batch),
+            ids,
+            captions,
+            batch.get("control") if self.model.control else None,
+            self.config.loss,
+            self.state.with_name("samples"),
+            self.log,
         )

@@ -22,7 +22,7 @@ from trip_reference.training.config import OWN_TEXT, ModelConfig, TrainConfig
 from trip_reference.training.denoiser import Denoiser
 from trip_reference.training.lora import add_adapters
 from trip_reference.word_tokenizer import text_overrides, tokenizer_for
-from trip_rt.config import TripConfig
+from trip_rt.config import ControlConfig, TripConfig
 from trip_rt.errors import InputError
 
 
@@ -73,6 +73,9 @@ def start_model(config: ModelConfig, seed: int, sentences: Sequence[str] = ()) -
             )
     if config.text:
         tokenizer_json = _take_text(model, config.text, seed, sentences)
+    if config.control:
+        torch.manual_seed(seed)
+        model.add_control(ControlConfig(config.control, config.control_size, config.control_layers))
     return model, tokenizer_json
 
 

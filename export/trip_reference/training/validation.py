@@ -26,8 +26,8 @@ SEED = 20240617  # the same draws at every validation and in every run
 
 
 class Validation:
-    """`latents` [N, C, F, h, w] of clips, their token ids [N, L] (the empty sentence's last, [N + 1, L]) and
-    captions."""
+    """`latents` [N, C, F, h, w] of clips, their token ids [N, L] (the empty sentence's last, [N + 1, L]), captions and,
+    where they have some, controls [N, K, F, h, w]."""
 
     def __init__(
         self,
@@ -35,11 +35,12 @@ class Validation:
         latents: Tensor,
         ids: Tensor,
         captions: Sequence[str],
+        control: Tensor | None,
         loss: LossConfig,
         sheets: Path,
         log: Log,
     ):
-        self.model, self.latents, self.ids, self.captions = model, latents, ids, captions
+        self.model, self.latents, self.ids, self.captions, self.control = model, latents, ids, captions, control
         self.loss, self.sheets, self.log = loss, sheets, log
 
     @torch.no_grad()
@@ -68,7 +69,8 @@ class Validation:
                         tensor[row].to(self.latents.device)
                         for tensor in (self.latents, draws.noise, draws.timestep, self.ids)
                     )
-                    losses.append(float(denoiser(*inputs)))
+                    control = None if self.control is None else self.control[row].to(self.latents.device)
+                    losses.append(float(denoiser(*inputs, control=control)))
             self.log.write({"step": step, "validation_loss": round(float(np.mean(losses)), 6)})
             if samples:
                 clips, labels = self._samples()
@@ -86,6 +88,7 @@ class Validation:
             noise,
             text,
             Settings(speed="balanced").steps(model.config),
+            control_features=None if model.control is None else model.control(self.control[:shown].to(latents.device)),
         )
         pairs = [(self._decoded(clip), self._decoded(true)) for clip, true in zip(sampled, latents, strict=True)]
         labels = [label for caption in self.captions[:shown] for label in (caption, "(the true clip)")]
