@@ -1,4 +1,4 @@
-"""What goes beyond one run of the engines, judged on the demo world: longer clips and live ones.
+"""What goes beyond one run of the engines, judged on the demo world: longer clips, live ones, and drawn paths.
 
 python bench/beyond.py out/demo-bundle --only longer
 """
@@ -6,6 +6,7 @@ python bench/beyond.py out/demo-bundle --only longer
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -20,16 +21,20 @@ from timing import machine
 from tqdm import tqdm
 
 from trip_reference.demo_world import world
-from trip_reference.demo_world.stories import BACK, Ending, judge_ending
+from trip_reference.demo_world.paths import DemoPathClips, away_from_path, render_places
+from trip_reference.demo_world.stories import BACK, Ending, judge_ending, seen_in
 from trip_reference.demo_world.verdicts import interval
 from trip_rt import Animator, Settings
+from trip_rt.accuracy import psnr
 from trip_rt.command_line import CommandParser, add_json_flag, main_of, report
+from trip_rt.control import places_along
 from trip_rt.errors import InputError
 from trip_rt.live import Live
 from trip_rt.sampling.windows import sentence_of_window, window_starts, window_weights
 
 FIRST_SEED = 70_000  # of held-out scenes that nothing else looks at
 LENGTHS = (64, 256)
+NEAR = 3.0  # 64ths of the picture's side: as near to a path as an object should stay
 _MEMORY = """
 import sys
 from trip_rt import Animator
@@ -44,12 +49,19 @@ print(peak_memory_mb())
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="bench/beyond.py",
-        description="Make clips of held-out scenes that are longer than the engines', or live ones, and judge them.",
+        description="Make clips of held-out scenes that are longer than the engines', live, or steered by paths, and"
+        " judge them.",
         epilog="example: python bench/beyond.py out/demo-bundle --output bench/results/beyond_demo.json",
     )
     parser.add_argument("bundle", type=Path, help="of the demo model")
-    parser.add_argument("--only", choices=PARTS, action="append", help="a part, once for each (all)")
+    parser.add_argument(
+        "--only",
+        choices=PARTS,
+        action="append",
+        help="a part, once for each (longer and live; control takes a bundle exported with --control)",
+    )
     parser.add_argument("--clips", type=int, default=32, help="of 64 frames; a quarter as many of 256 (%(default)s)")
+    parser.add_argument("--paths", type=int, default=100, help="clips with a path (%(default)s)")
     parser.add_argument("--seconds", type=float, default=60, help="of the live clip (%(default)s)")
     parser.add_argument(
         "--output", type=Path, metavar="FILE.json", help="write the figures there; other parts are kept"
@@ -61,6 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     if args.clips < 4:
         raise InputError(f"clips: found {args.clips}, expected at least 4")
+    if args.paths < 1:
+        raise InputError(f"paths: found {args.paths}, expected at least 1")
     if not 2 <= args.seconds <= 3600:
         raise InputError(f"seconds: found {args.seconds:g}, expected 2 to 3600")
     figures: dict[str, Any] = {}
@@ -70,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     with Animator(args.bundle) as animator:
         if animator.config.width != animator.config.height:
             raise InputError("found pictures that are not square, expected the demo's; export the bundle so")
-        for name in args.only or PARTS:
+        for name in args.only or ("longer", "live"):
             measure, table = PARTS[name]
             figures[name] = measure(animator, args) | {"machine": machine(), "engine": animator.describe()}
             text.append(table(figures[name]))
@@ -223,7 +237,62 @@ def live_table(figures: dict[str, Any]) -> str:
     )
 
 
-PARTS: dict[str, Any] = {"longer": (longer, longer_table), "live": (live, live_table)}
+def control(animator: Animator, args: argparse.Namespace) -> dict[str, Any]:
+    """Held-out scenes with a path each: how far the object is from it, in 64ths of the picture's side, with the control
+    and without, and whether it stays what it is."""
+    clips = DemoPathClips(animator.config, args.paths, FIRST_SEED, held_out=True)
+    rows: dict[str, list[dict[str, float]]] = {"steered": [], "by the sentence alone": []}
+    for index in tqdm(range(args.paths), desc="control", unit="clip", disable=None, leave=False):
+        scene, points = clips.case(index)
+        picture = world.render(scene, "still", 1, animator.config.height)[0]
+        told, places = clips.text(index, np.random.default_rng(index)), places_along(points, animator.config.num_frames)
+        truth = render_places(scene, places, animator.config.height)
+        for name, given in zip(rows, (animator.path(points), None), strict=True):
+            frames = animator(picture, told, seed=index, control=given, speed="fast").frames
+            away = away_from_path(frames, scene, points)
+            pose = dataclasses.replace(scene, x=float(places[-1, 0]), y=float(places[-1, 1]))
+            shape, colour = seen_in(frames[-1], pose)
+            rows[name].append(
+                {
+                    "mean": float(away.mean()),
+                    "most": float(away.max()),
+                    "within": float(away.mean() <= NEAR),
+                    "always within": float(away.max() <= NEAR),
+                    "shape": float(shape == scene.shape),
+                    "colour": float(colour == scene.colour),
+                    "truth_psnr": psnr(frames, truth, 255.0, 100.0),
+                }
+            )
+    return {"first_seed": FIRST_SEED, "speed": "fast", "clips": args.paths, "near": NEAR} | {
+        name: _steering(figures) for name, figures in rows.items()
+    }
+
+
+def _steering(rows: list[dict[str, float]]) -> dict[str, Any]:
+    mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    shares = ("within", "always within", "shape", "colour")
+    found = {name: round(100 * mean[name], 1) if name in shares else round(mean[name], 2) for name in mean}
+    intervals = {name: interval(int(sum(row[name] for row in rows)), len(rows)) for name in shares}
+    return found | {"intervals": intervals}
+
+
+def control_table(figures: dict[str, Any]) -> str:
+    lines = [
+        f"| {figures['clips']} clips | mean distance | largest | mean within {NEAR:g}, % | always within {NEAR:g}, % |"
+        " shape, % | colour, % | truth, dB |",
+        "| --- |" + " ---: |" * 7,
+    ]
+    columns = ("mean", "most", "within", "always within", "shape", "colour", "truth_psnr")
+    for name in ("steered", "by the sentence alone"):
+        lines.append(f"| {name} | " + " | ".join(str(figures[name][column]) for column in columns) + " |")
+    return "\n".join(lines)
+
+
+PARTS: dict[str, Any] = {
+    "longer": (longer, longer_table),
+    "live": (live, live_table),
+    "control": (control, control_table),
+}
 main = main_of(build_parser, run)
 
 if __name__ == "__main__":

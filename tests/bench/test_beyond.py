@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from trip_reference.demo_world import world
+from trip_reference.demo_world.paths import DemoPathClips, render_places
 from trip_reference.demo_world.stories import render_story
 from trip_rt import Animation
+from trip_rt.control import places_along
 from trip_rt.sampling.windows import sentence_of_window, window_starts, window_weights
 
 
@@ -49,7 +51,11 @@ def test_what_is_told_is_what_is_judged(make, length):
 
 
 def test_options_out_of_bounds(capsys):
-    for options, says in ((["--clips", "3"], "clips: found 3"), (["--seconds", "1"], "seconds: found 1")):
+    for options, says in (
+        (["--clips", "3"], "clips: found 3"),
+        (["--seconds", "1"], "seconds: found 1"),
+        (["--paths", "0"], "paths: found 0"),
+    ):
         assert beyond.main(["bundle", *options]) == 2
         assert says in capsys.readouterr().err
 
@@ -65,3 +71,27 @@ def test_tables():
     assert "479 frames, 0 late; a new sentence is shown after 0.40 s (p95 0.50, 29 of them)" in beyond.live_table(
         figures
     )
+
+
+class Steered:
+    """An animator whose object goes along the path that it is given, and rests without one."""
+
+    config = argparse.Namespace(num_frames=16, height=64, width=64)
+
+    def path(self, points):
+        return points
+
+    def __call__(self, picture, prompt, seed, control, speed):
+        clips = DemoPathClips(self.config, 100, beyond.FIRST_SEED, held_out=True)
+        scene, points = clips.case(seed)
+        points = np.repeat(points[:1], 2, axis=0) if control is None else control
+        return Animation(render_places(scene, places_along(points, 16), 64), 8, prompt, seed)
+
+
+def test_a_steered_clip_is_judged_by_its_path():
+    figures = beyond.control(Steered(), argparse.Namespace(paths=12))
+    steered, resting = figures["steered"], figures["by the sentence alone"]
+    assert steered["mean"] == steered["most"] == 0 and steered["truth_psnr"] == 100
+    assert steered["always within"] == steered["shape"] == steered["colour"] == 100
+    assert resting["mean"] > 3 and resting["always within"] < 50 and resting["shape"] == 100
+    assert "| steered | 0.0 | 0.0 | 100.0 | 100.0 | 100.0 | 100.0 | 100.0 |" in beyond.control_table(figures)

@@ -82,38 +82,52 @@ def judge_ending(frames: Frames, scene: world.Scene, story: Sequence[str]) -> En
     truth, clip = render_story(scene, story, size).astype(np.float32) / 255, frames.astype(np.float32) / 255
     seen = difference(clip, empty)
 
-    def looks(pose: world.Scene, motion: str = "still", count: int = 1) -> Array:
-        picture = world.render(pose, motion, count, size).astype(np.float32) / 255
-        return difference(picture, empty)
-
-    def aligned(pose: world.Scene, frame: int) -> world.Scene:
-        """The pose, where and as large as something is seen in that frame."""
-        for _ in range(2):
-            (x, y), area = place_of(seen[frame])
-            (at_x, at_y), covers = place_of(looks(pose)[0])
-            larger = float(np.clip(np.sqrt(area / max(covers, 1)), 0.5, 2.0))
-            pose = dataclasses.replace(
-                pose, x=pose.x + (x - at_x) / size, y=pose.y + (y - at_y) / size, radius=pose.radius * larger
-            )
-        return pose
-
     start = len(frames) - SPAN
-    begins = aligned(true[start], start)
-    of_motions = {name: likeness(seen[start + 1 :], looks(begins, name, SPAN)[1:]) for name in motions_of(scene.shape)}
-    shapes = {name: aligned(dataclasses.replace(true[-1], shape=name), -1) for name in world.SHAPES}
-    of_shapes = {name: likeness(seen[-1], looks(pose)[0]) for name, pose in shapes.items()}
-    inside = world.mask(shapes[scene.shape], "still", 1, size)[0] > 0.99
-    colour = clip[-1][inside].mean(axis=0) if inside.any() else np.zeros(3)
+    begins = _aligned(true[start], seen[start], empty)
+    of_motions = {
+        name: likeness(seen[start + 1 :], _looks(begins, empty, name, SPAN)[1:]) for name in motions_of(scene.shape)
+    }
+    shape, colour = seen_in(frames[-1], true[-1])
     places = np.array([place_of(frame)[0] for frame in seen])
     paces = np.linalg.norm(np.diff(places, axis=0), axis=1) / (world.SPEED * size)
     return Ending(
         motion=max(of_motions, key=lambda name: of_motions[name]),
-        shape=max(of_shapes, key=lambda name: of_shapes[name]),
-        colour=nearest_colour(colour),
+        shape=shape,
+        colour=colour,
         step=float(paces.max()),
         truth_psnr=psnr(clip, truth, 1.0, 100.0),
         last_psnr=psnr(clip[start:], truth[start:], 1.0, 100.0),
     )
+
+
+def seen_in(frame: NDArray[np.uint8], pose: world.Scene) -> tuple[str, str]:
+    """The shape and the colour of what a frame uint8 [size, size, 3] shows, where and as large as it is seen; `pose` is
+    what it should show."""
+    empty, picture = world.background(pose, len(frame)), frame.astype(np.float32) / 255
+    seen = difference(picture[None], empty)[0]
+    shapes = {name: _aligned(dataclasses.replace(pose, shape=name), seen, empty) for name in world.SHAPES}
+    alike = {name: likeness(seen, _looks(shaped, empty)[0]) for name, shaped in shapes.items()}
+    inside = world.mask(shapes[pose.shape], "still", 1, len(frame))[0] > 0.99
+    colour = picture[inside].mean(axis=0) if inside.any() else np.zeros(3)
+    return max(alike, key=lambda name: alike[name]), nearest_colour(colour)
+
+
+def _looks(pose: world.Scene, empty: Array, motion: str = "still", count: int = 1) -> Array:
+    picture = world.render(pose, motion, count, len(empty)).astype(np.float32) / 255
+    return difference(picture, empty)
+
+
+def _aligned(pose: world.Scene, seen: Array, empty: Array) -> world.Scene:
+    """The pose, where and as large as something is `seen` in a frame."""
+    size = len(empty)
+    for _ in range(2):
+        (x, y), area = place_of(seen)
+        (at_x, at_y), covers = place_of(_looks(pose, empty)[0])
+        larger = float(np.clip(np.sqrt(area / max(covers, 1)), 0.5, 2.0))
+        pose = dataclasses.replace(
+            pose, x=pose.x + (x - at_x) / size, y=pose.y + (y - at_y) / size, radius=pose.radius * larger
+        )
+    return pose
 
 
 def place_of(seen: Any) -> tuple[tuple[float, float], float]:
