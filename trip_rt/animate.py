@@ -22,7 +22,9 @@ from trip_rt.clip_requests import Job, Pictures, check_jobs, read_batch
 from trip_rt.command_line import CommandParser, add_json_flag, add_settings, main_of, report, settings_of
 from trip_rt.config import ControlConfig
 from trip_rt.control import check_points
+from trip_rt.enlarge import check_installed, enlarged
 from trip_rt.errors import InputError, printable
+from trip_rt.images import at_size
 from trip_rt.launch import note
 from trip_rt.play import check_live, play
 from trip_rt.sampling.windows import window_starts
@@ -62,6 +64,11 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="frames of a clip: the engines' own, or more, by overlapping windows",
+    )
+    parser.add_argument(
+        "--size",
+        metavar="WxH",
+        help="size of the clip: the engines' own, or a larger one of that shape, by the picture's own detail",
     )
     parser.add_argument(
         "--then",
@@ -143,6 +150,7 @@ def run(args: argparse.Namespace) -> int:
         profile = manifest.profile(args.profile)
         options = backends.EngineOptions(args.device, args.threads, cuda_graph=not args.no_cuda_graph)
         settings = settings_of(args)
+        engines_own = settings.changed({"size": None})
         shared, later = ((), args.then) if args.num_frames is None else (args.then, ())
         for sentence in args.then:
             check_prompt(sentence)
@@ -160,7 +168,12 @@ def run(args: argparse.Namespace) -> int:
                 "found --seconds without --live, expected both or neither; --frames says how long a clip is"
             )
         backends.choose(profile, args.backend, options)
-        pictures = Pictures(profile.height, profile.width, settings.fit)
+        height, width = settings.picture_size(config)
+        larger = (height, width) != (profile.height, profile.width)
+        if larger:
+            check_installed()
+            seconds["enlarge"] = 0.0
+        pictures = Pictures(height, width, settings.fit)
         pictures.check(jobs)
         animator = Animator(args.bundle, args.backend, profile.name, options)
         control = None if args.path is None else animator.path(args.path)
@@ -180,7 +193,7 @@ def run(args: argparse.Namespace) -> int:
             group, group_began = jobs[start : start + profile.batch], time.perf_counter()
             with _timed(seconds, "denoise"):
                 latents = animator.latents(
-                    np.stack([pictures.of(job) for job in group]),
+                    at_size(np.stack([pictures.of(job) for job in group]), profile.height, profile.width),
                     [[job.prompt, *shared] for job in group],
                     [job.seed for job in group],
                     controls=[control] * len(group),
@@ -194,9 +207,15 @@ def run(args: argparse.Namespace) -> int:
                     animation = Animation(frames, fps, "; ".join([job.prompt, *shared]), job.seed, clip)
                     for sentence in later:
                         animation = animator.extend(
-                            animation, sentence, settings=settings, on_step=lambda *_: bar.update()
+                            animation,
+                            sentence,
+                            settings=engines_own,
+                            on_step=lambda *_: bar.update(),
                         )
                     frames = animation.frames
+                if larger:
+                    with _timed(seconds, "enlarge"):
+                        frames = np.stack(list(enlarged(frames, pictures.of(job))))
                 with _timed(seconds, "save"):
                     video.save(frames, job.output, fps)
                 clips.append(

@@ -20,6 +20,7 @@ from trip_rt.checks import check_array, several, shown
 from trip_rt.components import REQUIRED
 from trip_rt.control import path_control
 from trip_rt.devices import open_device
+from trip_rt.enlarge import check_installed, enlarged
 from trip_rt.errors import EngineError, InputError
 from trip_rt.images import Picture
 from trip_rt.pipeline import Pipeline
@@ -164,7 +165,7 @@ class Animator:
         clips: list[Animation] = []
         for rows, latents in self._denoised(fitted, prompts, seeds, settings, on_step, controls):
             for row, clip in zip(rows, latents, strict=True):
-                frames = np.concatenate([self._frames(pixels) for pixels in self._pipeline.decode(clip)])
+                frames = np.stack(list(self._shown(clip, fitted[row])))
                 told = "; ".join(_sentences(prompts[row]))
                 clips.append(Animation(frames, self.config.fps, told, int(seeds[row]), clip))
         return clips
@@ -187,6 +188,11 @@ class Animator:
         the new clip has the last one's. InputError for a clip of another size.
         """
         settings, config = _settings(settings, changes), self.config
+        if settings.size is not None:
+            raise InputError(
+                f"size: found {settings.size} for a clip that goes on, expected none: extend clips of the engines'"
+                " size, then trip_rt.enlarge.enlarged(clip.frames, picture) makes them larger"
+            )
         each = config.num_frames - 1
         if not each:
             raise InputError("extend: found engines of one frame, expected some that show a motion to go on with")
@@ -252,8 +258,7 @@ class Animator:
         settings = _settings(settings, changes)
         fitted = self._fitted([image], settings)
         for _, latents in self._denoised(fitted, [prompt], [seed], settings, on_step, [control]):
-            for pixels in self._pipeline.decode(latents[0]):
-                yield from self._frames(pixels)
+            yield from self._shown(latents[0], fitted[0])
 
     def latents(
         self,
@@ -300,12 +305,20 @@ class Animator:
             raise EngineError(f"{error}; {remedy}") from error
 
     def _fitted(self, pictures: Sequence[Picture], settings: Settings) -> NDArray[np.uint8]:
-        """uint8 [n, H, W, 3] of the model's size."""
-        height, width = self.config.height, self.config.width
+        """uint8 [n, H, W, 3] of the size that is asked for."""
+        height, width = settings.picture_size(self.config)
+        if (height, width) != (self.config.height, self.config.width):
+            check_installed()
         fitted = np.empty((len(pictures), height, width, 3), np.uint8)
         for i, picture in enumerate(pictures):
             fitted[i] = images.load_image(picture, height, width, settings.fit)
         return fitted
+
+    def _shown(self, latents: Array, picture: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+        """A clip's frames as they are decoded, as large as the picture that it was made from."""
+        frames = (frame for pixels in self._pipeline.decode(latents) for frame in self._frames(pixels))
+        own = picture.shape[:2] == (self.config.height, self.config.width)
+        yield from frames if own else enlarged(frames, picture)
 
     def _denoised(
         self,
@@ -316,7 +329,8 @@ class Animator:
         on_step: OnStep | None,
         controls: Sequence[Array | None] | None = None,
     ) -> Iterator[tuple[range, Array]]:
-        """Denoise `profile.batch` pictures at a time: yields which they are and their latents [≤ batch, C, F, h, w]."""
+        """Denoise `profile.batch` pictures at a time: yields which they are and their latents [≤ batch, C, F, h, w].
+        Pictures may be larger than the engines take."""
         if not len(pictures) == len(prompts) == len(seeds):
             counts = f"{len(pictures)} pictures, {len(prompts)} prompts and {len(seeds)} seeds"
             raise InputError(f"batch: found {counts}, expected as many of each")
@@ -339,7 +353,8 @@ class Animator:
             report = _counting(on_step, start // batch, groups)
             noise = shuffled_noise([seeds[row] for row in rows], self.config.latent_shape, frames)
             with self._pipeline.turn:
-                self._pipeline.encode_images(images.to_model(pictures[rows]))
+                small = images.at_size(pictures[rows], self.config.height, self.config.width)
+                self._pipeline.encode_images(images.to_model(small))
                 self._pipeline.steer([steering[row] for row in rows], settings.control_scale)
                 if frames > self.config.num_frames:
                     contexts = self._contexts([told[row] for row in rows], settings)

@@ -23,7 +23,8 @@ Beta = Annotated[float, Meta(gt=0, lt=1)]
 Timesteps = Annotated[int, Meta(ge=1, le=100_000)]
 MAX_FRAMES = 4096  # of a clip
 Frames = Annotated[int, Meta(ge=1, le=MAX_FRAMES)]
-Side = Annotated[int, Meta(ge=1, le=8192)]  # pixels
+MOST_SIDE = 8192  # pixels
+Side = Annotated[int, Meta(ge=1, le=MOST_SIDE)]
 Width = Annotated[int, Meta(ge=1, le=1 << 14)]  # of a network
 MOST_CLIP = 1 << 30  # bytes of a clip's pixels
 

@@ -77,6 +77,13 @@ def load_image(
     )
 
 
+def at_size(pictures: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """Pictures uint8 [n, H, W, 3] as load_image fits them to another size; themselves where it is their own."""
+    if pictures.shape[1:3] == (height, width):
+        return pictures
+    return np.stack([load_image(picture, height, width) for picture in pictures])
+
+
 def to_model(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in [-1, 1]."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:

@@ -32,6 +32,7 @@ def check_live(args: argparse.Namespace, fps: float) -> None:
     for name, value in (
         ("--batch", args.batch),
         ("--frames", args.num_frames),
+        ("--size", args.size),
         ("--then", args.then),
         ("--contact-sheet", args.contact_sheet),
     ):

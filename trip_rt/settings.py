@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict, get_args
 
 from trip_rt.checks import is_number, is_whole, one_of, real_number, shown, text, whole_number
-from trip_rt.config import MAX_FRAMES, TripConfig
+from trip_rt.config import MAX_FRAMES, MOST_CLIP, MOST_SIDE, TripConfig
 from trip_rt.errors import InputError
 from trip_rt.images import Fit
 from trip_rt.sampling.solvers import SOLVERS, Solver, solver_steps
@@ -54,6 +54,7 @@ class SettingsKeywords(TypedDict, total=False):
     negative_prompt: str
     fit: Fit
     num_frames: int | None
+    size: str | None
     control_scale: float
     control_guidance_start: float
     control_guidance_end: float
@@ -67,8 +68,10 @@ class Settings:
     replace the speed's own where they are given. `guidance_scale` 0 to 100 says how closely the clip follows the prompt
     (None: the model's own), `negative_prompt` what should not be seen. `fit` says how a picture of another shape is
     fitted: `crop` keeps its largest centred part, `letterbox` all of it. `num_frames` may be more than the engines have
-    (None: theirs): then overlapping windows make the clip. A clip's control counts `control_scale` times, 0 to 10, in
-    the steps between the shares `control_guidance_start` and `control_guidance_end` of a run, 0 to 1.
+    (None: theirs): then overlapping windows make the clip. `size` WIDTHxHEIGHT may be larger than the engines', of the
+    same shape (None: theirs): then the picture's own detail is moved as the clip moves (enlarge.py). A clip's control
+    counts `control_scale` times, 0 to 10, in the steps between the shares `control_guidance_start` and
+    `control_guidance_end` of a run, 0 to 1.
     """
 
     speed: Speed | str = "exact"
@@ -80,6 +83,7 @@ class Settings:
     negative_prompt: str = ""
     fit: Fit = "crop"
     num_frames: int | None = None
+    size: str | None = None
     control_scale: float = 1.0
     control_guidance_start: float = 0.0
     control_guidance_end: float = 1.0
@@ -102,6 +106,8 @@ class Settings:
         _check_interval(speed.guidance_interval)
         if self.num_frames is not None:
             whole_number("num_frames", self.num_frames, 1, MAX_FRAMES)
+        if self.size is not None:
+            _sides(self.size)
         real_number("control scale", self.control_scale, 0, MAX_CONTROL_SCALE)
         start = real_number("control guidance start", self.control_guidance_start, 0, 1)
         real_number("control guidance end", self.control_guidance_end, start, 1)
@@ -150,6 +156,24 @@ class Settings:
             )
         return count
 
+    def picture_size(self, config: TripConfig) -> tuple[int, int]:
+        """Height and width of a clip's frames; InputError for a size that these engines cannot be enlarged to."""
+        own = config.height, config.width
+        if self.size is None:
+            return own
+        height, width = _sides(self.size)
+        if height * own[1] != width * own[0] or height < own[0]:
+            raise InputError(
+                f"size: found {width}x{height}, expected the engines' own, {own[1]}x{own[0]}, or a larger one of that"
+                f" shape, such as {2 * own[1]}x{2 * own[0]}"
+            )
+        if (amount := 3 * self.frames(config) * height * width) > MOST_CLIP:
+            raise InputError(
+                f"size: found {self.frames(config)} frames of {width}x{height}, {amount / 2**30:.1f} GiB, expected at"
+                f" most {MOST_CLIP >> 30}; take a smaller one, or fewer frames"
+            )
+        return height, width
+
     def changed(self, keywords: Mapping[str, Any]) -> Settings:
         """These settings with some fields replaced; InputError names a keyword that is none and what to write
         instead."""
@@ -158,6 +182,15 @@ class Settings:
             advice = _INSTEAD.get(unknown, f"expected some of {', '.join(fields)}")
             raise InputError(f"{unknown}: found no such setting, {advice}")
         return dataclasses.replace(self, **keywords)
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    """Height and width of WIDTHxHEIGHT."""
+    width, cross, height = size.partition("x") if isinstance(size, str) else ("", "", "")
+    sides = [int(side) for side in (height, width) if side.isdecimal() and side.isascii() and len(side) < 6]
+    if not cross or len(sides) < 2 or not all(1 <= side <= MOST_SIDE for side in sides):
+        raise InputError(f"size: found {shown(size)}, expected WIDTHxHEIGHT such as 256x256, up to {MOST_SIDE}")
+    return sides[0], sides[1]
 
 
 def check_prompt(prompt: Any) -> None:
@@ -183,8 +216,8 @@ def _check_interval(interval: Any) -> None:
 # What users of diffusers' pipelines write first, and what does it here.
 _INSTEAD = {
     "generator": "write seed=7 in its place",
-    "height": "the engines' shapes are fixed; export others with trip-export --size WxH --add, then profile=NAME",
-    "width": "the engines' shapes are fixed; export others with trip-export --size WxH --add, then profile=NAME",
+    "height": "write size='WIDTHxHEIGHT', or export engines of that size with trip-export --size WxH --add",
+    "width": "write size='WIDTHxHEIGHT', or export engines of that size with trip-export --size WxH --add",
     "fps": "frames a second are chosen when the clip is written: clip.save('clip.mp4', fps=8)",
     "output_type": (
         "clip.frames is uint8 [F, H, W, 3]; PIL pictures are [Image.fromarray(frame) for frame in clip.frames]"

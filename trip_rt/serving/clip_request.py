@@ -176,6 +176,7 @@ def _new_job(
     frames = _frames(fields, model, fps, limits)
     defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
     asked = {name: getattr(fields, name) for name in defaults if name in ClipFields.model_fields}
+    asked["size"] = None  # of which there is one here
     asked["num_frames"] = frames if frames > model.config.num_frames else None
     asked = {name: value for name, value in asked.items() if value is not None and value != defaults[name]}
     settings = Settings(**asked)
