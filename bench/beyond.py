@@ -1,4 +1,5 @@
-"""What goes beyond one run of the engines, judged on the demo world: longer clips, live ones, and drawn paths.
+"""What goes beyond one run of the engines, judged on the demo world: longer and larger clips, live ones, and drawn
+paths.
 
 python bench/beyond.py out/demo-bundle --only longer
 """
@@ -17,10 +18,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from timing import machine
 from tqdm import tqdm
 
 from trip_reference.demo_world import world
+from trip_reference.demo_world.judge import judge
 from trip_reference.demo_world.paths import DemoPathClips, away_from_path, render_places
 from trip_reference.demo_world.stories import BACK, Ending, judge_ending, seen_in
 from trip_reference.demo_world.verdicts import interval
@@ -28,19 +31,22 @@ from trip_rt import Animator, Settings
 from trip_rt.accuracy import psnr
 from trip_rt.command_line import CommandParser, add_json_flag, main_of, report
 from trip_rt.control import places_along
+from trip_rt.enlarge import enlarged
 from trip_rt.errors import InputError
 from trip_rt.live import Live
 from trip_rt.sampling.windows import sentence_of_window, window_starts, window_weights
 
 FIRST_SEED = 70_000  # of held-out scenes that nothing else looks at
 LENGTHS = (64, 256)
+TIMES = 2  # the engines' side, of larger clips
+BICUBIC = Image.Resampling.BICUBIC
 NEAR = 3.0  # 64ths of the picture's side: as near to a path as an object should stay
 _MEMORY = """
 import sys
 from trip_rt import Animator
 from trip_rt.process_memory import peak_memory_mb
 with Animator(sys.argv[1]) as animator:
-    for frame in animator.stream(sys.argv[2], "a red ball spins", speed="fast", num_frames=int(sys.argv[3])):
+    for frame in animator.stream(sys.argv[2], "a red ball spins", speed="fast", num_frames=int(sys.argv[3]), size=sys.argv[4]):
         pass
 print(peak_memory_mb())
 """
@@ -49,8 +55,8 @@ print(peak_memory_mb())
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="bench/beyond.py",
-        description="Make clips of held-out scenes that are longer than the engines', live, or steered by paths, and"
-        " judge them.",
+        description="Make clips of held-out scenes that are longer or larger than the engines', live, or steered by"
+        " paths, and judge them.",
         epilog="example: python bench/beyond.py out/demo-bundle --output bench/results/beyond_demo.json",
     )
     parser.add_argument("bundle", type=Path, help="of the demo model")
@@ -58,9 +64,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--only",
         choices=PARTS,
         action="append",
-        help="a part, once for each (longer and live; control takes a bundle exported with --control)",
+        help="a part, once for each (all but control, which takes a bundle exported with --control)",
     )
     parser.add_argument("--clips", type=int, default=32, help="of 64 frames; a quarter as many of 256 (%(default)s)")
+    parser.add_argument("--scenes", type=int, default=50, help="of larger clips (%(default)s)")
     parser.add_argument("--paths", type=int, default=100, help="clips with a path (%(default)s)")
     parser.add_argument("--seconds", type=float, default=60, help="of the live clip (%(default)s)")
     parser.add_argument(
@@ -73,8 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     if args.clips < 4:
         raise InputError(f"clips: found {args.clips}, expected at least 4")
-    if args.paths < 1:
-        raise InputError(f"paths: found {args.paths}, expected at least 1")
+    for name in ("paths", "scenes"):
+        if (found := getattr(args, name)) < 1:
+            raise InputError(f"{name}: found {found}, expected at least 1")
     if not 2 <= args.seconds <= 3600:
         raise InputError(f"seconds: found {args.seconds:g}, expected 2 to 3600")
     figures: dict[str, Any] = {}
@@ -84,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     with Animator(args.bundle) as animator:
         if animator.config.width != animator.config.height:
             raise InputError("found pictures that are not square, expected the demo's; export the bundle so")
-        for name in args.only or ("longer", "live"):
+        for name in args.only or ("longer", "larger", "live"):
             measure, table = PARTS[name]
             figures[name] = measure(animator, args) | {"machine": machine(), "engine": animator.describe()}
             text.append(table(figures[name]))
@@ -103,7 +111,8 @@ def longer(animator: Animator, args: argparse.Namespace) -> dict[str, Any]:
         clips = args.clips if length < 200 else max(1, args.clips // 4)
         rows[f"{length} frames, windows"] = _judged(animator, clips, length, _windows)
         rows[f"{length} frames, chained"] = _judged(animator, clips, length, _chained)
-    memory = {str(length): _peak_memory_mb(args.bundle, length) for length in (plain, *LENGTHS)}
+    size = f"{animator.config.width}x{animator.config.height}"
+    memory = {str(length): _peak_memory_mb(args.bundle, length, size) for length in (plain, *LENGTHS)}
     return {"first_seed": FIRST_SEED, "speed": "fast", "ways": rows, "stream_peak_memory_mb": memory}
 
 
@@ -172,9 +181,9 @@ def _there_and_back(motion: str, count: int) -> list[str]:
     return [motion if turn % 2 == 0 else BACK.get(motion, motion) for turn in range(count)]
 
 
-def _peak_memory_mb(bundle: Path, frames: int) -> float:
+def _peak_memory_mb(bundle: Path, frames: int, size: str) -> float:
     picture = Path(__file__).parents[1] / "examples" / "ball.png"
-    command = [sys.executable, "-c", _MEMORY, str(bundle), str(picture), str(frames)]
+    command = [sys.executable, "-c", _MEMORY, str(bundle), str(picture), str(frames), size]
     ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
     return float(ran.stdout.split()[-1])
 
@@ -237,6 +246,62 @@ def live_table(figures: dict[str, Any]) -> str:
     )
 
 
+def larger(animator: Animator, args: argparse.Namespace) -> dict[str, Any]:
+    """Clips at TIMES the engines' size against a bicubic filter of the same clips: PSNR to the truth near the object and
+    elsewhere, what is seen, seconds, and the peak memory of a process that streams one."""
+    side = animator.config.height * TIMES
+    rows: dict[str, list[dict[str, float]]] = {"by the picture": [], "bicubic": []}
+    extra = []
+    for seed in tqdm(
+        range(FIRST_SEED, FIRST_SEED + args.scenes), desc="larger", unit="clip", disable=None, leave=False
+    ):
+        scene, motion, _ = world.sample(seed, held_out=True)
+        truth = world.render(scene, motion, animator.config.num_frames, side)
+        near = world.mask(scene, motion, len(truth), side) > 0
+        small = animator(truth[0], world.caption(scene, motion), seed=seed, speed="fast").frames
+        began = time.perf_counter()
+        made = {"by the picture": np.stack(list(enlarged(small, truth[0])))}
+        extra.append(time.perf_counter() - began)
+        made["bicubic"] = np.stack(
+            [np.asarray(Image.fromarray(frame).resize((side, side), BICUBIC)) for frame in small]
+        )
+        for name, frames in made.items():
+            verdict = judge(frames, scene, motion)
+            rows[name].append(
+                {
+                    "motion": float(verdict.motion == motion),
+                    "shape": float(verdict.shape == scene.shape),
+                    "object_psnr": psnr(frames[near], truth[near], 255.0, 100.0),
+                    "background_psnr": psnr(frames[~near], truth[~near], 255.0, 100.0),
+                }
+            )
+    sizes = [f"{animator.config.width * times}x{animator.config.height * times}" for times in (1, TIMES, 4 * TIMES)]
+    memory = {size: _peak_memory_mb(args.bundle, animator.config.num_frames, size) for size in sizes}
+    return {
+        "first_seed": FIRST_SEED,
+        "speed": "fast",
+        "scenes": args.scenes,
+        "size": sizes[1],
+        "extra_seconds": round(float(np.median(extra)), 2),
+        "stream_peak_memory_mb": memory,
+    } | {name: _shares_and_means(found, ("motion", "shape")) for name, found in rows.items()}
+
+
+def larger_table(figures: dict[str, Any]) -> str:
+    lines = [
+        f"| {figures['scenes']} scenes, {figures['size']} | motion, % | shape, % | object, dB | background, dB |",
+        "| --- |" + " ---: |" * 4,
+    ]
+    for name in ("by the picture", "bicubic"):
+        columns = (figures[name][column] for column in ("motion", "shape", "object_psnr", "background_psnr"))
+        lines.append(f"| {name} | " + " | ".join(map(str, columns)) + " |")
+    memory = ", ".join(f"{size} {peak:.0f} MB" for size, peak in figures["stream_peak_memory_mb"].items())
+    after = (
+        f"It takes {figures['extra_seconds']:.2f} s more a clip. Peak memory of a process that streams one: {memory}."
+    )
+    return "\n".join([*lines, "", after])
+
+
 def control(animator: Animator, args: argparse.Namespace) -> dict[str, Any]:
     """Held-out scenes with a path each: how far the object is from it, in 64ths of the picture's side, with the control
     and without, and whether it stays what it is."""
@@ -263,14 +328,15 @@ def control(animator: Animator, args: argparse.Namespace) -> dict[str, Any]:
                     "truth_psnr": psnr(frames, truth, 255.0, 100.0),
                 }
             )
+    shares = ("within", "always within", "shape", "colour")
     return {"first_seed": FIRST_SEED, "speed": "fast", "clips": args.paths, "near": NEAR} | {
-        name: _steering(figures) for name, figures in rows.items()
+        name: _shares_and_means(figures, shares) for name, figures in rows.items()
     }
 
 
-def _steering(rows: list[dict[str, float]]) -> dict[str, Any]:
+def _shares_and_means(rows: list[dict[str, float]], shares: tuple[str, ...]) -> dict[str, Any]:
+    """Over clips, in percent with an interval for `shares`, which are 0 or 1 of each."""
     mean = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-    shares = ("within", "always within", "shape", "colour")
     found = {name: round(100 * mean[name], 1) if name in shares else round(mean[name], 2) for name in mean}
     intervals = {name: interval(int(sum(row[name] for row in rows)), len(rows)) for name in shares}
     return found | {"intervals": intervals}
@@ -290,6 +356,7 @@ def control_table(figures: dict[str, Any]) -> str:
 
 PARTS: dict[str, Any] = {
     "longer": (longer, longer_table),
+    "larger": (larger, larger_table),
     "live": (live, live_table),
     "control": (control, control_table),
 }
