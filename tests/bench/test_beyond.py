@@ -51,13 +51,9 @@ def test_what_is_told_is_what_is_judged(make, length):
 
 
 def test_options_out_of_bounds(capsys):
-    for options, says in (
-        (["--clips", "3"], "clips: found 3"),
-        (["--seconds", "1"], "seconds: found 1"),
-        (["--paths", "0"], "paths: found 0"),
-    ):
-        assert beyond.main(["bundle", *options]) == 2
-        assert says in capsys.readouterr().err
+    for name, found in {"clips": "3", "seconds": "1", "paths": "0", "scenes": "0"}.items():
+        assert beyond.main(["bundle", f"--{name}", found]) == 2
+        assert f"{name}: found {found}" in capsys.readouterr().err
 
 
 def test_tables():
@@ -95,3 +91,14 @@ def test_a_steered_clip_is_judged_by_its_path():
     assert steered["always within"] == steered["shape"] == steered["colour"] == 100
     assert resting["mean"] > 3 and resting["always within"] < 50 and resting["shape"] == 100
     assert "| steered | 0.0 | 0.0 | 100.0 | 100.0 | 100.0 | 100.0 | 100.0 |" in beyond.control_table(figures)
+
+
+def test_larger_clips_are_judged_at_their_size(monkeypatch):
+    monkeypatch.setattr(beyond, "_peak_memory_mb", lambda *asked: float(len(asked)))
+    figures = beyond.larger(Truth(), argparse.Namespace(scenes=3, bundle="bundle"))
+    assert figures["size"] == "128x128" and set(figures["stream_peak_memory_mb"]) == {"64x64", "128x128", "512x512"}
+    ours, bicubic = figures["by the picture"], figures["bicubic"]
+    assert ours["motion"] == ours["shape"] == 100
+    assert ours["object_psnr"] > bicubic["object_psnr"] > 20 and ours["background_psnr"] > bicubic["background_psnr"]
+    text = beyond.larger_table(figures)
+    assert text.startswith("| 3 scenes, 128x128 |") and text.endswith("128x128 3 MB, 512x512 3 MB.")
