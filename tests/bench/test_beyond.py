@@ -99,6 +99,6 @@ def test_larger_clips_are_judged_at_their_size(monkeypatch):
     assert figures["size"] == "128x128" and set(figures["stream_peak_memory_mb"]) == {"64x64", "128x128", "512x512"}
     ours, bicubic = figures["by the picture"], figures["bicubic"]
     assert ours["motion"] == ours["shape"] == 100
-    assert ours["object_psnr"] > bicubic["object_psnr"] > 20 and ours["background_psnr"] > bicubic["background_psnr"]
+    assert ours["object_psnr"] > bicubic["object_psnr"] > 20 and ours["background_psnr"] > 45
     text = beyond.larger_table(figures)
     assert text.startswith("| 3 scenes, 128x128 |") and text.endswith("128x128 3 MB, 512x512 3 MB.")
