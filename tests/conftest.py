@@ -99,6 +99,28 @@ def tiny_export(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
+def tiny_control_folder(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny_control import save_tiny_control
+
+    return made_once(tmp_path_factory, "tiny-control", lambda folder: save_tiny_control(tiny_checkpoint, folder))
+
+
+@pytest.fixture(scope="session")
+def steered_export(
+    tiny_checkpoint: Path, tiny_control_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> ExportResult:
+    """As `tiny_export`, with a control."""
+
+    def make(folder: Path) -> ExportResult:
+        from trip_export.export import export_bundle
+        from trip_export.plan import ExportOptions
+
+        return export_bundle(tiny_checkpoint, folder, ExportOptions(control=tiny_control_folder))
+
+    return made_once(tmp_path_factory, "steered-bundle", make)
+
+
+@pytest.fixture(scope="session")
 def tiny_bundle(tiny_export: ExportResult) -> Path:
     return tiny_export.bundle
 

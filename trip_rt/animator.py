@@ -165,7 +165,7 @@ class Animator:
         clips: list[Animation] = []
         for rows, latents in self._denoised(fitted, prompts, seeds, settings, on_step, controls):
             for row, clip in zip(rows, latents, strict=True):
-                frames = np.stack(list(self._shown(clip, fitted[row])))
+                frames = np.concatenate(list(self.decode(clip, fitted[row])))
                 told = "; ".join(_sentences(prompts[row]))
                 clips.append(Animation(frames, self.config.fps, told, int(seeds[row]), clip))
         return clips
@@ -258,7 +258,8 @@ class Animator:
         settings = _settings(settings, changes)
         fitted = self._fitted([image], settings)
         for _, latents in self._denoised(fitted, [prompt], [seed], settings, on_step, [control]):
-            yield from self._shown(latents[0], fitted[0])
+            for frames in self.decode(latents[0], fitted[0]):
+                yield from frames
 
     def latents(
         self,
@@ -280,11 +281,15 @@ class Animator:
         empty = np.zeros((0, channels, settings.frames(config), height, width), np.float32)
         return np.concatenate([empty, *groups])
 
-    def decode(self, latents: Array) -> Iterator[NDArray[np.uint8]]:
+    def decode(self, latents: Array, picture: NDArray[np.uint8] | None = None) -> Iterator[NDArray[np.uint8]]:
         """One clip's frames from its latents [C, N, h, w], uint8 [≤ decode_frames, H, W, 3] at a time, so memory stays
-        flat."""
-        for pixels in self.decode_pixels(latents):
-            yield self._frames(pixels)
+        flat; of the size of `picture`, uint8 [H', W', 3], where that is the larger one that the clip was made from."""
+        chunks = (self._frames(pixels) for pixels in self.decode_pixels(latents))
+        if picture is None or picture.shape[:2] == (self.config.height, self.config.width):
+            yield from chunks
+        else:
+            for frame in enlarged((frame for frames in chunks for frame in frames), picture):
+                yield frame[None]
 
     def decode_pixels(self, latents: Array) -> Iterator[Array]:
         """As `decode`, but the decoder's own float32 [n, 3, H, W], about −1 to 1."""
@@ -313,12 +318,6 @@ class Animator:
         for i, picture in enumerate(pictures):
             fitted[i] = images.load_image(picture, height, width, settings.fit)
         return fitted
-
-    def _shown(self, latents: Array, picture: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
-        """A clip's frames as they are decoded, as large as the picture that it was made from."""
-        frames = (frame for pixels in self._pipeline.decode(latents) for frame in self._frames(pixels))
-        own = picture.shape[:2] == (self.config.height, self.config.width)
-        yield from frames if own else enlarged(frames, picture)
 
     def _denoised(
         self,

@@ -8,14 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from once import made_once
 from PIL import Image
 from sealed import with_openvino
 from tiny import TINY
-from tiny_control import CONTROL, save_tiny_control
+from tiny_control import CONTROL
 
-from trip_export.export import ExportResult, export_bundle
-from trip_export.plan import ExportOptions
 from trip_reference import checkpoint
 from trip_reference.sampling import sample
 from trip_rt import Animator, InputError, Settings, images
@@ -32,20 +29,9 @@ PATH = [(0.3, 0.5), (0.6, 0.5), (0.6, 0.2)]
 DRAWN = "0.3,0.5 0.6,0.5 0.6,0.2"
 
 
-@pytest.fixture(scope="session")
-def control_folder(tiny_checkpoint, tmp_path_factory) -> Path:
-    return made_once(tmp_path_factory, "tiny-control", lambda folder: save_tiny_control(tiny_checkpoint, folder))
-
-
-@pytest.fixture(scope="session")
-def export(tiny_checkpoint, control_folder, tmp_path_factory) -> ExportResult:
-    options = ExportOptions(control=control_folder)
-    return made_once(tmp_path_factory, "steered-bundle", lambda folder: export_bundle(tiny_checkpoint, folder, options))
-
-
-@pytest.fixture(scope="session")
-def steered(export) -> Animator:
-    return Animator(export.bundle)
+@pytest.fixture(scope="module")
+def steered(steered_export) -> Animator:
+    return Animator(steered_export.bundle)
 
 
 @pytest.fixture(scope="module")
@@ -85,16 +71,16 @@ def test_what_is_no_path_is_refused(points, message):
         path_control(points, TINY.trip)
 
 
-def test_an_export_with_a_control_is_held_to_the_reference(export, steered):
+def test_an_export_with_a_control_is_held_to_the_reference(steered_export, steered):
     manifest = steered._bundle.manifest
     assert manifest.control == CONTROL and "control/config.json" in manifest.source
-    parity = export.parity["onnxruntime"]
+    parity = steered_export.parity["onnxruntime"]
     assert parity.passed and set(parity.components) == set(manifest.profiles[0].engines)
     assert "control_encoder" in parity.components
 
 
-def test_openvino_runs_the_same_graphs(export, steered, picture, tmp_path):
-    with Animator(with_openvino(export.bundle, tmp_path / "both"), "openvino") as animator:
+def test_openvino_runs_the_same_graphs(steered_export, steered, picture, tmp_path):
+    with Animator(with_openvino(steered_export.bundle, tmp_path / "both"), "openvino") as animator:
         other = animator(picture, PROMPT, control=animator.path(PATH)).latents
     ours = steered(picture, PROMPT, control=steered.path(PATH)).latents
     assert np.abs(other - ours).max() < 1e-4 * np.abs(ours).max()
@@ -109,8 +95,8 @@ SPEEDS_TRIED = {
 
 @pytest.mark.parametrize("between", [(0.0, 1.0), (0.3, 0.8)])
 @pytest.mark.parametrize("speed", SPEEDS_TRIED.values(), ids=SPEEDS_TRIED)
-def test_a_steered_clip_is_the_oracles(steered, tiny_checkpoint, control_folder, picture, speed, between):
-    model, config = checkpoint.from_pretrained(tiny_checkpoint, control=control_folder), steered.config
+def test_a_steered_clip_is_the_oracles(steered, tiny_checkpoint, tiny_control_folder, picture, speed, between):
+    model, config = checkpoint.from_pretrained(tiny_checkpoint, control=tiny_control_folder), steered.config
     fitted = images.load_image(picture, config.height, config.width, "crop")[None]
     tokens = PromptTokenizer(steered.tokenizer_json, config.text_length, model.vocabulary)
     control = steered.path(PATH)
@@ -195,8 +181,8 @@ def here(tmp_path, monkeypatch, picture):
     return tmp_path
 
 
-def test_the_command_draws_a_path(export, steered, here, capsys):
-    given = [str(export.bundle), "photo.png", PROMPT]
+def test_the_command_draws_a_path(steered_export, steered, here, capsys):
+    given = [str(steered_export.bundle), "photo.png", PROMPT]
     assert main([*given, "-o", "drawn", "--path", DRAWN]) == 0
     assert main([*given, "-o", "strong", "--path", DRAWN, "--control-scale", "3"]) == 0
     assert main([*given, "-o", "plain"]) == 0
@@ -216,9 +202,9 @@ def test_the_command_draws_a_path(export, steered, here, capsys):
         (["--path", DRAWN, "--control-scale", "-1"], "control scale: found -1"),
     ],
 )
-def test_the_command_refuses_other_paths(export, here, capsys, words, message):
+def test_the_command_refuses_other_paths(steered_export, here, capsys, words, message):
     try:
-        code = main([str(export.bundle), "photo.png", PROMPT, "-o", "clip.mp4", *words])
+        code = main([str(steered_export.bundle), "photo.png", PROMPT, "-o", "clip.mp4", *words])
     except SystemExit as error:
         code = error.code
     assert code == 2 and message in capsys.readouterr().err and not Path("clip.mp4").exists()

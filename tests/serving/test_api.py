@@ -87,6 +87,32 @@ def test_a_longer_clip(server, tiny_bundle, length):
     assert len(frames_of(content)) == 12
 
 
+def test_a_larger_clip(server, tiny_bundle):
+    _, job = server.ask("POST", "/v1/videos", clip(seed=7, num_inference_steps=2, size="144x96"))
+    assert job["size"] == "144x96"
+    told = [data for _, event, data in events(server, job["id"], "frames") if event == "frame"]
+    shown = [np.asarray(Image.open(io.BytesIO(base64.b64decode(data["png"])))) for data in told]
+    with Animator(tiny_bundle) as animator:
+        frames = animator(io.BytesIO(picture()), PROMPT, seed=7, num_inference_steps=2, size="144x96").frames
+    np.testing.assert_array_equal(np.stack(shown), frames)
+    assert server.wait(job["id"])["status"] == "completed"
+
+
+def test_a_clip_along_a_path(steered_export, tmp_path):
+    path = [[0.3, 0.5], [0.6, 0.25]]
+    with running(steered_export.bundle, tmp_path / "data") as server:
+        (model,) = server.ask("GET", "/v1/models")[1]["data"]
+        assert model["steered"] is True
+        jobs = [
+            server.ask("POST", "/v1/videos", clip(seed=7, num_inference_steps=2, **fields))[1]
+            for fields in ({"path": path}, {"path": path, "control_scale": 0}, {})
+        ]
+        assert [job["path"] for job in jobs] == [path, path, None]
+        assert [server.wait(job["id"])["status"] for job in jobs] == ["completed"] * 3
+        contents = [server.ask("GET", f"/v1/videos/{job['id']}/content")[1] for job in jobs]
+    assert contents[0] != contents[1] == contents[2]
+
+
 def test_a_form(server):
     fields = {"prompt": "ein roter Ball", "seed": "18446744073709551615", "guidance_interval": "0.1,0.9"}
     boundary = "b0undary"
@@ -231,6 +257,15 @@ REFUSED = [
     ({"fit": "stretch"}, "fit"),
     ({"fps": 0}, "fps"),
     ({"size": "64x64"}, "size"),
+    ({"size": "24x16"}, "size"),
+    ({"size": "large"}, "size"),
+    ({"size": "7680x5120"}, "size"),
+    ({"path": [[0.3, 0.5], [0.6, 0.25]]}, "path"),
+    ({"path": [[0.3, 0.5], [0.6, 2]]}, "path"),
+    ({"path": [[0.3, 0.5]]}, "path"),
+    ({"path": "right"}, "path"),
+    ({"control_scale": 11}, "control_scale"),
+    ({"control_guidance_start": 0.5, "control_guidance_end": 0.2}, "control_guidance_end"),
     ({"num_frames": 4}, "num_frames"),
     ({"num_frames": 257}, "num_frames"),
     ({"seconds": "0.5"}, "seconds"),

@@ -18,6 +18,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from trip_rt import video
 from trip_rt.checks import excerpt, shown
 from trip_rt.config import MAX_FRAMES
+from trip_rt.control import check_points
+from trip_rt.enlarge import check_installed
 from trip_rt.errors import InputError, one_line
 from trip_rt.images import load_image
 from trip_rt.sampling.windows import window_starts
@@ -41,6 +43,11 @@ _PARAMS = {
     "guidance interval": "guidance_interval",
     "feature reuse": "feature_reuse",
     "fit": "fit",
+    "size": "size",
+    "path": "path",
+    "control scale": "control_scale",
+    "control guidance start": "control_guidance_start",
+    "control guidance end": "control_guidance_end",
     "fps": "fps",
     "num_frames": "num_frames",
     "image": "input_reference",
@@ -69,6 +76,11 @@ def _numbers(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
+def _points(value: Any) -> Any:
+    """A form has no lists: points with a space between them."""
+    return [point.split(",") for point in value.split()] if isinstance(value, str) else value
+
+
 class ClipFields(BaseModel):
     """What a clip is made of. Only the prompt and the picture are needed."""
 
@@ -80,7 +92,9 @@ class ClipFields(BaseModel):
         None,
         description="How long the clip plays, num_frames / fps: the model's own, or longer by windows.",
     )
-    size: str | None = Field(None, description="WIDTHxHEIGHT, the model's own.")
+    size: str | None = Field(
+        None, description="WIDTHxHEIGHT: the model's own, or larger and of its shape, by the picture's own detail."
+    )
     seed: int | None = Field(None, description="0 to 2^64 − 1; a random one by default, which the answer names.")
     speed: str = Field("exact", description="exact, balanced or fast.")
     num_inference_steps: int | None = Field(None, description="Denoising steps; the speed's by default.")
@@ -94,6 +108,14 @@ class ClipFields(BaseModel):
     fit: str = Field("crop", description="How a picture of another shape is fitted: crop or letterbox.")
     fps: float | None = Field(None, description="Frames a second that the clip is written with; the model's own.")
     num_frames: int | None = Field(None, description="The model's own, or more by overlapping windows.")
+    path: Annotated[tuple[tuple[float, float], ...] | None, BeforeValidator(_points)] = Field(
+        None,
+        description="Points (x, y) in shares of the picture's sides, y down, that what lies at the first goes along;"
+        " for models that are steered.",
+    )
+    control_scale: float = Field(1.0, description="How strongly the path counts, 0 to 10.")
+    control_guidance_start: float = Field(0.0, description="Share of the steps from which it counts.")
+    control_guidance_end: float = Field(1.0, description="Share of the steps up to which it counts.")
 
 
 class PictureURL(BaseModel):
@@ -176,7 +198,7 @@ def _new_job(
     frames = _frames(fields, model, fps, limits)
     defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
     asked = {name: getattr(fields, name) for name in defaults if name in ClipFields.model_fields}
-    asked["size"] = None  # of which there is one here
+    asked["size"] = None if fields.size == model.size else fields.size
     asked["num_frames"] = frames if frames > model.config.num_frames else None
     asked = {name: value for name, value in asked.items() if value is not None and value != defaults[name]}
     settings = Settings(**asked)
@@ -185,15 +207,23 @@ def _new_job(
         found = f"{shown(count)}, expected at most {limits.steps}"
         raise ApiError(400, f"num_inference_steps: found {found} on this server", "num_inference_steps")
     steps = len(settings.steps(model.config))
-    if fields.size is not None and fields.size != model.size:
-        raise ApiError(400, f"size: found {excerpt(fields.size)}, expected {model.size}, this model's", "size")
+    height, width = settings.picture_size(model.config)
+    if (held := frames * height * width * 3) > _MOST_HELD:
+        found = f"{frames} frames of {width}x{height}, {held >> 20} MB, expected at most {_MOST_HELD >> 20}"
+        raise ApiError(400, f"size: found {found}; take a smaller one, or fewer frames", "size")
+    if settings.size is not None:
+        check_installed()
+    if fields.path is not None:
+        check_points(fields.path)
+        if not model.steered or frames > model.config.num_frames:
+            found = "one for a longer clip than the engines make at once" if model.steered else "one"
+            raise ApiError(400, f"path: found {found}, expected none: nothing of this model would follow it", "path")
     seed = secrets.randbelow(_RANDOM_SEEDS) if fields.seed is None else check_seed(fields.seed)
     if len(picture) > limits.upload_bytes:
         found = f"{len(picture)} bytes, expected at most {limits.upload_bytes}"
         raise ApiError(413, f"input_reference: found {found}; scale it down", "input_reference", "too_large")
     if not picture:
         raise ApiError(400, "input_reference: found no picture, expected one", "input_reference")
-    height, width = model.config.height, model.config.width
     fitted = io.BytesIO()
     pixels = load_image(io.BytesIO(picture), height, width, settings.fit, limits.megapixels)
     Image.fromarray(pixels).save(fitted, "PNG", compress_level=1)
@@ -206,7 +236,8 @@ def _new_job(
         "guidance_scale": float(
             model.config.guidance_scale if fields.guidance_scale is None else fields.guidance_scale
         ),
-        "size": model.size,
+        "size": f"{width}x{height}",
+        "path": fields.path,
         "num_frames": frames,
         "fps": fps,
         "seconds": playing_time(frames, fps),

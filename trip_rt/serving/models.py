@@ -35,14 +35,15 @@ class Timing:
 
 @dataclass
 class Model:
-    """A bundle's profile under the name that clients call it. `engine` and `parity` are known once a worker has opened
-    it."""
+    """A bundle's profile under the name that clients call it; `steered` says whether a path may steer its clips.
+    `engine` and `parity` are known once a worker has opened it."""
 
     name: str
     bundle: Path
     profile: Profile
     config: TripConfig
     workers: int = 1
+    steered: bool = False
     timing: Timing = field(default_factory=Timing)
     engine: dict[str, Any] = field(default_factory=dict)
     parity: dict[str, Any] = field(default_factory=dict)
@@ -89,5 +90,6 @@ def read_models(arguments: list[str], workers: int) -> dict[str, Model]:
         if name in models:
             raise InputError(f"model: found two called {name}, expected a name for each; write NAME={place}")
         chosen = manifest.profile(profile)
-        models[name] = Model(name, path.resolve(), chosen, manifest.config_of(chosen), workers)
+        steered = manifest.control is not None
+        models[name] = Model(name, path.resolve(), chosen, manifest.config_of(chosen), workers, steered)
     return models

@@ -33,8 +33,8 @@ class Open(msgspec.Struct, frozen=True, tag=True):
 
 
 class Clip(msgspec.Struct, frozen=True):
-    """A clip to make: attempt `attempt` of job `job`. `picture` is a PNG of the model's size, `draft` the folder's name
-    to write to."""
+    """A clip to make: attempt `attempt` of job `job`. `picture` is a PNG of the clip's size, `draft` the folder's name
+    to write to, `path` the points that its object goes along."""
 
     job: str
     attempt: int
@@ -43,6 +43,7 @@ class Clip(msgspec.Struct, frozen=True):
     seed: int
     fps: float
     draft: str
+    path: tuple[tuple[float, float], ...] | None = None
 
 
 class Make(msgspec.Struct, frozen=True, tag=True):

@@ -284,6 +284,7 @@ def create_app(
             "seconds": model.seconds(model.config.fps),
             "guidance_scale": float(model.config.guidance_scale),
             "speeds": model.speeds(),
+            "steered": model.steered,
             "batch": model.profile.batch,
             "workers": model.workers,
             "ready": model.ready_workers > 0,

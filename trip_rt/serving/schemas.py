@@ -52,6 +52,7 @@ class Video(BaseModel):
     num_inference_steps: int
     guidance_scale: float
     size: str
+    path: list[tuple[float, float]] | None
     num_frames: int
     fps: float
     seconds: str
@@ -97,6 +98,7 @@ class ModelChoice(BaseModel):
     seconds: str
     guidance_scale: float
     speeds: dict[str, SpeedChoice]
+    steered: bool = Field(description="Whether a path may steer its clips.")
     batch: int
     workers: int
     ready: bool

@@ -293,7 +293,9 @@ class Service:
         model = self.models[job.model]
         denoise_s = made.seconds["denoise"]
         other_s = sum(made.seconds.values()) - denoise_s
-        other_s *= model.config.num_frames / job.request["num_frames"]  # of a clip of the engines' own length
+        other_s *= model.config.num_frames / job.request["num_frames"]  # of a clip of the engines' own length …
+        if job.request["size"] != model.size:  # … and size
+            other_s = model.timing.other_s
         model.timing.measured(job.steps, denoise_s, other_s)
         self.metrics.made(job, made)
         result = {

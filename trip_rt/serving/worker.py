@@ -25,6 +25,7 @@ from PIL import Image
 from trip_rt.animator import Animator
 from trip_rt.backends import EngineOptions
 from trip_rt.errors import EngineError, InputError, one_line
+from trip_rt.images import at_size
 from trip_rt.process_memory import peak_memory_mb
 from trip_rt.serving import results
 from trip_rt.serving.protocol import (
@@ -125,6 +126,7 @@ class Worker:
         jobs = _jobs(make)
         began = time.perf_counter()
         pictures = np.stack([_pixels(clip.picture) for clip in make.clips])
+        controls = [None if clip.path is None else animator.path(clip.path) for clip in make.clips]
 
         def stepped(done: int, total: int) -> None:
             if self._dropped.issuperset(jobs):
@@ -134,19 +136,20 @@ class Worker:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             latents = animator.latents(
-                pictures,
+                at_size(pictures, animator.config.height, animator.config.width),
                 [clip.prompt for clip in make.clips],
                 [clip.seed for clip in make.clips],
+                controls=controls,
                 settings=Settings(**make.settings),
                 on_step=stepped,
             )
         said = tuple(dict.fromkeys(one_line(warning.message, 500) for warning in caught))
         seconds = {"denoise": time.perf_counter() - began}
         self._server.send(Denoised(jobs))
-        for clip, clean in zip(make.clips, latents, strict=True):
+        for clip, clean, picture in zip(make.clips, latents, pictures, strict=True):
             began = time.perf_counter()
             chunks: list[Frames] = []
-            for chunk in animator.decode(clean):
+            for chunk in animator.decode(clean, picture):
                 if clip.job in self._dropped:
                     break
                 self._server.send(Decoded(clip.job, chunk.shape, chunk.tobytes()))

@@ -333,4 +333,6 @@ def _draft(job: Job) -> str:
 
 def _clip(job: Job, picture: bytes) -> Clip:
     request = job.request
-    return Clip(job.id, job.attempt, picture, request["prompt"], request["seed"], request["fps"], _draft(job))
+    path = request.get("path")
+    points = None if path is None else tuple((x, y) for x, y in path)
+    return Clip(job.id, job.attempt, picture, request["prompt"], request["seed"], request["fps"], _draft(job), points)
