@@ -245,6 +245,7 @@ def build_parity_parser() -> argparse.ArgumentParser:
         "--profile", metavar="NAME", help="one of the bundle's sets of shapes, such as 256x256-16f-b1 (its first)"
     )
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps (the model's own number)")
+    parser.add_argument("--control", type=Path, metavar="DIR", help="of a bundle that was exported with one")
     add_json_flag(parser)
     return parser
 
@@ -260,7 +261,10 @@ def run_parity(args: argparse.Namespace) -> int:
     profile = bundle.manifest.profile(args.profile)
     config = bundle.manifest.config_of(profile)
     backend = args.backend or profile.backends[0]
-    model = checkpoint.from_pretrained(args.checkpoint)
+    if (bundle.manifest.control is None) != (args.control is None):
+        found, expected = ("no --control", "the one") if args.control is None else ("--control", "none, as it was")
+        raise InputError(f"found {found}, expected {expected} that {args.bundle} was exported with")
+    model = checkpoint.from_pretrained(args.checkpoint, control=args.control)
     if config.schedule != model.config.schedule or config.latent_channels != model.config.latent_channels:
         raise InputError(
             f"{args.bundle}: was not made from {args.checkpoint}, their configs differ; compare it with its own"

@@ -79,6 +79,17 @@ def test_an_export_with_a_control_is_held_to_the_reference(steered_export, steer
     assert "control_encoder" in parity.components
 
 
+def test_parity_is_measured_again_with_the_control_named(
+    steered_export, tiny_checkpoint, tiny_bundle, tiny_control_folder, capsys
+):
+    given = [str(steered_export.bundle), str(tiny_checkpoint), "--steps", "2"]
+    assert parity_main([*given, "--control", str(tiny_control_folder)]) == 0
+    assert "control_encoder" in capsys.readouterr().out
+    assert parity_main(given) == 2 and "found no --control, expected the one" in capsys.readouterr().err
+    assert parity_main([str(tiny_bundle), *given[1:], "--control", str(tiny_control_folder)]) == 2
+    assert "found --control, expected none" in capsys.readouterr().err
+
+
 def test_openvino_runs_the_same_graphs(steered_export, steered, picture, tmp_path):
     with Animator(with_openvino(steered_export.bundle, tmp_path / "both"), "openvino") as animator:
         other = animator(picture, PROMPT, control=animator.path(PATH)).latents
