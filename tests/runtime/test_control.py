@@ -13,6 +13,7 @@ from sealed import with_openvino
 from tiny import TINY
 from tiny_control import CONTROL
 
+from trip_export.command import parity_main
 from trip_reference import checkpoint
 from trip_reference.sampling import sample
 from trip_rt import Animator, InputError, Settings, images
