@@ -22,10 +22,11 @@ from trip_rt.clip_requests import Job, Pictures, check_jobs, read_batch
 from trip_rt.command_line import CommandParser, add_json_flag, add_settings, main_of, report, settings_of
 from trip_rt.config import ControlConfig
 from trip_rt.control import check_points
-from trip_rt.enlarge import check_installed, enlarged
+from trip_rt.enlarge import enlarged
 from trip_rt.errors import InputError, printable
 from trip_rt.images import at_size
 from trip_rt.launch import note
+from trip_rt.optical_flow import opencv
 from trip_rt.play import check_live, play
 from trip_rt.sampling.windows import window_starts
 from trip_rt.settings import Settings, check_prompt
@@ -171,7 +172,7 @@ def run(args: argparse.Namespace) -> int:
         height, width = settings.picture_size(config)
         larger = (height, width) != (profile.height, profile.width)
         if larger:
-            check_installed()
+            opencv()  # before any slow work
             seconds["enlarge"] = 0.0
         pictures = Pictures(height, width, settings.fit)
         pictures.check(jobs)

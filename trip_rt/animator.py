@@ -20,9 +20,10 @@ from trip_rt.checks import check_array, several, shown
 from trip_rt.components import REQUIRED
 from trip_rt.control import path_control
 from trip_rt.devices import open_device
-from trip_rt.enlarge import check_installed, enlarged
+from trip_rt.enlarge import enlarged
 from trip_rt.errors import EngineError, InputError
 from trip_rt.images import Picture
+from trip_rt.optical_flow import opencv
 from trip_rt.pipeline import Pipeline
 from trip_rt.sampling.loop import Array, OnStep, initial_noise
 from trip_rt.sampling.step import Step
@@ -313,7 +314,7 @@ class Animator:
         """uint8 [n, H, W, 3] of the size that is asked for."""
         height, width = settings.picture_size(self.config)
         if (height, width) != (self.config.height, self.config.width):
-            check_installed()
+            opencv()  # before any slow work
         fitted = np.empty((len(pictures), height, width, 3), np.uint8)
         for i, picture in enumerate(pictures):
             fitted[i] = images.load_image(picture, height, width, settings.fit)

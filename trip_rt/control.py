@@ -31,7 +31,12 @@ def path_control(points: Sequence[Any], config: TripConfig) -> Array:
     Points are (x, y) in shares of the picture's sides, 0 to 1, y down; InputError for others.
     """
     _, height, width = config.frame_shape
-    places = places_along(check_points(points), config.num_frames, (width, height))
+    return places_control(places_along(check_points(points), config.num_frames, (width, height)), config)
+
+
+def places_control(places: NDArray[np.float64], config: TripConfig) -> Array:
+    """The `motion` map [3, F, h, w] of one point that is at `places` [F, 2], in shares of the sides."""
+    _, height, width = config.frame_shape
     y, x = np.mgrid[:height, :width] + 0.5
     reach = max(REACH * min(height, width), 1.0)
     away = np.hypot(x - places[:, 0, None, None] * width, y - places[:, 1, None, None] * height) / reach

@@ -1,8 +1,8 @@
 """Clips larger than the engines make them: the given picture's own pixels, moved as the clip moves.
 
-The clip says how things move, the picture at its full size how they look. For each frame, optical flow (OpenCV's DIS,
-Kroeger et al. 2016) finds where its pixels were in frame 1; the large picture is moved so, and takes on what the frame
-has changed on a large scale, such as its light. Where the moved frame 1 is not this frame, as where something new comes
+The clip says how things move, the picture at its full size how they look. For each frame, optical flow finds
+where its pixels were in frame 1; the large picture is moved so, and takes on what the frame has changed on a large
+scale, such as its light. Where the moved frame 1 is not this frame, as where something new comes
 into view, the enlarged frame itself is shown; where nothing has changed, the picture is.
 
 There are no tiles, so there are no seams, and one frame is made at a time, so memory is flat.
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trip_rt.errors import InputError
+from trip_rt.optical_flow import FlowBetween, opencv
 
 Frame = NDArray[np.uint8]
 Array = NDArray[np.float32]
@@ -26,7 +26,6 @@ Array = NDArray[np.float32]
 RESTS, MOVED, NOISE = 5.0, 8.0, 3.0
 # Neighbourhoods, in the engines' pixels: of an error, and of a change of light.
 NEAR, WIDE = 1.0, 4.0
-LEAST_SIDE = 16  # of frames in which flow can be found
 
 
 def enlarged(frames: Iterable[Frame], picture: Frame) -> Iterator[Frame]:
@@ -39,31 +38,15 @@ def enlarged(frames: Iterable[Frame], picture: Frame) -> Iterator[Frame]:
         yield enlarge(frame)
 
 
-def check_installed() -> None:
-    """InputError where OpenCV is not installed."""
-    _opencv()
-
-
-def _opencv() -> Any:
-    try:
-        import cv2
-    except ImportError as error:
-        raise InputError(
-            "size: found one larger than the engines', for which OpenCV is needed; pip install 'trip-rt[larger]'"
-        ) from error
-    return cv2
-
-
 class _Enlarge:
     def __init__(self, picture: Frame, first: Frame):
-        self._cv = _opencv()
+        self._cv = opencv()
         self._height, self._width = picture.shape[:2]
         self._scale = np.array([self._width / first.shape[1], self._height / first.shape[0]], np.float32)
-        self._picture, self._first = picture.astype(np.float32), first
+        self._picture = picture.astype(np.float32)
         self._first_enlarged = self._large(first)
         self._places = np.stack(np.meshgrid(np.arange(self._width), np.arange(self._height)), -1).astype(np.float32)
-        self._search = self._cv.DISOpticalFlow_create(self._cv.DISOPTICAL_FLOW_PRESET_MEDIUM)
-        self._flow: Array | None = None  # of the frame before, from which the next is looked for
+        self._flow_to_first = FlowBetween(first, to_first=True)
 
     def __call__(self, frame: Frame) -> Frame:
         here = self._large(frame)
@@ -77,15 +60,6 @@ class _Enlarge:
         made = rests * self._picture + (1 - rests) * moved
         levels: Frame = np.rint(np.clip(made, 0, 255)).astype(np.uint8)
         return levels
-
-    def _flow_to_first(self, frame: Frame) -> Array:
-        """Where each pixel of a frame was in frame 1, as a displacement [H, W, 2] to the right and down."""
-        if min(frame.shape[:2]) < LEAST_SIDE:
-            return np.zeros((*frame.shape[:2], 2), np.float32)
-        grey = [self._cv.cvtColor(each, self._cv.COLOR_RGB2GRAY) for each in (frame, self._first)]
-        self._flow = self._search.calc(*grey, self._flow)
-        flow: Array = self._flow.copy()
-        return flow
 
     def _large(self, image: NDArray[Any]) -> Array:
         large: Array = self._cv.resize(

@@ -113,7 +113,7 @@ def test_a_clip_that_goes_on_is_not_enlarged_unasked(tiny_animator, picture):
 
 def test_without_opencv_a_line_says_what_to_install(tiny_animator, picture, monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(InputError, match=r"OpenCV is needed; pip install 'trip-rt\[larger\]'"):
+    with pytest.raises(InputError, match=r"OpenCV is not installed; pip install 'trip-rt\[larger\]'"):
         tiny_animator(picture, PROMPT, size="96x64")
     assert Settings(size="96x64").picture_size(tiny_animator.config) == (64, 96)
 

@@ -19,9 +19,9 @@ from trip_rt import video
 from trip_rt.checks import excerpt, shown
 from trip_rt.config import MAX_FRAMES
 from trip_rt.control import check_points
-from trip_rt.enlarge import check_installed
 from trip_rt.errors import InputError, one_line
 from trip_rt.images import load_image
+from trip_rt.optical_flow import opencv
 from trip_rt.sampling.windows import window_starts
 from trip_rt.serving.api_errors import ApiError, of_input
 from trip_rt.serving.jobs import NewJob
@@ -212,7 +212,7 @@ def _new_job(
         found = f"{frames} frames of {width}x{height}, {held >> 20} MB, expected at most {_MOST_HELD >> 20}"
         raise ApiError(400, f"size: found {found}; take a smaller one, or fewer frames", "size")
     if settings.size is not None:
-        check_installed()
+        opencv()  # before any slow work
     if fields.path is not None:
         check_points(fields.path)
         if not model.steered or frames > model.config.num_frames:

@@ -188,6 +188,11 @@ def add_cache_parser(commands: Any) -> None:
         "--text", action="store_true", help="encode the sentences too; the text encoder then stays frozen in training"
     )
     parser.add_argument(
+        "--motion",
+        action="store_true",
+        help="with each clip's optical flow, for trip-train --recipe control; needs trip-rt[larger]",
+    )
+    parser.add_argument(
         "--unknown-words",
         type=float,
         default=0.2,
@@ -210,7 +215,8 @@ def run_cache(args: argparse.Namespace) -> int:
     from trip_reference import checkpoint
     from trip_reference.data.cache import write_cache
     from trip_reference.data.folder import VideoFolder
-    from trip_reference.data.sample import ClipFormat
+    from trip_reference.data.motion import WithMotion
+    from trip_reference.data.sample import ClipDataset, ClipFormat
     from trip_reference.data.words import sentences_of, words_of
     from trip_reference.shape import reshaped
 
@@ -218,7 +224,9 @@ def run_cache(args: argparse.Namespace) -> int:
     trip = reshaped(trip, multiple, args.frames, *(args.size or (None, None)))
     tokenizer_json = checkpoint.load_tokenizer_json(args.checkpoint)
     clip = ClipFormat(trip.num_frames, trip.height, trip.width, args.fps, args.stride, args.crop, args.start)
-    clips = VideoFolder(args.folder, clip, args.annotations)
+    clips: ClipDataset = VideoFolder(args.folder, clip, args.annotations)
+    if args.motion:
+        clips = WithMotion(clips, trip)
     words = words_of(tokenizer_json, sentences_of(clips))
     words.check(args.unknown_words, "train a text encoder of your own first, or allow it with --unknown-words 1")
     note(f"words: {words}")
