@@ -25,33 +25,30 @@ class DemoWorldClips:
     time; a ClipDataset."""
 
     def __init__(self, config: TripConfig, count: int, first_seed: int = 0, held_out: bool = False):
-        check_square(config)
+        if config.width != config.height:
+            raise InputError(
+                f"size: found {config.width} x {config.height}, expected a square; the demo world has no other pictures"
+            )
         self._config, self._count, self._first_seed, self._held_out = config, count, first_seed, held_out
 
     def __len__(self) -> int:
         return self._count
 
     def clip(self, index: int, rng: np.random.Generator) -> Sample:
-        seed, scene, motion = self._scene(index)
+        scene, motion = self._scene(index)
         frames = world.render(scene, motion, self._config.num_frames, self._config.height)
-        return Sample(frames, world.caption(scene, motion, rng), f"demo world, seed {seed}")
+        return Sample(frames, world.caption(scene, motion, rng), f"demo world, seed {self._seed(index)}")
 
     def text(self, index: int, rng: np.random.Generator) -> str:
-        _, scene, motion = self._scene(index)
+        scene, motion = self._scene(index)
         return world.caption(scene, motion, rng)
 
-    def _scene(self, index: int) -> tuple[int, world.Scene, str]:
-        seed = self._first_seed + range(self._count)[index]
-        scene, motion, _ = world.sample(seed, self._held_out)
-        return seed, scene, motion
+    def _seed(self, index: int) -> int:
+        return self._first_seed + range(self._count)[index]
 
-
-def check_square(config: TripConfig) -> None:
-    """InputError for a model of other pictures than the demo world has."""
-    if config.width != config.height:
-        raise InputError(
-            f"size: found {config.width} x {config.height}, expected a square; the demo world has no other pictures"
-        )
+    def _scene(self, index: int) -> tuple[world.Scene, str]:
+        scene, motion, _ = world.sample(self._seed(index), self._held_out)
+        return scene, motion
 
 
 @dataclass(frozen=True)

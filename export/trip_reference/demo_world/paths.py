@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 
 from trip_reference.data.sample import Sample
 from trip_reference.demo_world import world
-from trip_reference.demo_world.clips import check_square
+from trip_reference.demo_world.clips import DemoWorldClips
 from trip_reference.demo_world.judge import difference
 from trip_reference.demo_world.stories import place_of
-from trip_rt.config import TripConfig
 from trip_rt.control import path_control, places_along
 
 Points = NDArray[np.float64]
@@ -58,16 +57,8 @@ def sentence(scene: world.Scene, points: Points, rng: np.random.Generator) -> st
     return world.caption(scene, max(names, key=lambda name: names[name]), rng)
 
 
-class DemoPathClips:
-    """As DemoWorldClips, but the object of seed n's scene goes along a path of its own, which is the clip's control; a
-    ClipDataset."""
-
-    def __init__(self, config: TripConfig, count: int, first_seed: int = 0, held_out: bool = False):
-        check_square(config)
-        self._config, self._count, self._first_seed, self._held_out = config, count, first_seed, held_out
-
-    def __len__(self) -> int:
-        return self._count
+class DemoPathClips(DemoWorldClips):
+    """As those, but the object of each scene goes along a path of its own, which is the clip's control."""
 
     def clip(self, index: int, rng: np.random.Generator) -> Sample:
         scene, points = self.case(index)
@@ -75,14 +66,14 @@ class DemoPathClips:
         off = rng.uniform(-1, 1, 2) * OFF * scene.radius / np.sqrt(2)
         control = path_control(np.clip(points + off, 0, 1), self._config)
         frames = render_places(scene, places, self._config.height)
-        return Sample(frames, sentence(scene, points, rng), f"demo world, path {self._first_seed + index}", control)
+        return Sample(frames, sentence(scene, points, rng), f"demo world, path {self._seed(index)}", control)
 
     def text(self, index: int, rng: np.random.Generator) -> str:
         return sentence(*self.case(index), rng)
 
     def case(self, index: int) -> tuple[world.Scene, Points]:
         """The scene and the path of one clip."""
-        seed = self._first_seed + range(self._count)[index]
+        seed = self._seed(index)
         scene, _, _ = world.sample(seed, self._held_out)
         return scene, draw_path(scene, np.random.default_rng([seed, self._held_out, 1]))
 
