@@ -9,6 +9,8 @@ from fuzzing import damaged, fuzz_area, hostile_json, mutated_json
 from hypothesis import strategies as st
 
 from trip_reference import checkpoint
+from trip_reference.control import CONFIG
+from trip_reference.control import WEIGHTS as WEIGHTS_FILE
 from trip_reference.data.tokens import tokenizer_of
 from trip_rt.tokenizer import PromptTokenizer
 
@@ -78,6 +80,26 @@ def test_weights(fuzz, folder, original, part):
 
     headers = hostile_json([header]).map(lambda text: len(text).to_bytes(8, "little") + text + numbers)
     fuzz(headers | damaged([valid]), load, folder=folder, share=1 / len(WEIGHTS))
+
+
+@fuzz_area("controls", quick=24, full=600)
+@pytest.mark.parametrize("file", [CONFIG, WEIGHTS_FILE])
+def test_controls(fuzz, folder, tiny_control_folder, file):
+    control = shutil.copytree(tiny_control_folder, folder / "control")
+    expected = checkpoint.from_pretrained(folder, "control", control).control.state_dict()
+    valid = (control / file).read_bytes()
+
+    def load(data):
+        (control / file).write_bytes(data)
+        model = checkpoint.from_pretrained(folder, "control", control)
+        for name, tensor in model.control.state_dict().items():
+            assert tensor.shape == expected[name].shape and tensor.isfinite().all(), name
+        config = model.config
+        features = model.encode_control(torch.zeros(1, 3, *config.latent_shape[1:]))
+        assert features.shape == (1, config.num_frames + 1, 8, *config.latent_shape[2:])
+
+    inputs = mutated_json([json.loads(valid)]) if file == CONFIG else damaged([valid])
+    fuzz(inputs, load, folder=folder, share=0.5)
 
 
 @pytest.mark.filterwarnings("ignore:this model knows no such words", "ignore:the prompt")
