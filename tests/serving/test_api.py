@@ -372,6 +372,7 @@ def test_nothing_is_fetched_from_elsewhere(server):
 
 
 def test_metrics(server):
+    assert server.wait(server.create()["id"])["status"] == "completed"
     _, text = server.ask("GET", "/metrics")
     assert b'trip_jobs_finished_total{model="tiny",state="completed"}' in text and b"trip_step_seconds_count" in text
 

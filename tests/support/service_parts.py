@@ -54,7 +54,7 @@ async def serving(folder, batch=1, most_queued=100, clock=None):
 
 def new(settings=None, key=None, owner=""):
     asked = settings or {}
-    request = {"prompt": "a red ball rolls", "seed": 7, "num_frames": 5, "fps": 8.0, "settings": asked}
+    request = {"prompt": "a red ball rolls", "seed": 7, "size": "48x32", "num_frames": 5, "fps": 8.0, "settings": asked}
     return NewJob(owner, "tiny", request, b"a picture", 4, str(asked), str(request), key)
 
 
