@@ -24,7 +24,6 @@ from trip_rt.config import ControlConfig
 from trip_rt.control import check_points
 from trip_rt.enlarge import enlarged
 from trip_rt.errors import InputError, printable
-from trip_rt.images import at_size
 from trip_rt.launch import note
 from trip_rt.optical_flow import opencv
 from trip_rt.play import check_live, play
@@ -86,27 +85,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="where the thing at the first point goes, in shares of the picture's sides, y down, such as '0.3,0.5"
         " 0.7,0.4'; for bundles exported with --control",
     )
-    parser.add_argument(
-        "--control-scale",
-        type=float,
-        default=Settings.control_scale,
-        metavar="S",
-        help="how strongly --path counts, 0 to 10 (%(default)s)",
-    )
-    parser.add_argument(
-        "--control-guidance-start",
-        type=float,
-        default=Settings.control_guidance_start,
-        metavar="SHARE",
-        help="share of the steps from which --path counts (%(default)s)",
-    )
-    parser.add_argument(
-        "--control-guidance-end",
-        type=float,
-        default=Settings.control_guidance_end,
-        metavar="SHARE",
-        help="share of the steps up to which --path counts (%(default)s)",
-    )
+    for option, what in (
+        ("--control-scale", "how strongly --path counts, 0 to 10"),
+        ("--control-guidance-start", "share of the steps from which --path counts"),
+        ("--control-guidance-end", "share of the steps up to which --path counts"),
+    ):
+        default = getattr(Settings, option[2:].replace("-", "_"))
+        parser.add_argument(option, type=float, default=default, metavar="X", help=f"{what} (%(default)s)")
     parser.add_argument(
         "--live",
         action="store_true",
@@ -194,7 +179,7 @@ def run(args: argparse.Namespace) -> int:
             group, group_began = jobs[start : start + profile.batch], time.perf_counter()
             with _timed(seconds, "denoise"):
                 latents = animator.latents(
-                    at_size(np.stack([pictures.of(job) for job in group]), profile.height, profile.width),
+                    np.stack([pictures.of(job) for job in group]),
                     [[job.prompt, *shared] for job in group],
                     [job.seed for job in group],
                     controls=[control] * len(group),
@@ -272,10 +257,9 @@ def _check_path(args: argparse.Namespace, control: ControlConfig | None) -> None
         raise InputError(
             f"--path: the UNet of {args.bundle} takes no control; export it with trip-export --control DIR"
         )
-    for name in ("live", "batch", "num_frames"):
-        if getattr(args, name):
-            option = "frames" if name == "num_frames" else name
-            raise InputError(f"found --path beside --{option}, expected one or the other; --then goes on after a path")
+    for option, value in (("--live", args.live), ("--batch", args.batch), ("--frames", args.num_frames)):
+        if value:
+            raise InputError(f"found --path beside {option}, expected one or the other; --then goes on after a path")
 
 
 def _jobs(args: argparse.Namespace) -> list[Job]:

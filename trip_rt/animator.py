@@ -18,7 +18,7 @@ from trip_rt import backends, images, video
 from trip_rt.bundle import Bundle, open_bundle
 from trip_rt.checks import check_array, several, shown
 from trip_rt.components import REQUIRED
-from trip_rt.control import path_control
+from trip_rt.control import check_control, path_control
 from trip_rt.devices import open_device
 from trip_rt.enlarge import enlarged
 from trip_rt.errors import EngineError, InputError
@@ -134,11 +134,8 @@ class Animator:
 
         Points are (x, y) in shares of the picture's sides, y down. InputError where this bundle's UNet takes none.
         """
-        control = self._bundle.manifest.control
-        if control is None or control.kind != "motion":
-            raise InputError(
-                "path: the UNet of this bundle takes no control of motion; export it with trip-export --control DIR"
-            )
+        if self._bundle.manifest.control is None:
+            raise InputError("path: the UNet of this bundle takes no control; export it with trip-export --control DIR")
         return path_control(points, self.config)
 
     def batch(
@@ -273,10 +270,10 @@ class Animator:
         on_step: OnStep | None = None,
         **changes: Unpack[SettingsKeywords],
     ) -> Array:
-        """The denoised latents float32 [n, C, F, h, w] of fitted pictures uint8 [n, H, W, 3]."""
-        config = self.config
-        check_array("pictures", pictures, "uint8", (None, config.height, config.width, 3))
-        settings = _settings(settings, changes)
+        """The denoised latents float32 [n, C, F, h, w] of fitted pictures uint8 [n, H, W, 3], of the size that is asked
+        for."""
+        config, settings = self.config, _settings(settings, changes)
+        check_array("pictures", pictures, "uint8", (None, *settings.picture_size(config), 3))
         groups = [latents for _, latents in self._denoised(pictures, prompts, seeds, settings, on_step, controls)]
         channels, _, height, width = config.latent_shape
         empty = np.zeros((0, channels, settings.frames(config), height, width), np.float32)
@@ -378,9 +375,7 @@ class Animator:
             if control is None:
                 continue
             if kind:
-                check_array("control", control, "float32", (kind.channels, *config.latent_shape[1:]))
-                if not np.isfinite(control).all():
-                    raise InputError("control: found a number that is not finite, expected finite ones")
+                check_control(control, config, kind)
             if (frames := settings.frames(config)) > config.num_frames:
                 raise InputError(
                     f"control: found one for a clip of {frames} frames, expected {config.num_frames}, which these"

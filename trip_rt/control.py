@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trip_rt.checks import is_number, several, shown
-from trip_rt.config import TripConfig
+from trip_rt.checks import check_array, is_number, several, shown
+from trip_rt.config import ControlConfig, TripConfig
 from trip_rt.errors import InputError
 
 Array = NDArray[np.float32]
@@ -43,6 +43,13 @@ def places_control(places: NDArray[np.float64], config: TripConfig) -> Array:
     known = np.exp(-0.5 * np.square(away))
     moved = (places - places[0]) / MOTION_UNIT
     return np.stack([moved[:, 0, None, None] * known, moved[:, 1, None, None] * known, known]).astype(np.float32)
+
+
+def check_control(control: Any, config: TripConfig, kind: ControlConfig) -> None:
+    """InputError for what is no map of that kind for clips of that config."""
+    check_array("control", control, "float32", (kind.channels, *config.latent_shape[1:]))
+    if not np.isfinite(control).all():
+        raise InputError("control: found a number that is not finite, expected finite ones")
 
 
 def check_points(points: Any) -> NDArray[np.float64]:

@@ -71,6 +71,8 @@ class Live:
         settings = Settings(speed="fast") if settings is None else settings
         if settings.num_frames is not None:
             raise InputError("num_frames: found one, expected none: a live clip has no end")
+        if settings.size is not None:
+            raise InputError("size: found one, expected none: a live clip is of the engines' size")
         self.fps = float(animator.config.fps if fps is None else fps)
         check_fps(self.fps)
         if animator.config.num_frames < 2:

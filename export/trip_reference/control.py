@@ -11,10 +11,8 @@ is its checkpoint. It belongs to one UNet, whose file's SHA-256 the config holds
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +28,7 @@ from torch.nn import functional as F
 
 from trip_reference.parts import REMEDY, load_weights
 from trip_reference.temporal_conv import TemporalConv
+from trip_rt.bundle import file_sha256
 from trip_rt.config import ControlConfig, FirstFrame, from_json, to_json
 from trip_rt.errors import InputError, printable
 from trip_rt.files import disk_full
@@ -122,7 +121,7 @@ def save_control(encoder: ControlEncoder, base: Path, folder: str | os.PathLike[
         (draft / CONFIG).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
         (folder / CONFIG).unlink(missing_ok=True)
         for name in (WEIGHTS, CONFIG):
-            shutil.move(draft / name, folder / name)
+            os.replace(draft / name, folder / name)
 
 
 def load_control_config(folder: str | os.PathLike[str], base: Path) -> ControlConfig:
@@ -151,5 +150,4 @@ def unet_sha256(base: Path) -> str:
     """Of the file of a checkpoint's UNet."""
     path = base / UNET_WEIGHTS
     check_plain(path, f"the weights of a checkpoint; {REMEDY}")
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path)

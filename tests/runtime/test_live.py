@@ -106,6 +106,7 @@ def test_what_fails_in_the_making_is_raised_where_frames_are_taken(tiny_animator
 def test_what_is_no_live_clip_is_refused(tiny_animator, picture):
     for changes, says in (
         ({"settings": Settings(num_frames=9)}, "num_frames: found one, expected none"),
+        ({"settings": Settings(size="96x64")}, "size: found one, expected none"),
         ({"fps": 0}, "fps: found 0"),
         ({"seed": -1}, "seed: found -1"),
     ):

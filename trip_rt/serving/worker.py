@@ -25,7 +25,6 @@ from PIL import Image
 from trip_rt.animator import Animator
 from trip_rt.backends import EngineOptions
 from trip_rt.errors import EngineError, InputError, one_line
-from trip_rt.images import at_size
 from trip_rt.process_memory import peak_memory_mb
 from trip_rt.serving import results
 from trip_rt.serving.protocol import (
@@ -136,7 +135,7 @@ class Worker:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             latents = animator.latents(
-                at_size(pictures, animator.config.height, animator.config.width),
+                pictures,
                 [clip.prompt for clip in make.clips],
                 [clip.seed for clip in make.clips],
                 controls=controls,

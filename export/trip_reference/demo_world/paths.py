@@ -13,7 +13,7 @@ from trip_reference.data.sample import Sample
 from trip_reference.demo_world import world
 from trip_reference.demo_world.clips import DemoWorldClips
 from trip_reference.demo_world.judge import difference
-from trip_reference.demo_world.stories import place_of
+from trip_reference.demo_world.stories import place_of, render_poses
 from trip_rt.control import path_control, places_along
 
 Points = NDArray[np.float64]
@@ -39,8 +39,7 @@ def draw_path(scene: world.Scene, rng: np.random.Generator) -> Points:
 
 def render_places(scene: world.Scene, places: Points, size: int) -> NDArray[np.uint8]:
     """The clip whose object is at `places` [F, 2], uint8 [F, size, size, 3]."""
-    poses = [dataclasses.replace(scene, x=float(x), y=float(y)) for x, y in places]
-    return np.concatenate([world.render(pose, "still", 1, size) for pose in poses])
+    return render_poses([dataclasses.replace(scene, x=float(x), y=float(y)) for x, y in places], size)
 
 
 def sentence(scene: world.Scene, points: Points, rng: np.random.Generator) -> str:
@@ -50,9 +49,7 @@ def sentence(scene: world.Scene, points: Points, rng: np.random.Generator) -> st
     if across < 0.02:
         return world.caption(scene, "still", rng)
     if rng.random() < NEUTRAL or along > across / 2:
-        return (
-            world.caption(scene, "still", rng).rpartition(f"{scene.colour} ")[0] + f"{scene.colour} {scene.shape} moves"
-        )
+        return world.told(scene, ("moves",), rng)
     names = {"right" if dx > 0 else "left": abs(dx), "down" if dy > 0 else "up": abs(dy)}
     return world.caption(scene, max(names, key=lambda name: names[name]), rng)
 

@@ -72,7 +72,12 @@ def poses(scene: world.Scene, story: Sequence[str]) -> list[world.Scene]:
 
 def render_story(scene: world.Scene, story: Sequence[str], size: int = 64) -> Frames:
     """The truth, uint8 [len(story) + 1, size, size, 3]."""
-    return np.concatenate([world.render(pose, "still", 1, size) for pose in poses(scene, story)])
+    return render_poses(poses(scene, story), size)
+
+
+def render_poses(poses: Sequence[world.Scene], size: int) -> Frames:
+    """A clip with a scene a frame, uint8 [len(poses), size, size, 3]."""
+    return np.concatenate([world.render(pose, "still", 1, size) for pose in poses])
 
 
 def judge_ending(frames: Frames, scene: world.Scene, story: Sequence[str]) -> Ending:

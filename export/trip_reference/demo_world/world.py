@@ -7,6 +7,7 @@ so edges are antialiased at any size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -112,7 +113,12 @@ def sample(seed: int, held_out: bool = False) -> tuple[Scene, str, str]:
 
 def caption(scene: Scene, motion: str, rng: np.random.Generator | None = None) -> str:
     """A sentence for the motion; without `rng`, the plainest one."""
-    nouns, phrases = _NOUNS.get(scene.shape, (scene.shape,)), _PHRASES[motion]
+    return told(scene, _PHRASES[motion], rng)
+
+
+def told(scene: Scene, phrases: Sequence[str], rng: np.random.Generator | None = None) -> str:
+    """A sentence that says one of `phrases` of the scene's shape; without `rng`, the plainest one."""
+    nouns = _NOUNS.get(scene.shape, (scene.shape,))
     noun, phrase = (nouns[0], phrases[0]) if rng is None else (str(rng.choice(nouns)), str(rng.choice(phrases)))
     article = "an" if scene.colour == "orange" else "a"
     if rng is not None and rng.random() < 0.3:
