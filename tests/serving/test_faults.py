@@ -55,7 +55,7 @@ def until(happened, seconds=30.0):
 def rows(server, columns="id, state, attempt, losses"):
     """The jobs as they are in the database, whether or not the server runs."""
     with contextlib.closing(sqlite3.connect(server.data / "jobs.db", timeout=10)) as database:
-        return database.execute(f"select {columns} from jobs_1 order by number").fetchall()
+        return database.execute(f"select {columns} from jobs_2 order by number").fetchall()
 
 
 def all_jobs(server):

@@ -10,12 +10,13 @@ from service_parts import FRAMES, SECONDS, Listener, Side, check_at_rest, new, r
 
 from trip_rt.serving import results, store
 from trip_rt.serving import service as service_module
+from trip_rt.serving.database import StoreUnavailable
 from trip_rt.serving.jobs import Failure
 from trip_rt.serving.protocol import (
     Made,
 )
 from trip_rt.serving.service import ENDS, Closing, Service
-from trip_rt.serving.store import QueueFull, StoreUnavailable
+from trip_rt.serving.store import QueueFull
 from trip_rt.serving.workers import DIED, HUNG
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # imported where they are used: workers come first, and littl
     import uvicorn
 
     from trip_rt.serving.api_keys import ApiKeys
+    from trip_rt.serving.clip_request import Limits
     from trip_rt.serving.models import Model
     from trip_rt.serving.service import Service
     from trip_rt.serving.workers import Workers
@@ -106,6 +107,32 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="seconds until a silent worker is replaced (by its measured speed)",
     )
+    cluster = parser.add_argument_group("many machines (docs/scale.md)")
+    cluster.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="serve on the Ray cluster at that address, or on one of this machine alone",
+    )
+    cluster.add_argument(
+        "--store",
+        metavar="URL",
+        help="database of the jobs, such as postgresql://user@host/name (one in --data, for a single machine)",
+    )
+    cluster.add_argument(
+        "--results", metavar="URL", help="where clips are kept: a folder, or s3://bucket/clips (a folder in --data)"
+    )
+    cluster.add_argument(
+        "--replicas", default="1", metavar="N", help="engine replicas: N, or MIN:MAX by the queue (%(default)s)"
+    )
+    cluster.add_argument("--ingress", type=int, default=1, metavar="N", help="replicas for clients (%(default)s)")
+    cluster.add_argument(
+        "--open-models", type=int, default=1, metavar="N", help="bundles that a replica keeps open (%(default)s)"
+    )
+    cluster.add_argument(
+        "--write-config", type=Path, metavar="FILE", help="write a config for `serve deploy`, and do nothing else"
+    )
     parser.add_argument("--log-format", choices=("lines", "json"), default="lines", help="of stderr (%(default)s)")
     return parser
 
@@ -124,6 +151,13 @@ def run(args: argparse.Namespace) -> int:
 
     models = read_models(args.bundles, args.workers)
     keys = _keys(args)
+    if args.ray is not None or args.write_config is not None:
+        from trip_rt.cluster.command import serve_on_ray
+
+        return serve_on_ray(args, _limits(args), _hosts(args), began)
+    for option in ("store", "results"):
+        if getattr(args, option) is not None:
+            raise InputError(f"found --{option} without --ray, expected both or neither; without Ray --data has both")
     with _data_folder(args.data) as lock, _listening(args.host, args.port) as listener:
         workers = _workers(args, models, lock)
         try:
@@ -143,8 +177,6 @@ def _serve(
 ) -> int:
     import uvicorn
 
-    from trip_rt.serving.clip_request import Limits
-    from trip_rt.serving.guard import LOOPBACK
     from trip_rt.serving.logs import log_to_stderr
     from trip_rt.serving.metrics import Metrics
     from trip_rt.serving.results import Results
@@ -160,13 +192,11 @@ def _serve(
             yield
 
     log_to_stderr(args.log_format)
-    limits = Limits(args.max_upload_mb << 20, args.max_megapixels, args.max_prompt, args.max_steps, args.max_frames)
     store = JobStore(f"sqlite:///{args.data.resolve() / 'jobs.db'}", args.keep_hours * 3600)
     service = Service(
         models, store, Results(args.data / "clips"), Metrics(), args.max_queued, int(args.max_disk_gb * 1e9)
     )
-    hosts = (*LOOPBACK, *args.allow_host) if _is_loopback(args.host) else tuple(args.allow_host)
-    app = create_app(service, limits, keys, hosts, args.ui, args.metrics)
+    app = create_app(service, _limits(args), keys, _hosts(args), args.ui, args.metrics)
     # Who obeys openai-poll-after-ms asks every 5 s at the latest, and finds the connection open.
     config = uvicorn.Config(
         app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=5, timeout_keep_alive=30
@@ -233,6 +263,18 @@ def _workers(args: argparse.Namespace, models: dict[str, Model], lock: int) -> W
     gpus = tuple(args.gpus.split(",")) if args.gpus else ()
     options = WorkerOptions(args.backend, args.device, threads, gpus, args.hang_after)
     return Workers(models, options, str((args.data / "clips").resolve()), lock)
+
+
+def _limits(args: argparse.Namespace) -> Limits:
+    from trip_rt.serving.clip_request import Limits
+
+    return Limits(args.max_upload_mb << 20, args.max_megapixels, args.max_prompt, args.max_steps, args.max_frames)
+
+
+def _hosts(args: argparse.Namespace) -> tuple[str, ...]:
+    from trip_rt.serving.guard import LOOPBACK
+
+    return (*LOOPBACK, *args.allow_host) if _is_loopback(args.host) else tuple(args.allow_host)
 
 
 def _keys(args: argparse.Namespace) -> ApiKeys:

@@ -10,7 +10,7 @@ import math
 import socket
 import struct
 import threading
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -22,7 +22,7 @@ MOST_BYTES = 1 << 30  # of a message; a picture or a chunk of frames is far belo
 
 
 class Open(msgspec.Struct, frozen=True, tag=True):
-    """The first message: which bundle to open, and how."""
+    """The first message: which bundle to open, and how. Another one says that the next clips are of another bundle."""
 
     bundle: str
     profile: str
@@ -136,6 +136,16 @@ ToServer = Ready | Refused | Stepped | Denoised | Decoded | Made | Dropped | Fai
 _encode = msgspec.msgpack.Encoder().encode
 _for_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
 _for_server: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)
+
+
+class Server(Protocol):
+    """The server, as a worker sees it."""
+
+    def send(self, message: ToServer) -> None:
+        """OSError where the server is gone."""
+
+    def receive(self) -> ToWorker | None:
+        """The next message, once there is one; None where the server is gone."""
 
 
 class WorkerEnd:

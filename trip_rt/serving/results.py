@@ -20,11 +20,16 @@ _DRAFTS = ".drafts"
 _LONGEST_SIDE = 4096  # pixels of a spritesheet
 
 
+def draft_path(folder: Path, name: str) -> Path:
+    """Where a draft of that name is."""
+    return folder / _DRAFTS / name
+
+
 @contextlib.contextmanager
 def draft(folder: Path, name: str, keep: bool = False) -> Iterator[Path]:
     """A new folder among the drafts of `folder` to write to. An error leaves nothing of it; `keep` what was written
     otherwise."""
-    path = folder / _DRAFTS / name
+    path = draft_path(folder, name)
     try:
         with disk_full(path):
             path.mkdir(parents=True)
@@ -89,11 +94,11 @@ class Results:
 
     def take(self, name: str, size: int) -> None:
         """Move a finished draft to its place; OSError where it is not there."""
-        os.rename(self.folder / _DRAFTS / name, self.folder / name)
+        os.rename(draft_path(self.folder, name), self.folder / name)
         self.bytes += size
 
     def remove_draft(self, name: str) -> None:
-        shutil.rmtree(self.folder / _DRAFTS / name, ignore_errors=True)
+        shutil.rmtree(draft_path(self.folder, name), ignore_errors=True)
 
     def remove(self, name: str, size: int) -> None:
         """Remove a result."""

@@ -30,12 +30,13 @@ from trip_rt.serving import schemas
 from trip_rt.serving.api_errors import ApiError
 from trip_rt.serving.api_keys import ApiKeys
 from trip_rt.serving.clip_request import ClipForm, ClipJSON, Limits, PictureURL, from_data_url, new_job, parsed
+from trip_rt.serving.database import StoreUnavailable
 from trip_rt.serving.guard import Guard
 from trip_rt.serving.jobs import Job
 from trip_rt.serving.models import Model
 from trip_rt.serving.results import SPRITESHEET, THUMBNAIL, VIDEO
 from trip_rt.serving.service import Closing, NoRoom, Service
-from trip_rt.serving.store import OtherRequest, QueueFull, StoreUnavailable
+from trip_rt.serving.store import OtherRequest, QueueFull
 
 log = logging.getLogger("trip-serve")
 PAGE = Path(__file__).with_name("page")
@@ -184,7 +185,7 @@ def create_app(
             raise ApiError(status, failure.message if failure else f"the job was {done.state}", code=code)
         took = service.view(done)["inference_time_s"]
         headers = {"x-request-id": done.id, "x-inference-time-s": str(took)}
-        return FileResponse(service.file(done, VIDEO), media_type="video/mp4", headers=headers)
+        return FileResponse(await service.file(done, VIDEO), media_type="video/mp4", headers=headers)
 
     @app.get("/v1/videos", response_model=schemas.VideoList, responses=_errors(404), tags=["videos"])
     async def list_videos(
@@ -225,7 +226,7 @@ def create_app(
         if job.state != "completed":
             raise ApiError(409, f"video: found it {job.state}, expected it completed", code="not_ready")
         name, media_type = _CONTENT[variant]
-        path = service.file(job, name)
+        path = await service.file(job, name)
         filename = f"{job.id}{Path(name).suffix}"
         return _File(path, media_type=media_type, filename=filename, content_disposition_type="inline")
 

@@ -22,14 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trip_rt.errors import InputError
+from trip_rt.serving.database import StoreUnavailable
 from trip_rt.serving.feed import Feed
 from trip_rt.serving.jobs import FINISHED, MOST_LOSSES, STATES, Failure, Job, NewJob
 from trip_rt.serving.metrics import Metrics
 from trip_rt.serving.models import Model
 from trip_rt.serving.protocol import Made
 from trip_rt.serving.results import VIDEO, Results, read_frames
-from trip_rt.serving.store import JobStore, StoreUnavailable
-from trip_rt.serving.views import video
+from trip_rt.serving.store import JobStore
+from trip_rt.serving.views import result_of, video
 
 log = logging.getLogger("trip-serve")
 Frames = NDArray[np.uint8]
@@ -232,16 +233,16 @@ class Service:
                 shown = 0
             elif name == "completed" and not shown:  # it was before anybody listened
                 found = await self.get(job.id, None)
-                made = await asyncio.to_thread(read_frames, self.file(found, VIDEO)) if found else []
+                made = await asyncio.to_thread(read_frames, await self.file(found, VIDEO)) if found else []
                 for numbered in enumerate(made):
                     yield "frame", numbered
             if name in ENDS:
                 yield "end", name
 
-    def file(self, job: Job, name: str) -> Path:
+    async def file(self, job: Job, name: str) -> Path:
         """The path of one of a completed job's files."""
         assert job.result is not None
-        return self._results.path(job.result["name"], name)
+        return await asyncio.to_thread(self._results.path, job.result["name"], name)
 
     # What workers report.
 
@@ -298,15 +299,7 @@ class Service:
             other_s = model.timing.other_s
         model.timing.measured(job.steps, denoise_s, other_s)
         self.metrics.made(job, made)
-        result = {
-            "name": draft,
-            "bytes": made.bytes,
-            "stage_durations": made.seconds,
-            "warnings": list(made.warnings),
-            "peak_memory_mb": made.peak_memory_mb,
-            "engine": model.engine,
-            "parity": {name: value for name, value in model.parity.items() if name != "components"},
-        }
+        result = result_of(draft, made, model.engine, model.parity)
         try:
             self._results.take(draft, made.bytes)
         except OSError as error:

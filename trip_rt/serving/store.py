@@ -1,4 +1,4 @@
-"""Where jobs are kept: a table of a SQL database. SQLite's serves one machine, PostgreSQL's several.
+"""Where jobs are kept: a table of a SQL database.
 
 Each method is one transaction, `give_back_all` one for each job. Every change says which state, and which attempt, it
 expects; `False` or None says that another was quicker.
@@ -7,17 +7,15 @@ expects; `False` or None says that another was quicker.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from typing import Any
 
 from sqlalchemy import (
     JSON,
     Column,
     ColumnElement,
-    Connection,
-    Engine,
     Float,
     Integer,
     LargeBinary,
@@ -26,21 +24,18 @@ from sqlalchemy import (
     String,
     Table,
     UniqueConstraint,
-    create_engine,
-    event,
+    and_,
     func,
+    or_,
     select,
 )
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import IntegrityError
 
-from trip_rt.errors import InputError, one_line
+from trip_rt.serving.database import Database
 from trip_rt.serving.jobs import FINISHED, MOST_LOSSES, Failure, Job, NewJob, State, new_id
 
-_READS = "trip_rt_reads"  # the option of a connection that changes nothing
-_WAIT = 5  # seconds that a transaction waits for another one's lock
-
 _JOBS = Table(
-    "jobs_1",  # the layout's version: one of another version is left alone
+    "jobs_2",  # the layout's version: one of another version is left alone
     MetaData(),
     Column("number", Integer, primary_key=True, autoincrement=True),
     Column("id", String(64), nullable=False, unique=True),
@@ -58,10 +53,12 @@ _JOBS = Table(
     Column("steps", Integer, nullable=False),
     Column("created_at", Float, nullable=False),
     Column("started_at", Float),
+    Column("heard_at", Float),  # when a worker last said that it has the job
     Column("finished_at", Float),
     Column("expires_at", Float, index=True),
     Column("failure", JSON),
     Column("result", JSON),
+    Column("result_bytes", Integer),
     UniqueConstraint("owner", "idempotency_key"),
     sqlite_autoincrement=True,  # a number is not used again after its job is deleted: a client may page from there
 )
@@ -76,28 +73,24 @@ class OtherRequest(Exception):
     """The idempotency key was used for another request."""
 
 
-class StoreUnavailable(Exception):
-    """The database does not answer now: another program has locked it, the disk is full. Nothing was changed."""
-
-
 class JobStore:
-    """`url` is SQLAlchemy's, such as sqlite:///jobs.db; `lifetime` is how many seconds a finished job is kept, `clock`
-    the time. InputError where there is no database to be had; every method may raise StoreUnavailable."""
+    """`url` is of a Database; `lifetime` is how many seconds a finished job is kept, `clock` the time. InputError where
+    there is no database to be had; every method may raise StoreUnavailable."""
 
     def __init__(self, url: str, lifetime: float = 86400, clock: Callable[[], float] = time.time):
         self._lifetime, self._clock = lifetime, clock
-        try:
-            self._engine = _open(url)
-            _JOBS.metadata.create_all(self._engine)
-        except (SQLAlchemyError, ImportError, ValueError) as error:
-            raise InputError(
-                f"jobs: cannot open the database ({one_line(error)}), expected one such as sqlite:///jobs.db"
-            ) from error
+        self._database = Database(url, _JOBS)
 
     def add(self, new: NewJob, most_queued: int) -> tuple[Job, bool]:
         """A new job at the queue's end, and True; or the one that the same owner added with the same key, and False.
         QueueFull where `most_queued` are waiting, OtherRequest where the key was for another request."""
-        with self._transaction() as connection:
+        try:
+            return self._add(new, most_queued)
+        except IntegrityError:  # another server has added the key's job since we looked
+            return self._add(new, most_queued)
+
+    def _add(self, new: NewJob, most_queued: int) -> tuple[Job, bool]:
+        with self._database.transaction() as connection:
             if new.idempotency_key is not None:
                 same = (_JOBS.c.owner == new.owner) & (_JOBS.c.idempotency_key == new.idempotency_key)
                 if row := connection.execute(select(*_ROW, _JOBS.c.fingerprint).where(same)).first():
@@ -120,16 +113,22 @@ class JobStore:
 
     def get(self, id: str, owner: str | None = None) -> Job | None:
         """The job of that id; None where there is none, or another's."""
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             row = connection.execute(select(*_ROW).where(_is(id, owner))).first()
         return _job(row) if row else None
+
+    def several(self, ids: Collection[str]) -> list[Job]:
+        """The jobs of these ids that there are."""
+        with self._database.reading() as connection:
+            rows = connection.execute(select(*_ROW).where(_JOBS.c.id.in_(ids))).all()
+        return [_job(row) for row in rows]
 
     def page(self, owner: str, after: str | None, limit: int, ascending: bool = False) -> tuple[list[Job], bool] | None:
         """Up to `limit` jobs of an owner's, newest first or oldest first, behind the job `after`, and whether there are
         more; None where `after` is no job of theirs."""
         number = _JOBS.c.number
         query = select(*_ROW).where(_JOBS.c.owner == owner).order_by(number if ascending else number.desc())
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             if after is not None:
                 place = connection.execute(select(number).where(_is(after, owner))).scalar()
                 if place is None:
@@ -141,20 +140,31 @@ class JobStore:
     def waiting(self, model: str) -> list[tuple[str, int]]:
         """Id and steps of each of the model's queued jobs, the next one first."""
         query = select(_JOBS.c.id, _JOBS.c.steps).where((_JOBS.c.state == "queued") & (_JOBS.c.model == model))
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             return [(row[0], row[1]) for row in connection.execute(query.order_by(_JOBS.c.number)).all()]
+
+    def waiting_since(self) -> dict[str, float]:
+        """When the oldest queued job of each model that has any was created."""
+        query = select(_JOBS.c.model, func.min(_JOBS.c.created_at)).where(_JOBS.c.state == "queued")
+        with self._database.reading() as connection:
+            return {row[0]: row[1] for row in connection.execute(query.group_by(_JOBS.c.model)).all()}
 
     def counts(self) -> dict[tuple[str, State], int]:
         """How many jobs there are of each model and state."""
         query = select(_JOBS.c.model, _JOBS.c.state, func.count()).group_by(_JOBS.c.model, _JOBS.c.state)
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             return {(row[0], row[1]): row[2] for row in connection.execute(query).all()}
 
     def completed(self) -> list[Job]:
         """All jobs that have a result."""
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             rows = connection.execute(select(*_ROW).where(_JOBS.c.state == "completed")).all()
         return [_job(row) for row in rows]
+
+    def result_bytes(self) -> int:
+        """Of all results together."""
+        with self._database.reading() as connection:
+            return int(connection.execute(select(func.sum(_JOBS.c.result_bytes))).scalar() or 0)
 
     def claim(self, model: str, most: int = 1) -> list[tuple[Job, bytes]]:
         """The model's oldest queued job and up to `most` in all that can be made together with it, with their pictures,
@@ -162,7 +172,7 @@ class JobStore:
         loss."""
         waits = (_JOBS.c.state == "queued") & (_JOBS.c.model == model)
         oldest = select(_JOBS.c.id, _JOBS.c.batch_key, _JOBS.c.losses).where(waits).order_by(_JOBS.c.number).limit(1)
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             first = connection.execute(oldest.with_for_update(skip_locked=True)).first()
             if first is None:
                 return []
@@ -176,6 +186,7 @@ class JobStore:
                 "attempt": _JOBS.c.attempt + 1,
                 "steps_done": 0,
                 "started_at": self._clock(),
+                "heard_at": self._clock(),
             }
             connection.execute(_JOBS.update().where(_JOBS.c.id.in_(ids) & waits).values(begun))
             query = select(*_ROW, _JOBS.c.picture).where(_JOBS.c.id.in_(ids) & (_JOBS.c.state == "in_progress"))
@@ -184,11 +195,22 @@ class JobStore:
 
     def step(self, job: Job, steps_done: int) -> bool:
         """Note progress; False where the job is no longer this attempt's, so that its work can stop."""
-        return self._change(job, {"steps_done": steps_done}) is not None
+        return self._change(job, {"steps_done": steps_done, "heard_at": self._clock()}) is not None
+
+    def renew(self, jobs: Collection[Job]) -> set[str]:
+        """Note that a worker still has these jobs; the ids of those that are still their attempts'."""
+        ours = or_(*(and_(_JOBS.c.id == job.id, _JOBS.c.attempt == job.attempt) for job in jobs))
+        where = ours & (_JOBS.c.state == "in_progress")
+        if not jobs:
+            return set()
+        with self._database.transaction() as connection:
+            connection.execute(_JOBS.update().where(where).values(heard_at=self._clock()))
+            return set(connection.execute(select(_JOBS.c.id).where(where)).scalars())
 
     def complete(self, job: Job, result: dict[str, Any]) -> Job | None:
         """The completed job; None where it is no longer this attempt's: then its result is nobody's."""
-        values = self._end("completed") | {"result": result, "steps_done": job.steps}
+        size = {"result_bytes": result.get("bytes")}
+        values = self._end("completed") | size | {"result": result, "steps_done": job.steps}
         return self._change(job, values)
 
     def fail(self, job: Job, failure: Failure) -> Job | None:
@@ -205,15 +227,20 @@ class JobStore:
         values = {"state": "queued", "steps_done": 0, "started_at": None, "losses": losses}
         return self._change(job, values)
 
+    def give_back_silent(self, seconds: float, loss: Failure) -> list[Job]:
+        """The same with every job in progress that no worker has said it has for so many seconds."""
+        silent = (_JOBS.c.state == "in_progress") & (_JOBS.c.heard_at <= self._clock() - seconds)
+        with self._database.reading() as connection:
+            rows = connection.execute(select(*_ROW).where(silent)).all()
+        return [given for given in (self.give_back(_job(row), loss) for row in rows) if given]
+
     def give_back_all(self, loss: Failure) -> list[Job]:
         """The same with every job in progress, at a start after which no worker has one."""
-        with self._reading() as connection:
-            rows = connection.execute(select(*_ROW).where(_JOBS.c.state == "in_progress")).all()
-        return [given for given in (self.give_back(_job(row), loss) for row in rows) if given]
+        return self.give_back_silent(-math.inf, loss)
 
     def cancel(self, id: str, owner: str) -> tuple[Job, Job] | None:
         """The job before and after it was cancelled; None where it is finished or there is none of that owner's."""
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             where = _is(id, owner) & _JOBS.c.state.not_in(FINISHED)
             row = connection.execute(select(*_ROW).where(where).with_for_update()).first()
             if row is None:
@@ -223,25 +250,25 @@ class JobStore:
 
     def delete(self, id: str, owner: str | None = None) -> Job | None:
         """Forget a job: what it was until then; None where there is none of that owner's."""
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             row = connection.execute(select(*_ROW).where(_is(id, owner)).with_for_update()).first()
             connection.execute(_JOBS.delete().where(_is(id, owner)))
         return _job(row) if row else None
 
     def expired(self) -> list[Job]:
         """Finished jobs whose time is over."""
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             rows = connection.execute(select(*_ROW).where(_JOBS.c.expires_at <= self._clock())).all()
         return [_job(row) for row in rows]
 
     def close(self) -> None:
         """Close all connections."""
-        self._engine.dispose()
+        self._database.close()
 
     def _change(self, job: Job, values: dict[str, Any]) -> Job | None:
         """The changed job, read in the same transaction: where that fails, nothing was changed."""
         where = (_JOBS.c.id == job.id) & (_JOBS.c.state == "in_progress") & (_JOBS.c.attempt == job.attempt)
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             if connection.execute(_JOBS.update().where(where).values(values)).rowcount != 1:
                 return None
             return _job(connection.execute(select(*_ROW).where(_JOBS.c.id == job.id)).one())
@@ -249,48 +276,6 @@ class JobStore:
     def _end(self, state: State) -> dict[str, Any]:
         now = self._clock()
         return {"state": state, "finished_at": now, "expires_at": now + self._lifetime}
-
-    @contextmanager
-    def _transaction(self) -> Iterator[Connection]:
-        with _available(), self._engine.begin() as connection:
-            yield connection
-
-    @contextmanager
-    def _reading(self) -> Iterator[Connection]:
-        with (
-            _available(),
-            self._engine.connect().execution_options(**{_READS: True}) as connection,
-            connection.begin(),
-        ):
-            yield connection
-
-
-@contextmanager
-def _available() -> Iterator[None]:
-    try:
-        yield
-    except DBAPIError as error:
-        raise StoreUnavailable(one_line(error.orig)) from error
-
-
-def _open(url: str) -> Engine:
-    sqlite = url.startswith("sqlite:")
-    engine = create_engine(url, connect_args={"timeout": _WAIT} if sqlite else {})
-    if sqlite:
-
-        @event.listens_for(engine, "connect")
-        def connected(connection: Any, record: object) -> None:
-            connection.isolation_level = None  # transactions are begun by us, below
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=FULL")  # a job that was promised outlives a power cut
-
-        @event.listens_for(engine, "begin")
-        def begun(connection: Connection) -> None:
-            # Who will write has the lock from the start: of two that read first, one could never go on.
-            reads = connection.get_execution_options().get(_READS)
-            connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
-
-    return engine
 
 
 def _is(id: str, owner: str | None) -> ColumnElement[bool]:

@@ -1,10 +1,12 @@
-"""A job as clients of `/v1/videos` see it: OpenAI's video object, and what trip-rt adds."""
+"""A job as clients of `/v1/videos` see it: OpenAI's video object, and what trip-rt adds; and what is kept for that of a
+clip that is made."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from trip_rt.serving.jobs import Job
+from trip_rt.serving.protocol import Made
 
 
 def video(job: Job, steps_done: int, queue: dict[str, Any] | None) -> dict[str, Any]:
@@ -34,6 +36,19 @@ def video(job: Job, steps_done: int, queue: dict[str, Any] | None) -> dict[str, 
         "stage_durations": seconds or None,
         "peak_memory_mb": result.get("peak_memory_mb"),
         "warnings": result.get("warnings", []),
+    }
+
+
+def result_of(name: str, made: Made, engine: dict[str, Any], parity: dict[str, Any]) -> dict[str, Any]:
+    """What a completed job keeps: the `name` of its files, how they were made, and by what."""
+    return {
+        "name": name,
+        "bytes": made.bytes,
+        "stage_durations": made.seconds,
+        "warnings": list(made.warnings),
+        "peak_memory_mb": made.peak_memory_mb,
+        "engine": engine,
+        "parity": {name: value for name, value in parity.items() if name != "components"},
     }
 
 

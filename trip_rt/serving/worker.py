@@ -1,7 +1,7 @@
-"""A worker: a process of its own that holds the engines of a bundle and makes the clips that the server hands it.
+"""A worker: holds the engines of a bundle and makes the clips that the server hands it, in a process of its own.
 
-Three threads: the main one runs the engines, one listens to the server, one encodes what is decoded while the engines
-are at work on the next clips. It ends with the server, whatever ends that.
+Three threads: one runs the engines, one listens to the server, one encodes what is decoded while the engines are at
+work on the next clips. It ends with the server, whatever ends that.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import sys
 import threading
 import time
 import warnings
+from collections import OrderedDict
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -39,6 +41,7 @@ from trip_rt.serving.protocol import (
     Open,
     Ready,
     Refused,
+    Server,
     Stepped,
     WorkerEnd,
 )
@@ -52,48 +55,81 @@ class _AllDropped(Exception):
     """Nobody wants any of these clips any more."""
 
 
-class Worker:
-    """Answers the server's messages over `server` until it is gone."""
+def open_animator(opening: Open) -> Animator:
+    """The engines that the server asks for; InputError or EngineError where they cannot be opened."""
+    options = EngineOptions(opening.device, opening.threads)  # type: ignore[arg-type]
+    return Animator(opening.bundle, opening.backend, opening.profile, options)
 
-    def __init__(self, server: WorkerEnd):
-        self._server = server
-        self._inbox: queue.SimpleQueue[Make] = queue.SimpleQueue()
+
+class Worker:
+    """Answers the server's messages until it is gone.
+
+    `opener` opens a bundle; of those that were, the `kept` last used stay open.
+    """
+
+    def __init__(self, server: Server, opener: Callable[[Open], Animator] = open_animator, kept: int = 1):
+        self._server, self._opener, self._kept = server, opener, kept
+        self._inbox: queue.SimpleQueue[Open | Make] = queue.SimpleQueue()
         self._unencoded: queue.Queue[tuple[Clip, Frames, dict[str, float], tuple[str, ...]]] = queue.Queue(maxsize=1)
+        self._open: OrderedDict[Open, Animator] = OrderedDict()
         self._mine: set[str] = set()  # jobs handed over and not yet answered
         self._dropped: set[str] = set()  # of these, those that nobody wants any more
 
     def run(self) -> int:
-        """Exit code 2 where the bundle cannot be opened; otherwise it does not return."""
+        """Exit code 2 where the first bundle cannot be opened; otherwise it does not return."""
         opening = self._server.receive()
         if not isinstance(opening, Open):
             return 0
+        self._inbox.put(opening)
+        folder = Path(opening.results)
         threading.Thread(target=self._listen, daemon=True).start()
-        try:
-            options = EngineOptions(opening.device, opening.threads)  # type: ignore[arg-type]
-            animator = Animator(opening.bundle, opening.backend, opening.profile, options)
-            self._server.send(self._warmed_up(animator, Path(opening.results)))
-        except (InputError, EngineError) as error:
-            self._server.send(Refused(one_line(error, 2000)))
-            return 2
-        threading.Thread(target=self._encode, args=[Path(opening.results)], daemon=True).start()
+        threading.Thread(target=self._encode, args=[folder], daemon=True).start()
+        animator: Animator | None = None
+        was_ever_open, refusal = False, ""
         while True:
-            make = self._inbox.get()
+            message = self._inbox.get()
             try:
-                self._make(animator, make)
+                if isinstance(message, Open):
+                    animator = None
+                    animator = self._opened(message)
+                    was_ever_open = True
+                elif animator is None:
+                    raise EngineError(refusal)
+                else:
+                    self._make(animator, message)
             except _AllDropped:
-                self._server.send(Denoised(_jobs(make)))
-                for clip in make.clips:
+                assert isinstance(message, Make)
+                self._server.send(Denoised(_jobs(message)))
+                for clip in message.clips:
                     self._answer(clip, Dropped(clip.job, clip.attempt))
             except (InputError, EngineError) as error:
+                refusal = one_line(error, 2000)
+                if isinstance(message, Open):
+                    self._server.send(Refused(refusal))
+                    if not was_ever_open:
+                        return 2
+                    continue
                 code = "invalid_request" if isinstance(error, InputError) else "engine_error"
-                self._server.send(Denoised(_jobs(make)))
-                for clip in make.clips:
-                    self._answer(clip, Failed(clip.job, clip.attempt, code, one_line(error, 500)))
+                self._server.send(Denoised(_jobs(message)))
+                for clip in message.clips:
+                    self._answer(clip, Failed(clip.job, clip.attempt, code, refusal[:500]))
+
+    def _opened(self, opening: Open) -> Animator:
+        """The engines of a bundle, warm."""
+        if opening in self._open:
+            self._open.move_to_end(opening)
+            return self._open[opening]
+        while len(self._open) >= self._kept:  # before there are more: memory holds as many, and no more
+            self._open.popitem(last=False)[1].close()
+        animator = self._opener(opening)
+        self._server.send(self._warmed_up(animator, Path(opening.results)))
+        self._open[opening] = animator
+        return animator
 
     def _listen(self) -> None:
         while (message := self._server.receive()) is not None:
-            if isinstance(message, Make):
-                self._mine.update(_jobs(message))
+            if isinstance(message, Open | Make):
+                self._mine.update(_jobs(message) if isinstance(message, Make) else ())
                 self._inbox.put(message)
             elif isinstance(message, Drop) and message.job in self._mine:
                 self._dropped.add(message.job)

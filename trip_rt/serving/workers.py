@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from trip_rt.errors import InputError
+from trip_rt.serving.database import StoreUnavailable
 from trip_rt.serving.jobs import Failure, Job
 from trip_rt.serving.models import Model
 from trip_rt.serving.protocol import (
@@ -36,7 +37,6 @@ from trip_rt.serving.protocol import (
     ToServer,
 )
 from trip_rt.serving.service import Service
-from trip_rt.serving.store import StoreUnavailable
 
 log = logging.getLogger("trip-serve")
 DIED = Failure("worker_lost", "the worker process died while it made this clip")
@@ -214,7 +214,7 @@ class _Slot:
 
         async def note() -> None:
             if isinstance(message, Made):
-                await service.made(job, _draft(job), message)
+                await service.made(job, draft_name(job), message)
             elif isinstance(message, Failed):
                 await service.failed(job, Failure(message.code, message.message))
             else:
@@ -258,7 +258,7 @@ class _Slot:
             self._idle.clear()
             self._heard = time.monotonic()
             self.jobs |= {job.id: job for job, _ in claimed}
-            clips = tuple(_clip(job, picture) for job, picture in claimed)
+            clips = tuple(clip_of(job, picture) for job, picture in claimed)
             await self._say(Make(clips, claimed[0][0].request["settings"]))
             for id in list(self._dropped_early):  # the worker knows them only now
                 self._drop(id)
@@ -290,7 +290,7 @@ class _Slot:
                     await self._service.lost(job, None)  # which had no part in it
             self._claim = None
         for job in list(self.jobs.values()):
-            await self._service.lost(job, loss, _draft(job))
+            await self._service.lost(job, loss, draft_name(job))
         self.jobs.clear()
         self._idle.set()
         self._dropped_early.clear()
@@ -327,12 +327,16 @@ class _Slot:
             self._service.metrics.ready_workers.labels(self._model.name).set(self._model.ready_workers)
 
 
-def _draft(job: Job) -> str:
+def draft_name(job: Job) -> str:
+    """Of the folder that this attempt at a job writes to."""
     return f"{job.id}-{job.attempt}"
 
 
-def _clip(job: Job, picture: bytes) -> Clip:
+def clip_of(job: Job, picture: bytes) -> Clip:
+    """What a worker is told of a job."""
     request = job.request
     path = request.get("path")
     points = None if path is None else tuple((x, y) for x, y in path)
-    return Clip(job.id, job.attempt, picture, request["prompt"], request["seed"], request["fps"], _draft(job), points)
+    return Clip(
+        job.id, job.attempt, picture, request["prompt"], request["seed"], request["fps"], draft_name(job), points
+    )

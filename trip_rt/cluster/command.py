@@ -1,0 +1,158 @@
+"""`trip-serve --ray`: the application on a Ray cluster, or its config for `serve deploy`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import socket
+import time
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trip_rt.cluster.session import connected
+from trip_rt.errors import EngineError, InputError, one_line, printable
+from trip_rt.files import whole_file
+from trip_rt.launch import note
+
+if TYPE_CHECKING:
+    from trip_rt.cluster.application import Options
+    from trip_rt.serving.clip_request import Limits
+
+NAME = "trip-rt"
+IMPORT_PATH = "trip_rt.cluster.application:build"
+_NEEDS = ("ray", "fsspec", "psycopg", "yaml")
+_SEEN_EVERY = 0.2  # seconds
+
+
+def serve_on_ray(args: argparse.Namespace, limits: Limits, hosts: tuple[str, ...], began: float) -> int:
+    """Serve until stopped, or write the config. InputError where the options do not fit, EngineError where the
+    application does not start."""
+    if lacking := [name for name in _NEEDS if importlib.util.find_spec(name) is None]:
+        raise InputError(f"found no {', '.join(lacking)}, expected Ray to serve with; run pip install 'trip-rt[ray]'")
+    options = _options(args, limits, hosts)
+    port = args.port or _free_port(args.host)
+    if args.write_config is not None:
+        _write_config(args.write_config, options, args.host, port)
+        return 0
+    with connected(args.ray):
+        _serve(options, args.host, port, began)
+    return 0
+
+
+def _options(args: argparse.Namespace, limits: Limits, hosts: tuple[str, ...]) -> Options:
+    from trip_rt.cluster.application import Options
+    from trip_rt.cluster.store_end import EngineChoice
+
+    if args.gpus or args.hang_after is not None:
+        raise InputError("found --gpus or --hang-after beside --ray, expected neither: Ray hands out the GPUs")
+    data = args.data.resolve()
+    if args.store is None or args.results is None:
+        data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    on_gpu = args.device == "cuda"
+    return Options(
+        bundles=[str(_absolute(bundle)) for bundle in args.bundles],
+        store=args.store or f"sqlite:///{data / 'jobs.db'}",
+        results=args.results or str(data / "clips"),
+        replicas=_replicas(args.replicas),
+        ingress_replicas=args.ingress,
+        num_gpus=1 if on_gpu else 0,
+        num_cpus=float(args.threads or 1),
+        open_models=args.open_models,
+        engines=EngineChoice(args.backend, args.device, args.threads),
+        limits=limits,
+        api_keys=None if args.api_keys is None else str(args.api_keys.resolve()),
+        hosts=list(hosts),
+        page=args.ui,
+        metrics=args.metrics,
+        max_queued=args.max_queued,
+        max_disk_gb=args.max_disk_gb,
+        keep_hours=args.keep_hours,
+        grace=args.grace,
+        log_format=args.log_format,
+    )
+
+
+def _absolute(bundle: str) -> str:
+    """BUNDLE, NAME=BUNDLE or NAME=BUNDLE@PROFILE, its path whole: replicas begin in another folder."""
+    name, equals, place = bundle.partition("=")
+    if not equals:
+        place = name
+        name = Path(place).resolve().name
+    return f"{name}={Path(place).resolve()}"
+
+
+def _replicas(text: str) -> tuple[int, int]:
+    fewest, _, most = text.partition(":")
+    with contextlib.suppress(ValueError):
+        found = int(fewest), int(most or fewest)
+        if 1 <= found[0] <= found[1] <= 100_000:
+            return found
+    raise InputError(f"--replicas: found {printable(text[:100])}, expected N or MIN:MAX, such as 4 or 1:8")
+
+
+def _serve(options: Options, host: str, port: int, began: float) -> None:
+    from ray import serve
+
+    from trip_rt.cluster.application import arguments_of, build
+
+    serve.start(http_options={"host": host, "port": port}, proxy_location="EveryNode")
+    try:
+        serve.run(build(arguments_of(options)), name=NAME, route_prefix="/", _local_testing_mode=False)
+    except RuntimeError as error:
+        raise EngineError(f"the application did not start: {one_line(error, 1000)}") from error
+    try:
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        note(f"trip-serve: listening at {address}")
+        while not _is_ready(address):
+            _check_running()
+            time.sleep(_SEEN_EVERY)
+        note(f"trip-serve: ready after {time.perf_counter() - began:.2f} s: on Ray, {options.replicas[0]} replicas")
+        while True:
+            time.sleep(3600)
+    finally:
+        note("trip-serve: stopping")
+        serve.delete(NAME)
+
+
+def _is_ready(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/readyz", timeout=5) as response:
+            return bool(json.load(response)["status"] == "ready")
+    except (OSError, ValueError):
+        return False
+
+
+def _check_running() -> None:
+    """EngineError where the application cannot become ready."""
+    from ray import serve
+
+    application = serve.status().applications[NAME]
+    if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+        said = [deployment.message for deployment in application.deployments.values() if deployment.message]
+        raise EngineError(f"the application does not run: {one_line('; '.join(said) or application.message, 1000)}")
+
+
+def _write_config(path: Path, options: Options, host: str, port: int) -> None:
+    import yaml
+
+    from trip_rt.cluster.application import arguments_of
+
+    config: dict[str, Any] = {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": host, "port": port},
+        "applications": [
+            {"name": NAME, "route_prefix": "/", "import_path": IMPORT_PATH, "args": arguments_of(options)}
+        ],
+    }
+    with whole_file(path) as draft:
+        draft.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    note(f"trip-serve: {printable(str(path))} is written; deploy it with serve deploy {printable(str(path))}")
+
+
+def _free_port(host: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        listener.bind((host, 0))
+        return int(listener.getsockname()[1])

@@ -1,0 +1,275 @@
+"""The server as a worker sees it, where that is a database which many machines share.
+
+A worker claims its jobs from the table by itself, and says there again and again that it has them. One that is lost
+falls silent, and whoever serves clients gives its jobs back: nobody hands jobs over, so nobody's end loses one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import msgspec
+
+from trip_rt.cluster.roster import Roster
+from trip_rt.cluster.shared_results import SharedResults
+from trip_rt.serving.database import StoreUnavailable
+from trip_rt.serving.jobs import Failure, Job
+from trip_rt.serving.models import Model
+from trip_rt.serving.protocol import (
+    Denoised,
+    Drop,
+    Dropped,
+    Failed,
+    Made,
+    Make,
+    Open,
+    Ready,
+    Refused,
+    Stepped,
+    ToServer,
+    ToWorker,
+)
+from trip_rt.serving.results import draft_path
+from trip_rt.serving.store import JobStore
+from trip_rt.serving.views import result_of
+from trip_rt.serving.workers import clip_of, draft_name
+
+log = logging.getLogger("trip-serve")
+P = ParamSpec("P")
+T = TypeVar("T")
+
+HEARD_EVERY = 1.0  # seconds between two notes that a worker lives and has its jobs
+SILENT_S = 10.0  # after which it is lost
+_NOTED_EVERY = 0.2  # seconds between two notes of a job's progress, at each of which it learns of a cancel
+_SHORTEST_LOOK, _LONGEST_LOOK = 0.005, 0.25  # seconds between two looks at an empty queue
+_PATIENCE = 2.0  # seconds that a job of another model waits for before a worker changes models
+_TRIED_AGAIN_AFTER = 1.0  # seconds, where a change must be noted and the store does not answer
+_LEAST_HANG, _HANG_STEPS = 30.0, 100  # as in serving.workers
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """How bundles are opened: the fields of protocol.Open."""
+
+    backend: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+
+
+class StoreEnd:
+    """`worker` is a name of its own, `drafts` a folder of this machine. Jobs of all `models` are made, those of the one
+    that is open first; another one's have waited for _PATIENCE before they are."""
+
+    def __init__(
+        self,
+        worker: str,
+        models: dict[str, Model],
+        store: JobStore,
+        roster: Roster,
+        results: SharedResults,
+        choice: EngineChoice,
+        drafts: Path,
+    ):
+        self._worker, self._models, self._store, self._roster = worker, models, store, roster
+        self._results, self._choice, self._drafts = results, choice, drafts
+        self._outbox: queue.SimpleQueue[ToWorker | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._jobs: dict[str, Job] = {}  # the worker's
+        self._noted: dict[str, float] = {}  # when progress of each was
+        self._ready: dict[str, Ready] = {}
+        self._model = next(iter(models))  # that is open
+        self._hungry, self._idle, self._stopping = threading.Event(), threading.Event(), threading.Event()
+        self._idle.set()
+        self._heard = time.monotonic()
+        self.refusal = ""  # why the worker cannot open its first bundle
+
+    # The worker's.
+
+    def receive(self) -> ToWorker | None:
+        return self._outbox.get()
+
+    def send(self, message: ToServer) -> None:
+        self._heard = time.monotonic()
+        match message:
+            case Stepped(jobs, done):
+                for id in jobs:
+                    self._stepped(id, done)
+            case Denoised():
+                self._hungry.set()
+            case Made() | Failed() | Dropped():
+                self._answered(message)
+            case Ready():
+                self._ready[self._model] = message
+                self._surely(self._roster.note, self._worker, self._model, msgspec.to_builtins(message))
+                log.info("worker ready", extra={"model": self._model, "backend": message.engine["backend"]})
+                if not self._jobs:
+                    self._hungry.set()
+            case Refused(reason):
+                if not self._ready:
+                    self.refusal = reason
+                log.error("worker refused: %s", reason, extra={"model": self._model})
+
+    # Its owner's.
+
+    def start(self) -> None:
+        """Have the first model opened, and claim jobs from then on."""
+        self._outbox.put(self._opening(self._model))
+        for work in (self._claim_jobs, self._keep_alive):
+            threading.Thread(target=work, name=work.__name__, daemon=True).start()
+
+    @property
+    def is_ready(self) -> bool:
+        return bool(self._ready)
+
+    @property
+    def hangs(self) -> bool:
+        """Whether the worker has jobs and has been silent about them for too long."""
+        ready = self._ready.get(self._model)
+        allowed = max(_LEAST_HANG, _HANG_STEPS * ready.step_s if ready else 0)
+        return bool(self._jobs) and time.monotonic() - self._heard > allowed
+
+    def queued(self) -> int:
+        """How many jobs wait, of all models."""
+        return sum(count for (_, state), count in self._store.counts().items() if state == "queued")
+
+    def stop(self, grace: float) -> None:
+        """Claim no more, give what is being made so many seconds, and give the rest back."""
+        self._stopping.set()
+        self._idle.wait(grace)
+        with self._lock:
+            jobs, self._jobs = list(self._jobs.values()), {}
+        for job in jobs:
+            self._surely(self._store.give_back, job)
+        with contextlib.suppress(StoreUnavailable):
+            self._roster.remove(self._worker)
+        self._outbox.put(None)
+
+    # Between them.
+
+    def _opening(self, model: str) -> Open:
+        chosen, choice = self._models[model], self._choice
+        place = str(chosen.bundle), chosen.profile.name
+        return Open(*place, choice.backend, choice.device, choice.threads, str(self._drafts))
+
+    def _claim_jobs(self) -> None:
+        pause = _SHORTEST_LOOK
+        while True:
+            self._hungry.wait()
+            if self._stopping.is_set():
+                return
+            if any(job.losses for job in list(self._jobs.values())):  # one that a worker was lost over goes alone
+                self._idle.wait()
+            try:
+                claimed = self._claim()
+            except StoreUnavailable as error:
+                log.error("cannot look for jobs: %s", error)
+                claimed, pause = [], _TRIED_AGAIN_AFTER
+            if not claimed:
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_LOOK)
+                continue
+            pause = _SHORTEST_LOOK
+            if claimed[0][0].losses:
+                self._idle.wait()
+            self._hand_over(claimed)
+
+    def _claim(self) -> list[tuple[Job, bytes]]:
+        """The next jobs: of the open model, unless another one's have waited for long."""
+        if len(self._models) == 1:
+            return self._store.claim(self._model, self._models[self._model].profile.batch)
+        since = self._store.waiting_since()
+        waiting = sorted((created, name) for name, created in since.items() if name in self._models)
+        if not waiting:
+            return []
+        created, name = waiting[0]
+        if self._model in since and time.time() - created < _PATIENCE:
+            name = self._model
+        return self._store.claim(name, self._models[name].profile.batch)
+
+    def _hand_over(self, claimed: list[tuple[Job, bytes]]) -> None:
+        model = claimed[0][0].model
+        with self._lock:
+            self._hungry.clear()
+            self._idle.clear()
+            self._heard = time.monotonic()
+            self._jobs |= {job.id: job for job, _ in claimed}
+        if model != self._model:
+            self._model = model
+            self._outbox.put(self._opening(model))
+        clips = tuple(clip_of(job, picture) for job, picture in claimed)
+        self._outbox.put(Make(clips, claimed[0][0].request["settings"]))
+
+    def _stepped(self, id: str, done: int) -> None:
+        job = self._jobs.get(id)
+        if job is None or time.monotonic() - self._noted.get(id, 0.0) < _NOTED_EVERY:
+            return
+        self._noted[id] = time.monotonic()
+        with contextlib.suppress(StoreUnavailable):  # the next note will do
+            if not self._store.step(job, done):
+                self._drop(id)
+
+    def _answered(self, message: Made | Failed | Dropped) -> None:
+        job = self._jobs.get(message.job)
+        if job is None or job.attempt != message.attempt:
+            return
+        if isinstance(message, Made):
+            self._made(job, message)
+        elif isinstance(message, Failed):
+            self._surely(self._store.fail, job, Failure(message.code, message.message))
+        with self._lock:
+            self._jobs.pop(job.id, None)
+            self._noted.pop(job.id, None)
+            if not self._jobs:
+                self._idle.set()
+
+    def _made(self, job: Job, made: Made) -> None:
+        name = draft_name(job)
+        draft = draft_path(self._drafts, name)
+        try:
+            self._results.put(draft, name)
+        except OSError as error:
+            log.error("a result is gone: %s", error, extra={"job": job.id})
+            shutil.rmtree(draft, ignore_errors=True)
+            self._surely(self._store.give_back, job, Failure("storage", "the result could not be stored; ask again"))
+            return
+        ready = self._ready[job.model]
+        if self._surely(self._store.complete, job, result_of(name, made, ready.engine, ready.parity)) is None:
+            self._results.remove(name, made.bytes)
+
+    def _keep_alive(self) -> None:
+        while not self._stopping.wait(HEARD_EVERY):
+            if self.hangs:
+                continue  # its jobs are given back, and it is replaced
+            with self._lock:
+                jobs = list(self._jobs.values())
+            try:
+                ours = self._store.renew(jobs)
+                self._roster.heard(self._worker)
+            except StoreUnavailable as error:
+                log.error("cannot say that this worker lives: %s", error)
+                continue
+            for job in jobs:
+                if job.id not in ours:
+                    self._drop(job.id)
+
+    def _drop(self, id: str) -> None:
+        if id in self._jobs:
+            self._outbox.put(Drop(id))
+
+    def _surely(self, change: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The same, again and again until the store answers."""
+        while True:
+            try:
+                return change(*args, **kwargs)
+            except StoreUnavailable as error:
+                log.error("cannot note a job's state, trying again: %s", error)
+                time.sleep(_TRIED_AGAIN_AFTER)
