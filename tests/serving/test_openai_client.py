@@ -11,7 +11,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from server import PROMPT, picture, running
+from server import HOSTS, PROMPT, picture, running
 
 LONG = {"num_inference_steps": 1000}
 DATA_URL = "data:image/png;base64," + base64.b64encode(picture()).decode()
@@ -19,11 +19,11 @@ DATA_URL = "data:image/png;base64," + base64.b64encode(picture()).decode()
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the client's, of its own videos
 
 
-@pytest.fixture(scope="module")
-def client(tiny_bundle, tmp_path_factory):
+@pytest.fixture(scope="module", params=HOSTS)
+def client(tiny_bundle, tmp_path_factory, request):
     data = tmp_path_factory.mktemp("served") / "data"
     with (
-        running(tiny_bundle, data, "--max-steps", "1000", "--max-queued", "2") as server,
+        running(tiny_bundle, data, "--max-steps", "1000", "--max-queued", "2", *request.param) as server,
         openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0, timeout=30) as client,
     ):
         yield client

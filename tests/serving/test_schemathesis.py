@@ -21,7 +21,7 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from server import PROMPT, picture, running
+from server import HOSTS, PROMPT, picture, running
 
 CHECKS = [
     not_a_server_error,
@@ -80,10 +80,10 @@ class Jobs:
             self._ids.remove(id)
 
 
-@pytest.fixture(scope="module")
-def server(tiny_bundle, tmp_path_factory):
+@pytest.fixture(scope="module", params=HOSTS)
+def server(tiny_bundle, tmp_path_factory, request):
     data = tmp_path_factory.mktemp("served") / "data"
-    with running(tiny_bundle, data, "--max-steps", "20") as server:
+    with running(tiny_bundle, data, "--max-steps", "20", *request.param) as server:
         yield server
 
 

@@ -20,9 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
+# What a server may run on, as options: alone, and as a Ray Serve application.
+HOSTS = [pytest.param((), id="alone"), pytest.param(("--ray",), id="ray", marks=pytest.mark.slow)]
 PROMPT = "a red ball rolls to the right"
 _COMMAND = [sys.executable, "-c", "import sys; from trip_rt.launch import trip_serve; sys.exit(trip_serve())"]
 
@@ -62,7 +65,7 @@ class Server:
         self.spawn()
         assert self.process is not None
         awaited = "trip-serve: ready after" if ready else "trip-serve: listening at"
-        until = time.monotonic() + 60
+        until = time.monotonic() + 180
         while awaited not in (said := self.log[before:]):
             assert time.monotonic() < until and self.process.poll() is None, said
             time.sleep(0.02)

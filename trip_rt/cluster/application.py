@@ -15,6 +15,7 @@ import math
 import tempfile
 import threading
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -40,6 +41,7 @@ from trip_rt.serving.worker import Worker
 
 _OPENER = "trip_rt.serving.worker:open_animator"
 _QUEUED = "queued"
+QUIET = {"log_level": "WARNING", "enable_access_log": False}  # of what Ray says; what the service says is its own log
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ class Engines:
     def __init__(self, options: Options):
         log_to_stderr(options.log_format)
         self._options = options
-        drafts = Path(tempfile.mkdtemp(prefix="trip-drafts-"))
+        self._folder = tempfile.TemporaryDirectory(prefix="trip-drafts-", ignore_cleanup_errors=True)
+        drafts = Path(self._folder.name)
         store = JobStore(options.store, options.keep_hours * 3600)
         models = read_models(options.bundles, options.replicas[0])
         self._end = StoreEnd(
@@ -115,6 +118,7 @@ class Engines:
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):  # it was not whole
             self._end.stop(self._options.grace)
+            self._folder.cleanup()
 
 
 class Ingress:
@@ -123,17 +127,21 @@ class Ingress:
     def __init__(self, options: Options, engines: Any):
         log_to_stderr(options.log_format)
         store = JobStore(options.store, options.keep_hours * 3600)
-        cache = Path(tempfile.mkdtemp(prefix="trip-results-"))
         self._options = options
+        self._folder = tempfile.TemporaryDirectory(prefix="trip-results-", ignore_cleanup_errors=True)
         self._service = SharedService(
             read_models(options.bundles, options.replicas[0]),
             store,
             Roster(options.store, SILENT_S),
-            SharedResults(options.results, cache),
+            SharedResults(options.results, Path(self._folder.name)),
             Metrics(),
             options.max_queued,
             int(options.max_disk_gb * 1e9),
         )
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):
+            self._folder.cleanup()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray in the event loop that the routes run in."""
@@ -166,7 +174,7 @@ def build(arguments: dict[str, Any]) -> Any:
                 "policy": {"policy_function": "trip_rt.cluster.application:scaled"},
             }
         }
-    deployment: Any = serve.deployment
+    deployment: Any = partial(serve.deployment, logging_config=QUIET)
     engines = deployment(Engines).options(
         name="engines",
         ray_actor_options=resources,

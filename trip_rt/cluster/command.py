@@ -96,9 +96,9 @@ def _replicas(text: str) -> tuple[int, int]:
 def _serve(options: Options, host: str, port: int, began: float) -> None:
     from ray import serve
 
-    from trip_rt.cluster.application import arguments_of, build
+    from trip_rt.cluster.application import QUIET, arguments_of, build
 
-    serve.start(http_options={"host": host, "port": port}, proxy_location="EveryNode")
+    serve.start(http_options={"host": host, "port": port}, proxy_location="EveryNode", logging_config=QUIET)
     try:
         serve.run(build(arguments_of(options)), name=NAME, route_prefix="/", _local_testing_mode=False)
     except RuntimeError as error:
