@@ -19,6 +19,7 @@ from trip_rt import backends, images, video
 from trip_rt.animator import Animation, Animator
 from trip_rt.bundle import read_manifest
 from trip_rt.clip_requests import Job, Pictures, check_jobs, read_batch
+from trip_rt.cluster.session import LOCAL
 from trip_rt.command_line import CommandParser, add_json_flag, add_settings, main_of, report, settings_of
 from trip_rt.config import ControlConfig
 from trip_rt.control import check_points
@@ -37,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="trip-animate",
         usage="%(prog)s BUNDLE IMAGE PROMPT -o CLIP [options]\n       %(prog)s BUNDLE --batch FILE [options]\n"
+        "       %(prog)s BUNDLE --batch FILE --ray [ADDRESS] -o DIR [options]\n"
         "       %(prog)s BUNDLE IMAGE PROMPT --live [options]",
         description="Animate a picture as a sentence says. Everything given is checked before the slow work begins.",
         epilog=(
@@ -56,6 +58,21 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="a file that asks for a clip a line; paths in it are relative to the current folder",
+    )
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        const=LOCAL,
+        metavar="ADDRESS",
+        help="make the batch with a pool of processes, of this machine or of the Ray cluster at ADDRESS (auto,"
+        " HOST:6379): FILE may be JSON Lines, .parquet or .tar, -o is a folder; exits with 1 where some rows failed,"
+        " which its results say (docs/scale.md)",
+    )
+    parser.add_argument(
+        "--ray-workers",
+        type=workers_of,
+        metavar="N|MIN:MAX",
+        help="processes of --ray, each with --threads CPUs or a GPU (as many as there is room for)",
     )
     add_settings(parser)
     parser.add_argument(
@@ -126,6 +143,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Make the clips, each saved as soon as it is finished."""
+    if args.ray is not None:
+        from trip_rt.cluster.batch import run_on_ray
+
+        return run_on_ray(args)
+    if args.ray_workers is not None:
+        raise InputError("found --ray-workers without --ray, expected both or neither")
     began = time.perf_counter()
     seconds = dict.fromkeys(("load", "denoise", "decode", "save"), 0.0)
     with _timed(seconds, "load"):
@@ -275,6 +298,15 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     if any(value is None for value in single):
         raise InputError("expected IMAGE, PROMPT and -o CLIP or --live, or --batch FILE; see trip-animate --help")
     return [Job(args.image, args.prompt, args.output, args.seed)]
+
+
+def workers_of(text: str) -> tuple[int, int]:
+    """The argument N or MIN:MAX as the least and the most processes."""
+    least, colon, most = text.partition(":")
+    numbers = [int(part) for part in (least, most if colon else least) if part.isdecimal() and len(part) < 6]
+    if len(numbers) < 2 or not 1 <= numbers[0] <= numbers[1]:
+        raise argparse.ArgumentTypeError(f"found {text[:50]!r}, expected N or MIN:MAX such as 4 or 1:8")
+    return numbers[0], numbers[1]
 
 
 @contextmanager

@@ -1,0 +1,330 @@
+"""The rows of a batch: JSON Lines, Parquet and WebDataset shards, read a few rows at a time wherever Ray has room.
+
+Rows are strangers': every one is checked by itself, and what is wrong with it becomes its `error`. Names in a file are
+never opened as addresses, and a shard's members are never written to disk.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from trip_rt.checks import shown, text
+from trip_rt.errors import InputError, one_line, printable
+from trip_rt.images import MAX_FILE_MEGABYTES
+from trip_rt.plain_files import check_plain
+from trip_rt.settings import check_prompt, check_seed
+
+MOST_PICTURE = MAX_FILE_MEGABYTES << 20
+MOST_LINE = 1 << 20  # bytes of a row's words, a tar's headers among them
+MOST_OUTPUT = 255  # bytes of each part of a name
+MOST_PARTS = 8
+MOST_TOGETHER = 32 << 20  # bytes of pictures that are handed on together
+_PIECES = 256  # of a batch; Ray reads one in one go
+_SCAN = 4 << 20  # bytes
+_PICTURES = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff"})
+_FIELDS = ("image", "prompt", "seed", "output")
+
+Kind = Literal["jsonl", "parquet", "tar"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One clip that is asked for; `where` names its place in the file. `picture` are the bytes of a picture file, or
+    None where `image` is the path of one. `error` says why there can be no clip."""
+
+    where: str
+    image: str = ""
+    prompt: str = ""
+    seed: int = 0
+    output: str = ""
+    picture: bytes | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a batch: bytes `start` to `stop` of JSON Lines, row groups of Parquet, or all of a shard. `first` is the
+    number of its first row, `rows` how many it has (0: nobody counted)."""
+
+    kind: Kind
+    path: str
+    start: int
+    stop: int
+    first: int
+    rows: int
+
+
+def pieces_of(path: Path) -> list[Piece]:
+    """What a batch is read by: a file of JSON Lines, a .parquet or .tar file, or a folder of either. InputError for
+    what is none, and for a Parquet file without the columns of a batch."""
+    if path.is_dir():
+        found = {kind: sorted(path.glob(f"*.{kind}")) for kind in ("parquet", "tar")}
+        if bool(found["parquet"]) == bool(found["tar"]):
+            count = f"{len(found['parquet'])} .parquet and {len(found['tar'])} .tar files"
+            raise InputError(f"{path}: found {count}, expected some of one kind; name a file, or another folder")
+        files = found["parquet"] or found["tar"]
+    else:
+        files = [path]
+    pieces: list[Piece] = []
+    for file in files:
+        size = check_plain(file, "a file of JSON Lines, .parquet or .tar; check the path")
+        if file.suffix.lower() == ".tar":
+            pieces.append(Piece("tar", str(file), 0, size, 1, 0))
+        elif file.suffix.lower() == ".parquet":
+            pieces += _parquet_pieces(file)
+        else:
+            pieces += _line_pieces(file, size)
+    return pieces
+
+
+def dealt(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """The pieces in at most _PIECES lists of neighbours."""
+    count = min(len(pieces), _PIECES)
+    ends = [len(pieces) * i // count for i in range(count + 1)] if count else [0]
+    return [list(pieces[a:b]) for a, b in itertools.pairwise(ends)]
+
+
+def read_rows(piece: Piece, seed: int) -> Iterator[Row]:
+    """A piece's rows, `seed` where one has none. A damaged file ends in a row that says so."""
+    readers = {"jsonl": _line_rows, "parquet": _parquet_rows, "tar": _tar_rows}
+    try:
+        yield from readers[piece.kind](piece, seed)
+    except Exception as error:  # a hostile file can raise nearly anything from inside a reader
+        name = printable(piece.path)
+        yield Row(name, error=f"{name}: found a damaged file ({one_line(error)}), expected a {piece.kind} file")
+
+
+def together(rows: Iterator[Row], most: int) -> Iterator[list[Row]]:
+    """Rows in lists of `most`, or fewer where their pictures are large."""
+    some: list[Row] = []
+    size = 0
+    for row in rows:
+        some.append(row)
+        size += len(row.picture or b"")
+        if len(some) == most or size > MOST_TOGETHER:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
+
+
+def _row(where: str, entry: dict[str, Any], seed: int, picture: bytes | None = None) -> Row:
+    """The checked row of a file's values; what is wrong becomes its error."""
+    given = {name: entry[name] for name in _FIELDS if entry.get(name) is not None}
+    known = {name: value for name, value in given.items() if isinstance(value, str) and name != "seed"}
+    try:
+        for name in ("image", "prompt"):
+            if name not in given:
+                raise InputError(f"found no {name}, expected one")
+        for name in ("image", "prompt", "output"):
+            text(name, given.get(name, ""))
+        seed = check_seed(given.get("seed", seed))
+        check_prompt(given["prompt"])
+        check_output(given.get("output", ""))
+        if picture is not None and len(picture) > MOST_PICTURE:
+            raise InputError(f"image: found {len(picture)} bytes, expected at most {MAX_FILE_MEGABYTES} MB")
+    except InputError as error:
+        image, prompt, output = (printable(known.get(name, "")[:1000]) for name in ("image", "prompt", "output"))
+        return Row(where, image, prompt, 0, output, error=f"{where}: {error}")
+    return Row(where, given["image"], given["prompt"], seed, given.get("output", ""), picture)
+
+
+def check_output(name: str) -> None:
+    """InputError for a name that is not that of a .mp4 file in the folder of named clips."""
+    if not name:
+        return
+    parts = name.split("/")
+    fits = len(parts) <= MOST_PARTS and all(len(part.encode()) <= MOST_OUTPUT for part in parts)
+    if (
+        not fits
+        or any(part.startswith(".") or not part for part in parts)
+        or not (name.isprintable() and name.endswith(".mp4"))
+        or "\\" in name
+    ):
+        raise InputError(
+            f"output: found {shown(name)}, expected a relative name that ends in .mp4, without parts that begin with"
+            " a dot; leave it out, or name it otherwise"
+        )
+
+
+def _line_pieces(path: Path, size: int) -> list[Piece]:
+    """Cut at line ends, which takes one pass over the file."""
+    share = max(_SCAN, size // _PIECES)
+    pieces: list[Piece] = []
+    start, line, lines, at = 0, 1, 0, 0
+    with path.open("rb") as file:
+        while data := file.read(_SCAN):
+            if at + len(data) - start >= share and (cut := data.rfind(b"\n") + 1):
+                lines += data.count(b"\n", 0, cut)
+                pieces.append(Piece("jsonl", str(path), start, at + cut, line, lines))
+                start, line, lines = at + cut, line + lines, data.count(b"\n", cut)
+            else:
+                lines += data.count(b"\n")
+            at += len(data)
+    if at > start:
+        pieces.append(Piece("jsonl", str(path), start, at, line, lines + (not _ends_line(path, at))))
+    return pieces
+
+
+def _ends_line(path: Path, size: int) -> bool:
+    """Whether the file's last byte of `size` ends a line."""
+    with path.open("rb") as file:
+        file.seek(size - 1)
+        return file.read(1) == b"\n"
+
+
+def _line_rows(piece: Piece, seed: int) -> Iterator[Row]:
+    name = printable(Path(piece.path).name)
+    with open(piece.path, "rb") as file:
+        file.seek(piece.start)
+        number = piece.first
+        while (at := file.tell()) < piece.stop:
+            line = file.readline(MOST_LINE + 1)
+            where = f"{name}, line {number}"
+            number += 1
+            if len(line) > MOST_LINE and not line.endswith(b"\n"):
+                while (rest := file.readline(MOST_LINE)) and not rest.endswith(b"\n"):
+                    pass
+                yield Row(where, error=f"{where}: found more than {MOST_LINE} bytes, expected one object a line")
+                continue
+            if at == 0:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                yield _json_row(line, where, seed)
+
+
+def _json_row(line: bytes, where: str, seed: int) -> Row:
+    try:
+        entry = _object(line)
+        if unknown := sorted(entry.keys() - set(_FIELDS)):
+            raise InputError(f"found the unknown key {shown(unknown[0])}, expected {', '.join(_FIELDS)}")
+    except InputError as error:
+        return Row(where, error=f"{where}: {error}")
+    return _row(where, entry, seed)
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    try:
+        entry = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"found no JSON ({one_line(error, 100)}), expected an object") from error
+    if not isinstance(entry, dict):
+        raise InputError(f"found a JSON {type(entry).__name__}, expected an object")
+    return entry
+
+
+def _parquet_pieces(path: Path) -> list[Piece]:
+    """A piece a row group. Only the file's last bytes are read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            _check_columns(path, file.schema_arrow)
+            counts = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{path}: found a damaged file ({one_line(error, 100)}), expected Parquet; write it again"
+        ) from error
+    pieces, first = [], 1
+    for group, count in enumerate(counts):
+        pieces.append(Piece("parquet", str(path), group, group + 1, first, count))
+        first += count
+    return pieces
+
+
+def _check_columns(path: Path, schema: Any) -> None:
+    """InputError unless the columns that a batch reads are there and plain. Ray's own types, whose values would be
+    unpickled, are not plain."""
+    from pyarrow import types
+
+    words = (types.is_string, types.is_large_string)
+    wanted = {
+        "image": ("text (a path) or binary (a picture file)", (*words, types.is_binary, types.is_large_binary)),
+        "prompt": ("text", words),
+        "seed": ("whole numbers", (types.is_integer,)),
+        "output": ("text", words),
+    }
+    for name, (expected, kinds) in wanted.items():
+        if name not in schema.names:
+            if name in ("image", "prompt"):
+                raise InputError(f"{path}: found no column {name}, expected one of {expected}; rename or add it")
+            continue
+        found = schema.field(name).type
+        plain = found.value_type if types.is_dictionary(found) else found
+        if not any(kind(plain) for kind in kinds):
+            raise InputError(f"{path}: {name}: found {one_line(found, 100)}, expected {expected}; convert the column")
+
+
+def _parquet_rows(piece: Piece, seed: int) -> Iterator[Row]:
+    import pyarrow.parquet as pq
+
+    name, number = printable(Path(piece.path).name), piece.first
+    with pq.ParquetFile(piece.path, buffer_size=1 << 20) as file:
+        _check_columns(Path(piece.path), file.schema_arrow)  # once more: it may have changed
+        columns = [column for column in _FIELDS if column in file.schema_arrow.names]
+        for batch in file.iter_batches(batch_size=16, row_groups=range(piece.start, piece.stop), columns=columns):
+            for entry in batch.to_pylist():
+                where = f"{name}, row {number}"
+                number += 1
+                picture = entry.get("image")
+                if isinstance(picture, bytes):
+                    yield _row(where, {**entry, "image": where}, seed, picture)
+                else:
+                    yield _row(where, entry, seed)
+
+
+class _Bounded(io.FileIO):
+    """A file of which nobody reads much at once: a header may claim any length."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= MOST_PICTURE + tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("a header of more bytes than are read")
+        return super().read(size) or b""
+
+
+def _tar_rows(piece: Piece, seed: int) -> Iterator[Row]:
+    """Members of one name up to its first dot, one after the other, are a row, as WebDataset has it."""
+    shard = printable(Path(piece.path).name)
+    with _Bounded(piece.path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        key, parts = "", {}  # type: tuple[str, dict[str, tuple[str, bytes | None]]]
+        while member := tar.next():
+            tar.members = []  # type: ignore[attr-defined]  # or it keeps all of them
+            path = PurePosixPath(member.name)
+            stem, dot, ending = path.name.partition(".")
+            kind = "picture" if ending.lower() in _PICTURES else ending.lower()
+            if not (dot and stem and member.isreg()) or kind not in ("picture", "json", "txt"):
+                continue
+            this = str(path.with_name(stem))
+            if this != key and parts:
+                yield _member_row(f"{shard}, {printable(key)[:500]}", parts, seed)
+                parts = {}
+            key = this
+            most = MOST_PICTURE if kind == "picture" else MOST_LINE
+            content = tar.extractfile(member) if member.size <= most and not member.issparse() else None
+            parts[kind] = member.name, content.read() if content else None
+        if parts:
+            yield _member_row(f"{shard}, {printable(key)[:500]}", parts, seed)
+
+
+def _member_row(where: str, parts: dict[str, tuple[str, bytes | None]], seed: int) -> Row:
+    try:
+        for name, content in parts.values():
+            if content is None:
+                raise InputError(f"{printable(name)[:500]}: found more bytes than are read, expected a smaller file")
+        entry = _object(parts["json"][1] or b"") if "json" in parts else {}
+        if "prompt" not in entry and "txt" in parts:
+            entry["prompt"] = (parts["txt"][1] or b"").decode("utf-8", "replace").strip()
+    except InputError as error:
+        return Row(where, error=f"{where}: {error}")
+    image, picture = parts.get("picture", (None, None))
+    return _row(where, {**entry, "image": image}, seed, picture)
