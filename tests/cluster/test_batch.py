@@ -170,6 +170,13 @@ def test_rows_are_handed_on_by_number_and_size(monkeypatch):
     assert list(together(iter([plain] * 5 + [large] * 2), 3)) == [[plain] * 3, [plain, plain, large], [large]]
 
 
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (20, 1), (64, 4), (1000, 16), (100_000, 16), (1_000_000, 100)])
+def test_groups(count, size):
+    pool = batch.Pool(1, 2, cpus=1, gpu=False)
+    assert batch.group_size([Piece("jsonl", "a", 0, 9, 1, count)], pool) == size
+    assert batch.group_size([Piece("tar", "a", 0, count * 100_000, 1, 0)], pool) == size
+
+
 def test_parquet(tmp_path):
     table = {"image": ["a.png", None, "c.png"], "prompt": [PROMPT, PROMPT, None], "seed": [1, 2, None], "more": [0] * 3}
     pq.write_table(pa.table(table), tmp_path / "a.parquet", row_group_size=2)
@@ -228,6 +235,12 @@ def test_damaged_parquet(tmp_path, keep):
         pieces_of(tmp_path / "a.parquet")
     (row,) = read_rows(Piece("parquet", str(tmp_path / "a.parquet"), 0, 1, 1, 1), 0)
     assert "found a damaged file" in row.error
+
+
+def test_a_file_that_another_machine_lacks():
+    for kind in ("jsonl", "parquet", "tar"):
+        (row,) = read_rows(Piece(kind, "/none/a", 0, 100, 1, 0), 0)
+        assert row.error.startswith("/none/a: cannot be read (")
 
 
 def test_shards(tmp_path):
@@ -577,7 +590,7 @@ def test_ten_thousand_rows_take_no_memory(tmp_path):
     assert figures["made"] == figures["clips"] == len(engine_log(tmp_path)) == 10_000
     print(figures)
     memory = figures["driver_rss_mb_by_tenth"]
-    assert memory[-1] - memory[4] < 10
+    assert memory[-1] - memory[4] < 10  # MB in 5 000 rows; the first part of the results loads libraries
 
 
 @pytest.mark.slow

@@ -43,8 +43,10 @@ _PART = re.compile(r"part-\d{5,}\.parquet")
 _ROWS_A_PART = 5000
 _SECONDS_A_PART = 60.0
 _NOTE_EVERY = 30.0  # seconds, where there is no terminal for a bar
-_MOST_GROUP = 16  # rows that a process is handed at a time
-_GROUPS_A_WORKER = 8  # at least, so that none is idle long while the last one works
+_MOST_GROUP = 16  # rows that a process is handed at a time, but in a batch of very many
+_GROUPS_A_WORKER = 8  # at least
+_MOST_GROUPS = 10_000  # Ray keeps about 9 KB of each (bench/ray_batch.py)
+_BYTES_A_ROW = 100_000  # of a shard, whose rows nobody counted
 _READERS = 2  # pieces that are read at a time
 
 
@@ -92,7 +94,7 @@ def make_clips(pieces: Sequence[Piece], work: Work, pool: Pool, seed: int, parts
     import ray
 
     total = sum(piece.rows for piece in pieces)
-    group = min(_MOST_GROUP, max(1, total // (pool.most * _GROUPS_A_WORKER)))
+    group = group_size(pieces, pool)
     counts = Counter(made=0, there=0, failed=0)
     try:
         with tqdm(total=total or None, desc="clips", unit="clip", disable=None, leave=False) as bar:
@@ -113,6 +115,14 @@ def make_clips(pieces: Sequence[Piece], work: Work, pool: Pool, seed: int, parts
         raise kind(f"Ray gave up: {one_line(cause, 500)}") from error
     parts.close()
     return counts
+
+
+def group_size(pieces: Sequence[Piece], pool: Pool) -> int:
+    """How many rows a process is handed at a time: few, so that none is idle long while the last one works, but not so
+    few that what Ray keeps of every group fills the driver's memory."""
+    rows = sum(piece.rows or (piece.stop - piece.start) // _BYTES_A_ROW for piece in pieces)
+    fair = min(_MOST_GROUP, rows // (pool.most * _GROUPS_A_WORKER))
+    return max(1, fair, rows // _MOST_GROUPS)
 
 
 def _streamed(pieces: Sequence[Piece], work: Work, pool: Pool, seed: int, group: int) -> Iterator[list[Result]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ def pieces_of(path: Path) -> list[Piece]:
     for file in files:
         size = check_plain(file, "a file of JSON Lines, .parquet or .tar; check the path")
         if file.suffix.lower() == ".tar":
-            pieces.append(Piece("tar", str(file), 0, size, 1, 0))
+            pieces.append(Piece("tar", os.path.abspath(file), 0, size, 1, 0))
         elif file.suffix.lower() == ".parquet":
             pieces += _parquet_pieces(file)
         else:
@@ -92,10 +93,14 @@ def dealt(pieces: Sequence[Piece]) -> list[list[Piece]]:
 
 
 def read_rows(piece: Piece, seed: int) -> Iterator[Row]:
-    """A piece's rows, `seed` where one has none. A damaged file ends in a row that says so."""
+    """A piece's rows, `seed` where one has none. A damaged file, and one that is not on this
+    machine, ends in a row that says so."""
     readers = {"jsonl": _line_rows, "parquet": _parquet_rows, "tar": _tar_rows}
     try:
         yield from readers[piece.kind](piece, seed)
+    except OSError as error:
+        name = printable(piece.path)
+        yield Row(name, error=f"{name}: cannot be read ({one_line(error)}), expected it at this path on all machines")
     except Exception as error:  # a hostile file can raise nearly anything from inside a reader
         name = printable(piece.path)
         yield Row(name, error=f"{name}: found a damaged file ({one_line(error)}), expected a {piece.kind} file")
@@ -163,13 +168,13 @@ def _line_pieces(path: Path, size: int) -> list[Piece]:
         while data := file.read(_SCAN):
             if at + len(data) - start >= share and (cut := data.rfind(b"\n") + 1):
                 lines += data.count(b"\n", 0, cut)
-                pieces.append(Piece("jsonl", str(path), start, at + cut, line, lines))
+                pieces.append(Piece("jsonl", os.path.abspath(path), start, at + cut, line, lines))
                 start, line, lines = at + cut, line + lines, data.count(b"\n", cut)
             else:
                 lines += data.count(b"\n")
             at += len(data)
     if at > start:
-        pieces.append(Piece("jsonl", str(path), start, at, line, lines + (not _ends_line(path, at))))
+        pieces.append(Piece("jsonl", os.path.abspath(path), start, at, line, lines + (not _ends_line(path, at))))
     return pieces
 
 
@@ -237,7 +242,7 @@ def _parquet_pieces(path: Path) -> list[Piece]:
         ) from error
     pieces, first = [], 1
     for group, count in enumerate(counts):
-        pieces.append(Piece("parquet", str(path), group, group + 1, first, count))
+        pieces.append(Piece("parquet", os.path.abspath(path), group, group + 1, first, count))
         first += count
     return pieces
 
