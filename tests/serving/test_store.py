@@ -13,6 +13,8 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+from postgres import postgres
+from sqlalchemy import create_engine, text
 
 from trip_rt.errors import InputError
 from trip_rt.serving.jobs import FINISHED, MOST_LOSSES, Failure, NewJob
@@ -35,9 +37,27 @@ def clock():
     return Clock()
 
 
+@pytest.fixture(scope="module")
+def server():
+    with postgres() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request, tmp_path):
+    """Of an empty database of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'jobs.db'}"
+    server = request.getfixturevalue("server")
+    with create_engine(server.replace(":", "+psycopg:", 1)).connect() as connection:
+        connection.execute(text("drop table if exists jobs_2"))
+        connection.commit()
+    return server
+
+
 @pytest.fixture
-def store(tmp_path, clock):
-    made = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}", lifetime=60, clock=clock)
+def store(url, clock):
+    made = JobStore(url, lifetime=60, clock=clock)
     yield made
     made.close()
 
@@ -184,8 +204,8 @@ def test_a_job_is_deleted_in_any_state(store):
     assert store.complete(begun, {}) is None and store.get(begun.id) is None
 
 
-def test_many_claim_at_once_and_each_job_is_claimed_once(tmp_path):
-    url = f"sqlite:///{tmp_path / 'jobs.db'}"
+@pytest.mark.parametrize("most", [1, 3])
+def test_many_claim_at_once_and_each_job_is_claimed_once(url, most):
     store = JobStore(url)
     ids = {add(store).id for _ in range(60)}
     claimed: list[str] = []
@@ -195,9 +215,9 @@ def test_many_claim_at_once_and_each_job_is_claimed_once(tmp_path):
         own = JobStore(url)
         start.wait()
         mine = []
-        while jobs := claim(own):
+        while jobs := claim(own, most=most):
             mine += [job.id for job in jobs]
-            assert own.complete(jobs[0], {})
+            assert all(own.complete(job, {}) for job in jobs)
         own.close()
         return mine
 
@@ -206,6 +226,54 @@ def test_many_claim_at_once_and_each_job_is_claimed_once(tmp_path):
             claimed += mine
     assert len(claimed) == 60 and set(claimed) == ids and store.counts() == {("demo", "completed"): 60}
     store.close()
+
+
+def test_many_ask_at_once_with_one_key_and_there_is_one_job(url):
+    stores = [JobStore(url) for _ in range(4)]
+    start = threading.Barrier(4)
+
+    def ask(store: JobStore) -> tuple[str, bool]:
+        start.wait()
+        job, is_new = store.add(new(key="k"), 100)
+        return job.id, is_new
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(ask, stores))
+    assert len({id for id, _ in answers}) == 1 and [is_new for _, is_new in answers].count(True) == 1
+    for store in stores:
+        store.close()
+
+
+def test_a_worker_that_falls_silent_loses_its_jobs(store, clock):
+    for _ in range(3):
+        add(store)
+    spoke, stepped, silent = claim(store, most=3)
+    clock.now += 8
+    assert store.renew([spoke]) == {spoke.id} and store.step(stepped, 3)
+    assert store.give_back_silent(10, LOST) == []
+    clock.now += 3
+    assert [job.id for job in store.give_back_silent(10, LOST)] == [silent.id]
+    assert store.renew([spoke, silent]) == {spoke.id} and store.renew([]) == set()
+    assert {job.id for job in store.several([spoke.id, silent.id, "none"])} == {spoke.id, silent.id}
+    (again,) = claim(store)
+    assert again.id == silent.id and store.renew([silent, again]) == {again.id} and not store.complete(silent, {})
+
+
+def test_what_all_results_take(store):
+    for size in (1, 20, 300):
+        add(store)
+        (job,) = claim(store)
+        assert store.complete(job, {"bytes": size})
+    store.delete(job.id)
+    assert store.result_bytes() == 21
+
+
+def test_since_when_models_have_jobs_waiting(store, clock):
+    add(store, model="one")
+    clock.now += 1
+    add(store, model="two")
+    add(store, model="one")
+    assert store.waiting_since() == {"one": 1000.0, "two": 1001.0}
 
 
 def test_a_process_that_is_killed_loses_no_job_that_was_promised(tmp_path):
@@ -229,12 +297,14 @@ os.kill(os.getpid(), signal.SIGKILL)
     store.close()
 
 
-def test_readers_do_not_wait_for_a_writer(store, tmp_path):
+def test_readers_do_not_wait_for_a_writer(tmp_path):
+    store = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}")
     job = add(store)
     writer = sqlite3.connect(tmp_path / "jobs.db", isolation_level=None)
     writer.execute("BEGIN IMMEDIATE")
     assert store.get(job.id).state == "queued" and store.page("", None, 5)[0][0].id == job.id
     writer.close()
+    store.close()
 
 
 @pytest.mark.parametrize("url", ["nonsense", "sqlite:////nowhere/jobs.db", "mystery://host/jobs"])
@@ -252,7 +322,7 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.store = JobStore("sqlite://")
+        self.store = JobStore("sqlite://")  # in memory
         self.finished: dict[str, tuple[str, object]] = {}
 
     @rule(target=jobs)

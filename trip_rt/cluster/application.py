@@ -37,7 +37,7 @@ from trip_rt.serving.metrics import Metrics
 from trip_rt.serving.models import read_models
 from trip_rt.serving.routes import create_app
 from trip_rt.serving.store import JobStore
-from trip_rt.serving.worker import Worker
+from trip_rt.serving.worker import Worker, end_with_thread
 
 _OPENER = "trip_rt.serving.worker:open_animator"
 _QUEUED = "queued"
@@ -96,6 +96,7 @@ class Engines:
             options.engines,
             drafts,
         )
+        threading.excepthook = end_with_thread  # Ray replaces this process
         module, _, name = options.opener.partition(":")
         worker = Worker(self._end, getattr(importlib.import_module(module), name), options.open_models)
         self._thread = threading.Thread(target=worker.run, name="worker", daemon=True)

@@ -86,7 +86,8 @@ class StoreEnd:
         self._jobs: dict[str, Job] = {}  # the worker's
         self._noted: dict[str, float] = {}  # when progress of each was
         self._ready: dict[str, Ready] = {}
-        self._model = next(iter(models))  # that is open
+        self._model = next(iter(models))  # that is open, or will be
+        self._openings: queue.SimpleQueue[str] = queue.SimpleQueue()  # models that the worker was told to open
         self._hungry, self._idle, self._stopping = threading.Event(), threading.Event(), threading.Event()
         self._idle.set()
         self._heard = time.monotonic()
@@ -108,21 +109,17 @@ class StoreEnd:
             case Made() | Failed() | Dropped():
                 self._answered(message)
             case Ready():
-                self._ready[self._model] = message
-                self._surely(self._roster.note, self._worker, self._model, msgspec.to_builtins(message))
-                log.info("worker ready", extra={"model": self._model, "backend": message.engine["backend"]})
-                if not self._jobs:
-                    self._hungry.set()
+                self._note_ready(self._openings.get(), message)
             case Refused(reason):
                 if not self._ready:
                     self.refusal = reason
-                log.error("worker refused: %s", reason, extra={"model": self._model})
+                log.error("worker refused: %s", reason, extra={"model": self._openings.get()})
 
     # Its owner's.
 
     def start(self) -> None:
         """Have the first model opened, and claim jobs from then on."""
-        self._outbox.put(self._opening(self._model))
+        self._have_opened(self._model)
         for work in (self._claim_jobs, self._keep_alive):
             threading.Thread(target=work, name=work.__name__, daemon=True).start()
 
@@ -151,14 +148,22 @@ class StoreEnd:
             self._surely(self._store.give_back, job)
         with contextlib.suppress(StoreUnavailable):
             self._roster.remove(self._worker)
-        self._outbox.put(None)
 
     # Between them.
 
-    def _opening(self, model: str) -> Open:
+    def _have_opened(self, model: str) -> None:
         chosen, choice = self._models[model], self._choice
         place = str(chosen.bundle), chosen.profile.name
-        return Open(*place, choice.backend, choice.device, choice.threads, str(self._drafts))
+        self._openings.put(model)
+        self._outbox.put(Open(*place, choice.backend, choice.device, choice.threads, str(self._drafts)))
+
+    def _note_ready(self, model: str, ready: Ready) -> None:
+        if model not in self._ready:
+            self._surely(self._roster.note, self._worker, model, msgspec.to_builtins(ready))
+            log.info("worker ready", extra={"model": model, "backend": ready.engine["backend"]})
+        self._ready[model] = ready
+        if not self._jobs:
+            self._hungry.set()
 
     def _claim_jobs(self) -> None:
         pause = _SHORTEST_LOOK
@@ -204,7 +209,7 @@ class StoreEnd:
             self._jobs |= {job.id: job for job, _ in claimed}
         if model != self._model:
             self._model = model
-            self._outbox.put(self._opening(model))
+            self._have_opened(model)
         clips = tuple(clip_of(job, picture) for job, picture in claimed)
         self._outbox.put(Make(clips, claimed[0][0].request["settings"]))
 

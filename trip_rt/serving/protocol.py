@@ -22,7 +22,8 @@ MOST_BYTES = 1 << 30  # of a message; a picture or a chunk of frames is far belo
 
 
 class Open(msgspec.Struct, frozen=True, tag=True):
-    """The first message: which bundle to open, and how. Another one says that the next clips are of another bundle."""
+    """The first message: which bundle to open, and how. Another one says that the next clips are of another bundle.
+    Each is answered by Ready or Refused."""
 
     bundle: str
     profile: str

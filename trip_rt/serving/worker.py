@@ -71,7 +71,7 @@ class Worker:
         self._server, self._opener, self._kept = server, opener, kept
         self._inbox: queue.SimpleQueue[Open | Make] = queue.SimpleQueue()
         self._unencoded: queue.Queue[tuple[Clip, Frames, dict[str, float], tuple[str, ...]]] = queue.Queue(maxsize=1)
-        self._open: OrderedDict[Open, Animator] = OrderedDict()
+        self._open: OrderedDict[Open, tuple[Animator, Ready]] = OrderedDict()
         self._mine: set[str] = set()  # jobs handed over and not yet answered
         self._dropped: set[str] = set()  # of these, those that nobody wants any more
 
@@ -115,15 +115,15 @@ class Worker:
                     self._answer(clip, Failed(clip.job, clip.attempt, code, refusal[:500]))
 
     def _opened(self, opening: Open) -> Animator:
-        """The engines of a bundle, warm."""
-        if opening in self._open:
-            self._open.move_to_end(opening)
-            return self._open[opening]
-        while len(self._open) >= self._kept:  # before there are more: memory holds as many, and no more
-            self._open.popitem(last=False)[1].close()
-        animator = self._opener(opening)
-        self._server.send(self._warmed_up(animator, Path(opening.results)))
-        self._open[opening] = animator
+        """The engines of a bundle, warm; the server is told that they are ready."""
+        if opening not in self._open:
+            while len(self._open) >= self._kept:  # before there are more: memory holds as many, and no more
+                self._open.popitem(last=False)[1][0].close()
+            animator = self._opener(opening)
+            self._open[opening] = animator, self._warmed_up(animator, Path(opening.results))
+        self._open.move_to_end(opening)
+        animator, ready = self._open[opening]
+        self._server.send(ready)
         return animator
 
     def _listen(self) -> None:
@@ -236,7 +236,7 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
-def _end_with_thread(error: threading.ExceptHookArgs) -> None:
+def end_with_thread(error: threading.ExceptHookArgs) -> None:
     """End the process where one of its threads fails: the server replaces it, and would only find it hanging."""
     threading.__excepthook__(error)
     os._exit(1)
@@ -245,7 +245,7 @@ def _end_with_thread(error: threading.ExceptHookArgs) -> None:
 def main() -> int:
     """`python -m trip_rt.serving.worker FD`: serve the server at the other end of that socket."""
     _end_with_parent()
-    threading.excepthook = _end_with_thread
+    threading.excepthook = end_with_thread
     # Both reach every process of a terminal or a service; what becomes of the work is the server's to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
