@@ -550,9 +550,9 @@ def test_the_command_on_ray(ray_address, tiny_bundle, tiny_animator, tmp_path):
         assert (tmp_path / "out" / "clips" / f"{key}.mp4").read_bytes() == (tmp_path / "own.mp4").read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_driver_that_ends_early(ray_address, tmp_path, number):
-    """After kill -9 and after SIGTERM a second run makes what the first did not, and nothing else."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_a_driver_that_ends_early(ray_address, tmp_path, number, code):
+    """After kill -9 and after Ctrl-C a second run makes what the first did not, and nothing else."""
     count, script = 60, [sys.executable, ROOT / "bench" / "ray_batch.py", tmp_path]
     options = ["--rows", str(count), "--sleep", "0.15", "--ray", ray_address]
     with subprocess.Popen([*script, *options], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
@@ -561,7 +561,7 @@ def test_a_driver_that_ends_early(ray_address, tmp_path, number):
             time.sleep(0.05)
         process.send_signal(number)
         process.stderr.read()
-    assert process.returncode == (-9 if number == signal.SIGKILL else 143)
+    assert process.returncode == code
     done = {path.name for path in (tmp_path / "clips").glob("*.mp4")}
     assert 10 <= len(done) < count
     counts = run_rows(tmp_path / "rows.jsonl", sleeping_work(tmp_path, 0.0))

@@ -73,7 +73,7 @@ def run_on_ray(args: argparse.Namespace) -> int:
                     work = replace(work, options=replace(work.options, threads=pool.cpus))
                 counts = make_clips(pieces, work, pool, args.seed, ResultParts(folder / RESULTS))
         finally:
-            swept(folder / CLIPS)
+            swept(folder / CLIPS, tries=True)
             swept(folder / RESULTS)
     if not sum(counts.values()):
         raise InputError(f"{args.batch}: found no rows, expected a clip a row; see trip-animate --help")
