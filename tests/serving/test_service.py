@@ -273,7 +273,7 @@ def test_a_completion_is_noted_once_the_store_can_be_written_to(tmp_path, monkey
             await side.make(claimed)
             assert next(fails, None) is None
             found = await service.get(job.id, "")
-            assert found.state == "completed" and service.file(found, results.VIDEO).is_file()
+            assert found.state == "completed" and (await service.file(found, results.VIDEO)).is_file()
             check_at_rest(service, tmp_path, f"{job.id}-1")
 
     run(test())
