@@ -19,7 +19,7 @@ from trip_rt.serving.store import JobStore
 log = logging.getLogger("trip-serve")
 
 LOST = Failure("worker_lost", f"{MOST_LOSSES} times the worker that made this clip fell silent")
-_FOLLOWED_EVERY = 0.05  # seconds between two looks at the jobs that somebody listens to
+_FOLLOWED_EVERY = 0.02  # seconds between two looks at the jobs that somebody listens to
 _LOOKED_AFTER_EVERY = 1.0  # at the workers, and at what they left
 _SWEPT_EVERY = 600.0  # at results that no job has
 

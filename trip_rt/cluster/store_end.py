@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
+import random
 import shutil
 import threading
 import time
@@ -50,7 +51,9 @@ T = TypeVar("T")
 HEARD_EVERY = 1.0  # seconds between two notes that a worker lives and has its jobs
 SILENT_S = 10.0  # after which it is lost
 _NOTED_EVERY = 0.2  # seconds between two notes of a job's progress, at each of which it learns of a cancel
-_SHORTEST_LOOK, _LONGEST_LOOK = 0.005, 0.25  # seconds between two looks at an empty queue
+# Looks at an empty queue, of all workers together: whoever looks first takes the job, so that a job waits as short a
+# time for one of many workers that look rarely as for one that looks often, and the database has no more to do.
+_LOOKS_A_SECOND = 200
 _PATIENCE = 2.0  # seconds that a job of another model waits for before a worker changes models
 _TRIED_AGAIN_AFTER = 1.0  # seconds, where a change must be noted and the store does not answer
 _LEAST_HANG, _HANG_STEPS = 30.0, 100  # as in serving.workers
@@ -91,6 +94,7 @@ class StoreEnd:
         self._hungry, self._idle, self._stopping = threading.Event(), threading.Event(), threading.Event()
         self._idle.set()
         self._heard = time.monotonic()
+        self._colleagues = 1  # workers that there are
         self.refusal = ""  # why the worker cannot open its first bundle
 
     # The worker's.
@@ -166,7 +170,6 @@ class StoreEnd:
             self._hungry.set()
 
     def _claim_jobs(self) -> None:
-        pause = _SHORTEST_LOOK
         while True:
             self._hungry.wait()
             if self._stopping.is_set():
@@ -177,12 +180,11 @@ class StoreEnd:
                 claimed = self._claim()
             except StoreUnavailable as error:
                 log.error("cannot look for jobs: %s", error)
-                claimed, pause = [], _TRIED_AGAIN_AFTER
-            if not claimed:
-                time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_LOOK)
+                time.sleep(_TRIED_AGAIN_AFTER)
                 continue
-            pause = _SHORTEST_LOOK
+            if not claimed:
+                time.sleep(self._colleagues / _LOOKS_A_SECOND * random.uniform(0.5, 1.5))
+                continue
             if claimed[0][0].losses:
                 self._idle.wait()
             self._hand_over(claimed)
@@ -259,6 +261,7 @@ class StoreEnd:
             try:
                 ours = self._store.renew(jobs)
                 self._roster.heard(self._worker)
+                self._colleagues = max(1, len({entry.worker for entry in self._roster.entries()}))
             except StoreUnavailable as error:
                 log.error("cannot say that this worker lives: %s", error)
                 continue

@@ -1,7 +1,8 @@
-"""An Animator whose engines sleep, for tests of what is around them: Ray, queues, losses."""
+"""An Animator whose engines sleep, for tests and measurements of what is around them: Ray, queues, losses."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from trip_rt.bundle import read_manifest
 from trip_rt.serving.protocol import Open
 
-STEP_S = 0.02
+STEP_S = float(os.environ.get("SLEEPING_STEP_S", "0.02"))
 
 
 class SleepingAnimator:
