@@ -85,11 +85,10 @@ class Served:
             grace=1,
         )
         serve.run(build(arguments_of(options)), name=NAME, route_prefix="/")
-        roster, until = Roster(self.url, 10), time.monotonic() + 180
+        roster, until = Roster(self.store.database, 10), time.monotonic() + 180
         while len(roster.entries()) != replicas:
             assert time.monotonic() < until, f"{len(roster.entries())} of {replicas} replicas"
             time.sleep(0.1)
-        roster.close()
 
     def add(self, count: int, steps: int = STEPS) -> list[Job]:
         """Jobs, put straight into the queue."""
@@ -97,7 +96,7 @@ class Served:
 
     def _new(self, seed: int, steps: int) -> Any:
         fields = ClipFields(prompt="a red ball rolls", seed=seed, num_inference_steps=steps)
-        return new_job(fields, _picture(), self.model, Limits(steps=1000), "", None)
+        return new_job(fields, small_picture(), self.model, Limits(steps=1000), "", None)
 
     def finished(self, jobs: list[Job], seconds: float) -> list[Job]:
         """The jobs, once all are."""
@@ -235,14 +234,14 @@ class _Listener:
             time.sleep(0.2)
 
 
-def _picture() -> bytes:
+def small_picture() -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (64, 48), (200, 30, 30)).save(file, "PNG")
     return file.getvalue()
 
 
 def _data_url() -> str:
-    return "data:image/png;base64," + base64.b64encode(_picture()).decode()
+    return "data:image/png;base64," + base64.b64encode(small_picture()).decode()
 
 
 def main() -> None:

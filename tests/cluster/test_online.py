@@ -54,17 +54,18 @@ class Place:
     def worker(self, opener=open_animator, kept=1):
         self._workers += 1
         drafts = self.folder / f"drafts-{self._workers}"
-        models, roster = read_models(self.bundles, 1), Roster(self.url, 10)
+        models, store = read_models(self.bundles, 1), JobStore(self.url)
         name = f"worker-{self._workers}"
-        end = StoreEnd(name, models, JobStore(self.url), roster, self.results, EngineChoice(threads=1), drafts)
+        end = StoreEnd(name, models, store, Roster(store.database, 10), self.results, EngineChoice(threads=1), drafts)
         threading.Thread(target=Worker(end, opener, kept).run, daemon=True).start()
         end.start()
         return end
 
     @contextlib.asynccontextmanager
     async def service(self):
-        models, roster = read_models(self.bundles, 1), Roster(self.url, 10)
-        service = SharedService(models, JobStore(self.url), roster, self.results, Metrics(), 100, 1 << 30)
+        models, store = read_models(self.bundles, 1), JobStore(self.url)
+        roster = Roster(store.database, 10)
+        service = SharedService(models, store, roster, self.results, Metrics(), 100, 1 << 30)
         service.begin()
         try:
             yield service
@@ -180,7 +181,7 @@ def test_a_worker_that_stops_gives_its_jobs_back_without_a_loss(place):
     until(lambda: place.store.get(job.id).state == "in_progress")
     worker.stop(0.1)
     found = place.store.get(job.id)
-    assert (found.state, found.losses) == ("queued", 0) and Roster(place.url, 10).entries() == []
+    assert (found.state, found.losses) == ("queued", 0) and Roster(place.store.database, 10).entries() == []
 
 
 @pytest.fixture
@@ -205,7 +206,7 @@ def test_a_worker_opens_the_model_that_is_asked_for_and_frees_the_other(two_mode
     assert {job.state for job in made} == {"completed"}
     # Those of the open model go first, while the others have waited for less than two seconds.
     assert len(opened) == 2 and made[2].finished_at < made[1].finished_at
-    assert {entry.model for entry in Roster(place.url, 10).entries()} == {"tiny", "other"}
+    assert {entry.model for entry in Roster(place.store.database, 10).entries()} == {"tiny", "other"}
     worker.stop(1)
 
 

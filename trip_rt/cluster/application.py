@@ -91,7 +91,7 @@ class Engines:
             uuid4().hex,
             models,
             store,
-            Roster(options.store, SILENT_S),
+            Roster(store.database, SILENT_S),
             SharedResults(options.results, drafts / "cache"),
             options.engines,
             drafts,
@@ -133,7 +133,7 @@ class Ingress:
         self._service = SharedService(
             read_models(options.bundles, options.replicas[0]),
             store,
-            Roster(options.store, SILENT_S),
+            Roster(store.database, SILENT_S),
             SharedResults(options.results, Path(self._folder.name)),
             Metrics(),
             options.max_queued,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import JSON, Column, Float, MetaData, String, Table, select
+from sqlalchemy import JSON, Column, Float, MetaData, String, Table, func, select
 
 from trip_rt.serving.database import Database
 
@@ -31,11 +31,11 @@ class Entry:
 
 
 class Roster:
-    """`url` is of a Database. One that was not heard for `silent_s` is no more. Every method may raise
-    StoreUnavailable."""
+    """A worker that was not heard for `silent_s` is no more. Every method may raise StoreUnavailable."""
 
-    def __init__(self, url: str, silent_s: float, clock: Callable[[], float] = time.time):
-        self._database, self._silent_s, self._clock = Database(url, _WORKERS), silent_s, clock
+    def __init__(self, database: Database, silent_s: float, clock: Callable[[], float] = time.time):
+        database.have(_WORKERS)
+        self._database, self._silent_s, self._clock = database, silent_s, clock
 
     def note(self, worker: str, model: str, ready: dict[str, Any]) -> None:
         """A worker has opened a model."""
@@ -55,6 +55,12 @@ class Roster:
         with self._database.reading() as connection:
             return [Entry(*row) for row in connection.execute(query).all()]
 
+    def count(self) -> int:
+        """How many live now."""
+        query = select(func.count(_WORKERS.c.worker.distinct())).where(_WORKERS.c.heard_at > self._since())
+        with self._database.reading() as connection:
+            return int(connection.execute(query).scalar_one())
+
     def remove(self, worker: str) -> None:
         """A worker has ended."""
         with self._database.transaction() as connection:
@@ -64,10 +70,6 @@ class Roster:
         """Forget those that are no more."""
         with self._database.transaction() as connection:
             connection.execute(_WORKERS.delete().where(_WORKERS.c.heard_at <= self._since()))
-
-    def close(self) -> None:
-        """Close all connections."""
-        self._database.close()
 
     def _since(self) -> float:
         return self._clock() - self._silent_s

@@ -53,11 +53,6 @@ class SharedService(Service):
         self._spawn(self._keep_places())
         self._spawn(self._expire())
 
-    async def close(self) -> None:
-        """As Service.close."""
-        await super().close()
-        self._roster.close()
-
     def _stop_work(self, job: Job) -> None:
         """Nothing to do: its worker finds in the database that the job is no longer its own."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import queue
 import random
 import shutil
@@ -48,9 +49,13 @@ log = logging.getLogger("trip-serve")
 P = ParamSpec("P")
 T = TypeVar("T")
 
-HEARD_EVERY = 1.0  # seconds between two notes that a worker lives and has its jobs
+HEARD_EVERY = (
+    2.0  # seconds between two notes that a worker lives and has its jobs, at each of which it learns of cancels
+)
 SILENT_S = 10.0  # after which it is lost
-_NOTED_EVERY = 0.2  # seconds between two notes of a job's progress, at each of which it learns of a cancel
+_COUNTED_EVERY = 10.0  # seconds between two counts of the workers
+# Notes of progress, of all workers together, and as rarely as that of one: at each it learns of a cancel, too.
+_NOTES_A_SECOND, _NOTED_EVERY = 500, 0.2
 # Looks at an empty queue, of all workers together: whoever looks first takes the job, so that a job waits as short a
 # time for one of many workers that look rarely as for one that looks often, and the database has no more to do.
 _LOOKS_A_SECOND = 200
@@ -217,7 +222,8 @@ class StoreEnd:
 
     def _stepped(self, id: str, done: int) -> None:
         job = self._jobs.get(id)
-        if job is None or time.monotonic() - self._noted.get(id, 0.0) < _NOTED_EVERY:
+        every = max(_NOTED_EVERY, self._colleagues / _NOTES_A_SECOND)
+        if job is None or time.monotonic() - self._noted.get(id, 0.0) < every:
             return
         self._noted[id] = time.monotonic()
         with contextlib.suppress(StoreUnavailable):  # the next note will do
@@ -253,6 +259,7 @@ class StoreEnd:
             self._results.remove(name, made.bytes)
 
     def _keep_alive(self) -> None:
+        counted = -math.inf
         while not self._stopping.wait(HEARD_EVERY):
             if self.hangs:
                 continue  # its jobs are given back, and it is replaced
@@ -261,7 +268,9 @@ class StoreEnd:
             try:
                 ours = self._store.renew(jobs)
                 self._roster.heard(self._worker)
-                self._colleagues = max(1, len({entry.worker for entry in self._roster.entries()}))
+                if time.monotonic() - counted > _COUNTED_EVERY:
+                    counted = time.monotonic()
+                    self._colleagues = max(1, self._roster.count())
             except StoreUnavailable as error:
                 log.error("cannot say that this worker lives: %s", error)
                 continue

@@ -14,6 +14,7 @@ from trip_rt.errors import InputError, one_line
 _READS = "trip_rt_reads"  # the option of a connection that changes nothing
 _WAIT = 5  # seconds that a transaction waits for another one's lock
 _POSTGRES = "postgresql:"
+_KEPT = 2  # connections of a process that stay open: a server of many workers has few for each
 
 
 class StoreUnavailable(Exception):
@@ -21,19 +22,20 @@ class StoreUnavailable(Exception):
 
 
 class Database:
-    """`url` is SQLAlchemy's, such as sqlite:///jobs.db or postgresql://user@host/name; `tables` are made where they are
-    missing. InputError where there is no database to be had."""
+    """`url` is SQLAlchemy's, such as sqlite:///jobs.db or postgresql://user@host/name. InputError where there is no
+    database to be had."""
 
-    def __init__(self, url: str, *tables: Table):
-        try:
+    def __init__(self, url: str):
+        with _openable():
             self._engine = _open(url)
-            for table in tables:
-                self._make(table)
-        except (SQLAlchemyError, ImportError, ValueError) as error:
-            raise InputError(
-                f"jobs: cannot open the database ({one_line(error)}), expected one such as sqlite:///jobs.db or"
-                " postgresql://user@host/name"
-            ) from error
+
+    def have(self, table: Table) -> None:
+        """Make the table where it is missing; InputError where the database does not answer."""
+        with _openable():
+            try:
+                table.create(self._engine, checkfirst=True)
+            except SQLAlchemyError:  # of many processes that start at once, another made it
+                table.create(self._engine, checkfirst=True)
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
@@ -55,11 +57,16 @@ class Database:
         """Close all connections."""
         self._engine.dispose()
 
-    def _make(self, table: Table) -> None:
-        try:
-            table.create(self._engine, checkfirst=True)
-        except SQLAlchemyError:  # of many processes that start at once, another made it
-            table.create(self._engine, checkfirst=True)
+
+@contextmanager
+def _openable() -> Iterator[None]:
+    try:
+        yield
+    except (SQLAlchemyError, ImportError, ValueError) as error:
+        raise InputError(
+            f"jobs: cannot open the database ({one_line(error)}), expected one such as sqlite:///jobs.db or"
+            " postgresql://user@host/name"
+        ) from error
 
 
 @contextmanager
@@ -74,7 +81,12 @@ def _available() -> Iterator[None]:
 
 def _open(url: str) -> Engine:
     if url.startswith(_POSTGRES):
-        return create_engine(url.replace(_POSTGRES, "postgresql+psycopg:", 1), pool_pre_ping=True)
+        return create_engine(
+            url.replace(_POSTGRES, "postgresql+psycopg:", 1),
+            pool_pre_ping=True,
+            pool_size=_KEPT,
+            connect_args={"prepare_threshold": None},  # statements that are prepared do not go through every pooler
+        )
     if not url.startswith("sqlite:"):
         return create_engine(url)
     engine = create_engine(url, connect_args={"timeout": _WAIT})

@@ -79,7 +79,8 @@ class JobStore:
 
     def __init__(self, url: str, lifetime: float = 86400, clock: Callable[[], float] = time.time):
         self._lifetime, self._clock = lifetime, clock
-        self._database = Database(url, _JOBS)
+        self.database = Database(url)
+        self.database.have(_JOBS)
 
     def add(self, new: NewJob, most_queued: int) -> tuple[Job, bool]:
         """A new job at the queue's end, and True; or the one that the same owner added with the same key, and False.
@@ -90,7 +91,7 @@ class JobStore:
             return self._add(new, most_queued)
 
     def _add(self, new: NewJob, most_queued: int) -> tuple[Job, bool]:
-        with self._database.transaction() as connection:
+        with self.database.transaction() as connection:
             if new.idempotency_key is not None:
                 same = (_JOBS.c.owner == new.owner) & (_JOBS.c.idempotency_key == new.idempotency_key)
                 if row := connection.execute(select(*_ROW, _JOBS.c.fingerprint).where(same)).first():
@@ -113,13 +114,13 @@ class JobStore:
 
     def get(self, id: str, owner: str | None = None) -> Job | None:
         """The job of that id; None where there is none, or another's."""
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             row = connection.execute(select(*_ROW).where(_is(id, owner))).first()
         return _job(row) if row else None
 
     def several(self, ids: Collection[str]) -> list[Job]:
         """The jobs of these ids that there are."""
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             rows = connection.execute(select(*_ROW).where(_JOBS.c.id.in_(ids))).all()
         return [_job(row) for row in rows]
 
@@ -128,7 +129,7 @@ class JobStore:
         more; None where `after` is no job of theirs."""
         number = _JOBS.c.number
         query = select(*_ROW).where(_JOBS.c.owner == owner).order_by(number if ascending else number.desc())
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             if after is not None:
                 place = connection.execute(select(number).where(_is(after, owner))).scalar()
                 if place is None:
@@ -140,30 +141,30 @@ class JobStore:
     def waiting(self, model: str) -> list[tuple[str, int]]:
         """Id and steps of each of the model's queued jobs, the next one first."""
         query = select(_JOBS.c.id, _JOBS.c.steps).where((_JOBS.c.state == "queued") & (_JOBS.c.model == model))
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             return [(row[0], row[1]) for row in connection.execute(query.order_by(_JOBS.c.number)).all()]
 
     def waiting_since(self) -> dict[str, float]:
         """When the oldest queued job of each model that has any was created."""
         query = select(_JOBS.c.model, func.min(_JOBS.c.created_at)).where(_JOBS.c.state == "queued")
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             return {row[0]: row[1] for row in connection.execute(query.group_by(_JOBS.c.model)).all()}
 
     def counts(self) -> dict[tuple[str, State], int]:
         """How many jobs there are of each model and state."""
         query = select(_JOBS.c.model, _JOBS.c.state, func.count()).group_by(_JOBS.c.model, _JOBS.c.state)
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             return {(row[0], row[1]): row[2] for row in connection.execute(query).all()}
 
     def completed(self) -> list[Job]:
         """All jobs that have a result."""
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             rows = connection.execute(select(*_ROW).where(_JOBS.c.state == "completed")).all()
         return [_job(row) for row in rows]
 
     def result_bytes(self) -> int:
         """Of all results together."""
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             return int(connection.execute(select(func.sum(_JOBS.c.result_bytes))).scalar() or 0)
 
     def claim(self, model: str, most: int = 1) -> list[tuple[Job, bytes]]:
@@ -172,7 +173,7 @@ class JobStore:
         loss."""
         waits = (_JOBS.c.state == "queued") & (_JOBS.c.model == model)
         oldest = select(_JOBS.c.id, _JOBS.c.batch_key, _JOBS.c.losses).where(waits).order_by(_JOBS.c.number).limit(1)
-        with self._database.transaction() as connection:
+        with self.database.transaction() as connection:
             first = connection.execute(oldest.with_for_update(skip_locked=True)).first()
             if first is None:
                 return []
@@ -203,7 +204,7 @@ class JobStore:
         where = ours & (_JOBS.c.state == "in_progress")
         if not jobs:
             return set()
-        with self._database.transaction() as connection:
+        with self.database.transaction() as connection:
             connection.execute(_JOBS.update().where(where).values(heard_at=self._clock()))
             return set(connection.execute(select(_JOBS.c.id).where(where)).scalars())
 
@@ -230,7 +231,7 @@ class JobStore:
     def give_back_silent(self, seconds: float, loss: Failure) -> list[Job]:
         """The same with every job in progress that no worker has said it has for so many seconds."""
         silent = (_JOBS.c.state == "in_progress") & (_JOBS.c.heard_at <= self._clock() - seconds)
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             rows = connection.execute(select(*_ROW).where(silent)).all()
         return [given for given in (self.give_back(_job(row), loss) for row in rows) if given]
 
@@ -240,7 +241,7 @@ class JobStore:
 
     def cancel(self, id: str, owner: str) -> tuple[Job, Job] | None:
         """The job before and after it was cancelled; None where it is finished or there is none of that owner's."""
-        with self._database.transaction() as connection:
+        with self.database.transaction() as connection:
             where = _is(id, owner) & _JOBS.c.state.not_in(FINISHED)
             row = connection.execute(select(*_ROW).where(where).with_for_update()).first()
             if row is None:
@@ -250,25 +251,25 @@ class JobStore:
 
     def delete(self, id: str, owner: str | None = None) -> Job | None:
         """Forget a job: what it was until then; None where there is none of that owner's."""
-        with self._database.transaction() as connection:
+        with self.database.transaction() as connection:
             row = connection.execute(select(*_ROW).where(_is(id, owner)).with_for_update()).first()
             connection.execute(_JOBS.delete().where(_is(id, owner)))
         return _job(row) if row else None
 
     def expired(self) -> list[Job]:
         """Finished jobs whose time is over."""
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             rows = connection.execute(select(*_ROW).where(_JOBS.c.expires_at <= self._clock())).all()
         return [_job(row) for row in rows]
 
     def close(self) -> None:
         """Close all connections."""
-        self._database.close()
+        self.database.close()
 
     def _change(self, job: Job, values: dict[str, Any]) -> Job | None:
         """The changed job, read in the same transaction: where that fails, nothing was changed."""
         where = (_JOBS.c.id == job.id) & (_JOBS.c.state == "in_progress") & (_JOBS.c.attempt == job.attempt)
-        with self._database.transaction() as connection:
+        with self.database.transaction() as connection:
             if connection.execute(_JOBS.update().where(where).values(values)).rowcount != 1:
                 return None
             return _job(connection.execute(select(*_ROW).where(_JOBS.c.id == job.id)).one())
