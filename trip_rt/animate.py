@@ -20,7 +20,15 @@ from trip_rt.animator import Animation, Animator
 from trip_rt.bundle import read_manifest
 from trip_rt.clip_requests import Job, Pictures, check_jobs, read_batch
 from trip_rt.cluster.session import LOCAL
-from trip_rt.command_line import CommandParser, add_json_flag, add_settings, main_of, report, settings_of
+from trip_rt.command_line import (
+    CommandParser,
+    add_json_flag,
+    add_settings,
+    fewest_and_most,
+    main_of,
+    report,
+    settings_of,
+)
 from trip_rt.config import ControlConfig
 from trip_rt.control import check_points
 from trip_rt.enlarge import enlarged
@@ -70,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--ray-workers",
-        type=workers_of,
+        type=fewest_and_most,
         metavar="N|MIN:MAX",
         help="processes of --ray, each with --threads CPUs or a GPU (as many as there is room for)",
     )
@@ -298,15 +306,6 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     if any(value is None for value in single):
         raise InputError("expected IMAGE, PROMPT and -o CLIP or --live, or --batch FILE; see trip-animate --help")
     return [Job(args.image, args.prompt, args.output, args.seed)]
-
-
-def workers_of(text: str) -> tuple[int, int]:
-    """The argument N or MIN:MAX as the least and the most processes."""
-    least, colon, most = text.partition(":")
-    numbers = [int(part) for part in (least, most if colon else least) if part.isdecimal() and len(part) < 6]
-    if len(numbers) < 2 or not 1 <= numbers[0] <= numbers[1]:
-        raise argparse.ArgumentTypeError(f"found {text[:50]!r}, expected N or MIN:MAX such as 4 or 1:8")
-    return numbers[0], numbers[1]
 
 
 @contextmanager

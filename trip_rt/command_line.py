@@ -143,3 +143,12 @@ def size_of(text: str) -> tuple[int, int]:
     if not (cross and width.isdecimal() and height.isdecimal()):
         raise argparse.ArgumentTypeError(f"found {text!r}, expected WIDTHxHEIGHT such as 256x256")
     return int(height), int(width)
+
+
+def fewest_and_most(text: str) -> tuple[int, int]:
+    """The argument N or MIN:MAX as two whole numbers from 1."""
+    least, colon, most = text.partition(":")
+    numbers = [int(part) for part in (least, most if colon else least) if part.isdecimal() and len(part) < 6]
+    if len(numbers) < 2 or not 1 <= numbers[0] <= numbers[1]:
+        raise argparse.ArgumentTypeError(f"found {text[:50]!r}, expected N or MIN:MAX such as 4 or 1:8")
+    return numbers[0], numbers[1]

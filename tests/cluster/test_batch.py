@@ -22,11 +22,12 @@ import pytest
 from PIL import Image
 from ray_batch import sleeping_work, write_batch
 
-from trip_rt.animate import main, workers_of
+from trip_rt.animate import main
 from trip_rt.backends import EngineOptions
 from trip_rt.cluster import batch, clip_maker, rows
 from trip_rt.cluster.clip_maker import ClipMaker, Work, identity_of, key_of, swept
 from trip_rt.cluster.rows import Piece, Row, dealt, pieces_of, read_rows, together
+from trip_rt.command_line import fewest_and_most
 from trip_rt.errors import InputError
 from trip_rt.settings import Settings
 from trip_rt.signals import stoppable
@@ -485,13 +486,13 @@ def test_two_runs_in_one_folder(refused, tmp_path):
 
 @pytest.mark.parametrize(("text", "workers"), [("3", (3, 3)), ("1:8", (1, 8))])
 def test_workers(text, workers):
-    assert workers_of(text) == workers
+    assert fewest_and_most(text) == workers
 
 
 @pytest.mark.parametrize("text", ["0", "", ":", "1:", "3:2", "-1", "a", "1:2:3", "999999"])
 def test_workers_that_are_none(text):
     with pytest.raises(Exception, match="expected N or MIN:MAX"):
-        workers_of(text)
+        fewest_and_most(text)
 
 
 # On Ray

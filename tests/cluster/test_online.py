@@ -301,7 +301,6 @@ def test_the_command_writes_a_config(tiny_bundle, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--ray", "--replicas", "4:2"], "--replicas: found 4:2, expected N or MIN:MAX"),
         (["--ray", "--gpus", "0"], "found --gpus or --hang-after beside --ray"),
         (["--store", "sqlite://"], "found --store without --ray"),
         (["--ray", "127.0.0.1:1"], "--ray: cannot reach 127.0.0.1:1"),

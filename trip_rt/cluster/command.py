@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import socket
@@ -56,7 +55,7 @@ def _options(args: argparse.Namespace, limits: Limits, hosts: tuple[str, ...]) -
         bundles=[str(_absolute(bundle)) for bundle in args.bundles],
         store=args.store or f"sqlite:///{data / 'jobs.db'}",
         results=args.results or str(data / "clips"),
-        replicas=_replicas(args.replicas),
+        replicas=args.replicas,
         ingress_replicas=args.ingress,
         num_gpus=1 if on_gpu else 0,
         num_cpus=float(args.threads or 1),
@@ -82,15 +81,6 @@ def _absolute(bundle: str) -> str:
         place = name
         name = Path(place).resolve().name
     return f"{name}={Path(place).resolve()}"
-
-
-def _replicas(text: str) -> tuple[int, int]:
-    fewest, _, most = text.partition(":")
-    with contextlib.suppress(ValueError):
-        found = int(fewest), int(most or fewest)
-        if 1 <= found[0] <= found[1] <= 100_000:
-            return found
-    raise InputError(f"--replicas: found {printable(text[:100])}, expected N or MIN:MAX, such as 4 or 1:8")
 
 
 def _serve(options: Options, host: str, port: int, began: float) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trip_rt import backends
-from trip_rt.command_line import CommandParser, main_of
+from trip_rt.command_line import CommandParser, fewest_and_most, main_of
 from trip_rt.errors import InputError, printable
 from trip_rt.launch import note
 from trip_rt.signals import Terminated
@@ -124,7 +124,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--results", metavar="URL", help="where clips are kept: a folder, or s3://bucket/clips (a folder in --data)"
     )
     cluster.add_argument(
-        "--replicas", default="1", metavar="N", help="engine replicas: N, or MIN:MAX by the queue (%(default)s)"
+        "--replicas",
+        type=fewest_and_most,
+        default=(1, 1),
+        metavar="N|MIN:MAX",
+        help="engine replicas, by the queue (1)",
     )
     cluster.add_argument("--ingress", type=int, default=1, metavar="N", help="replicas for clients (%(default)s)")
     cluster.add_argument(
