@@ -23,10 +23,12 @@ from trip_rt.plain_files import check_plain
 from trip_rt.settings import check_prompt, check_seed
 
 MOST_PICTURE = MAX_FILE_MEGABYTES << 20
-MOST_LINE = 1 << 20  # bytes of a row's words, a tar's headers among them
+MOST_LINE = 1 << 20  # bytes of a row's words
+MOST_HEADER = 16 << 10  # bytes of a tar member's headers; Python's reader takes up to a square of them in memory
+MOST_ROWS = 1 << 40  # of a Parquet file
 MOST_OUTPUT = 255  # bytes of each part of a name
 MOST_PARTS = 8
-MOST_TOGETHER = 32 << 20  # bytes of pictures that are handed on together
+MOST_TOGETHER = 32 << 20  # bytes of rows that are handed on together
 _PIECES = 256  # of a batch; Ray reads one in one go
 _SCAN = 4 << 20  # bytes
 _PICTURES = frozenset({"png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff"})
@@ -69,19 +71,27 @@ def pieces_of(path: Path) -> list[Piece]:
         found = {kind: sorted(path.glob(f"*.{kind}")) for kind in ("parquet", "tar")}
         if bool(found["parquet"]) == bool(found["tar"]):
             count = f"{len(found['parquet'])} .parquet and {len(found['tar'])} .tar files"
-            raise InputError(f"{path}: found {count}, expected some of one kind; name a file, or another folder")
+            where = printable(str(path))
+            raise InputError(f"{where}: found {count}, expected some of one kind; name a file, or another folder")
         files = found["parquet"] or found["tar"]
     else:
         files = [path]
     pieces: list[Piece] = []
     for file in files:
         size = check_plain(file, "a file of JSON Lines, .parquet or .tar; check the path")
-        if file.suffix.lower() == ".tar":
-            pieces.append(Piece("tar", os.path.abspath(file), 0, size, 1, 0))
-        elif file.suffix.lower() == ".parquet":
-            pieces += _parquet_pieces(file)
-        else:
-            pieces += _line_pieces(file, size)
+        try:
+            if file.suffix.lower() == ".tar":
+                pieces.append(Piece("tar", os.path.abspath(file), 0, size, 1, 0))
+            elif file.suffix.lower() == ".parquet":
+                pieces += _parquet_pieces(file)
+            else:
+                pieces += _line_pieces(file, size)
+        except InputError:
+            raise
+        except Exception as error:  # a hostile file can raise nearly anything from inside a reader
+            raise InputError(
+                f"{_what_was_found(str(file), error)}, expected JSON Lines or Parquet; write it again"
+            ) from error
     return pieces
 
 
@@ -98,21 +108,30 @@ def read_rows(piece: Piece, seed: int) -> Iterator[Row]:
     readers = {"jsonl": _line_rows, "parquet": _parquet_rows, "tar": _tar_rows}
     try:
         yield from readers[piece.kind](piece, seed)
-    except OSError as error:
-        name = printable(piece.path)
-        yield Row(name, error=f"{name}: cannot be read ({one_line(error)}), expected it at this path on all machines")
     except Exception as error:  # a hostile file can raise nearly anything from inside a reader
-        name = printable(piece.path)
-        yield Row(name, error=f"{name}: found a damaged file ({one_line(error)}), expected a {piece.kind} file")
+        expected = "it at this path on all machines" if _of_the_system(error) else f"a {piece.kind} file"
+        yield Row(printable(piece.path), error=f"{_what_was_found(piece.path, error)}, expected {expected}")
+
+
+def _of_the_system(error: Exception) -> bool:
+    """Whether the system, not the file's content, kept it from being read: Arrow raises OSError for both."""
+    return isinstance(error, OSError) and error.errno is not None
+
+
+def _what_was_found(path: str, error: Exception) -> str:
+    """The first half of a message."""
+    if _of_the_system(error):
+        return f"{printable(path)}: cannot be read ({one_line(error)})"
+    return f"{printable(path)}: found a damaged file ({one_line(error) or type(error).__name__})"
 
 
 def together(rows: Iterator[Row], most: int) -> Iterator[list[Row]]:
-    """Rows in lists of `most`, or fewer where their pictures are large."""
+    """Rows in lists of `most`, or fewer where they are large."""
     some: list[Row] = []
     size = 0
     for row in rows:
         some.append(row)
-        size += len(row.picture or b"")
+        size += len(row.picture or b"") + len(row.image) + len(row.prompt)
         if len(some) == most or size > MOST_TOGETHER:
             yield some
             some, size = [], 0
@@ -130,6 +149,8 @@ def _row(where: str, entry: dict[str, Any], seed: int, picture: bytes | None = N
                 raise InputError(f"found no {name}, expected one")
         for name in ("image", "prompt", "output"):
             text(name, given.get(name, ""))
+        if not given["image"]:
+            raise InputError("image: found an empty one, expected a picture's path")
         seed = check_seed(given.get("seed", seed))
         check_prompt(given["prompt"])
         check_output(given.get("output", ""))
@@ -226,32 +247,28 @@ def _object(data: bytes) -> dict[str, Any]:
 
 
 def _parquet_pieces(path: Path) -> list[Piece]:
-    """A piece a row group. Only the file's last bytes are read."""
-    import pyarrow as pa
+    """Row groups in at most _PIECES pieces, because each piece reads the file's footer. Here nothing else is read."""
     import pyarrow.parquet as pq
 
-    try:
-        with pq.ParquetFile(path) as file:
-            _check_columns(path, file.schema_arrow)
-            counts = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-    except (pa.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"{path}: found a damaged file ({one_line(error, 100)}), expected Parquet; write it again"
-        ) from error
-    pieces, first = [], 1
-    for group, count in enumerate(counts):
-        pieces.append(Piece("parquet", os.path.abspath(path), group, group + 1, first, count))
-        first += count
-    return pieces
+    with pq.ParquetFile(path) as file:
+        _check_columns(path, file.schema_arrow)
+        counts = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+    if min(counts, default=0) < 0 or sum(counts) > MOST_ROWS:
+        raise InputError(f"{printable(str(path))}: found impossible numbers of rows, expected Parquet; write it again")
+    firsts = list(itertools.accumulate(counts, initial=1))
+    pieces_at = sorted({len(counts) * i // _PIECES for i in range(_PIECES + 1)})
+    return [
+        Piece("parquet", os.path.abspath(path), start, stop, firsts[start], firsts[stop] - firsts[start])
+        for start, stop in itertools.pairwise(pieces_at)
+    ]
 
 
 def _check_columns(path: Path, schema: Any) -> None:
-    """InputError unless the columns that a batch reads are there and plain. Ray's own types, whose values would be
-    unpickled, are not plain."""
+    """InputError unless the columns that a batch reads are there, each once, and plain. Ray's own types, whose values
+    would be unpickled, are not plain."""
     from pyarrow import types
 
+    where = printable(str(path))
     words = (types.is_string, types.is_large_string)
     wanted = {
         "image": ("text (a path) or binary (a picture file)", (*words, types.is_binary, types.is_large_binary)),
@@ -260,41 +277,94 @@ def _check_columns(path: Path, schema: Any) -> None:
         "output": ("text", words),
     }
     for name, (expected, kinds) in wanted.items():
-        if name not in schema.names:
-            if name in ("image", "prompt"):
-                raise InputError(f"{path}: found no column {name}, expected one of {expected}; rename or add it")
+        count = schema.names.count(name)
+        if not count and name not in ("image", "prompt"):
             continue
+        if count != 1:
+            found = f"{count} columns" if count else "no column"
+            raise InputError(f"{where}: found {found} {name}, expected one of {expected}; rename or add it")
         found = schema.field(name).type
         plain = found.value_type if types.is_dictionary(found) else found
         if not any(kind(plain) for kind in kinds):
-            raise InputError(f"{path}: {name}: found {one_line(found, 100)}, expected {expected}; convert the column")
+            raise InputError(f"{where}: {name}: found {one_line(found, 100)}, expected {expected}; convert the column")
 
 
 def _parquet_rows(piece: Piece, seed: int) -> Iterator[Row]:
+    """A row at a time, because one value in the file may stand for the pictures of many rows. Nothing bounds a page,
+    which Arrow holds whole, with copies: the format lets it be 2 GiB, and common writers put 1024 pictures in one."""
     import pyarrow.parquet as pq
 
     name, number = printable(Path(piece.path).name), piece.first
     with pq.ParquetFile(piece.path, buffer_size=1 << 20) as file:
         _check_columns(Path(piece.path), file.schema_arrow)  # once more: it may have changed
         columns = [column for column in _FIELDS if column in file.schema_arrow.names]
-        for batch in file.iter_batches(batch_size=16, row_groups=range(piece.start, piece.stop), columns=columns):
-            for entry in batch.to_pylist():
-                where = f"{name}, row {number}"
-                number += 1
-                picture = entry.get("image")
-                if isinstance(picture, bytes):
-                    yield _row(where, {**entry, "image": where}, seed, picture)
-                else:
-                    yield _row(where, entry, seed)
+        for batch in file.iter_batches(batch_size=1, row_groups=range(piece.start, piece.stop), columns=columns):
+            yield _parquet_row(f"{name}, row {number}", {column: batch.column(column)[0] for column in columns}, seed)
+            number += 1
+    if number != piece.first + piece.rows:
+        raise ValueError(f"{number - piece.first} rows where there should be {piece.rows}")
+
+
+def _parquet_row(where: str, scalars: dict[str, Any], seed: int) -> Row:
+    try:
+        entry = {name: _parquet_value(name, scalar) for name, scalar in scalars.items()}
+    except InputError as error:
+        return Row(where, error=f"{where}: {error}")
+    picture = entry.get("image")
+    if isinstance(picture, bytes):
+        return _row(where, {**entry, "image": where}, seed, picture)
+    return _row(where, entry, seed)
+
+
+def _parquet_value(name: str, scalar: Any) -> Any:
+    """A value of a column. InputError for more bytes than are read, and for text that is not UTF-8: Arrow does not look
+    at it, and would raise what ends the file."""
+    import pyarrow as pa
+
+    if isinstance(scalar, pa.DictionaryScalar) and scalar.is_valid:
+        scalar = scalar.value
+    if not scalar.is_valid or not isinstance(scalar, pa.BinaryScalar):
+        return scalar.as_py()
+    data = scalar.as_buffer()
+    binary = pa.types.is_binary(scalar.type) or pa.types.is_large_binary(scalar.type)
+    if data.size > (most := MOST_PICTURE if binary else MOST_LINE):
+        raise InputError(f"{name}: found {data.size} bytes, expected at most {most}")
+    try:
+        return data.to_pybytes() if binary else data.to_pybytes().decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}: found bytes that are not UTF-8, expected text") from error
 
 
 class _Bounded(io.FileIO):
-    """A file of which nobody reads much at once: a header may claim any length."""
+    """A file of which at most `left` bytes are read: a header may claim any length."""
+
+    left = MOST_HEADER
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or not 0 <= size <= MOST_PICTURE + tarfile.BLOCKSIZE:
+        if size is None or not 0 <= size <= self.left:
             raise tarfile.ReadError("a header of more bytes than are read")
-        return super().read(size) or b""
+        data = super().read(size) or b""
+        self.left -= len(data)
+        return data
+
+
+def _members(file: _Bounded, tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """A shard's members. Python's reader takes a damaged header for the end, which would lose rows without a word, and
+    goes back by a negative size, which would not end."""
+    size, at = os.fstat(file.fileno()).st_size, 0
+    while member := tar.next():
+        tar.members = []  # type: ignore[attr-defined]  # or it keeps all of them
+        if member.size < 0 or not at < tar.offset <= size:
+            raise tarfile.ReadError(f"a member of {member.size} bytes")
+        if sum(len(name) + len(str(value)) for name, value in tar.pax_headers.items()) > MOST_HEADER:
+            raise tarfile.ReadError("global headers of more bytes than are read")
+        at = tar.offset
+        yield member
+        file.left = MOST_HEADER
+    file.left = tarfile.BLOCKSIZE
+    file.seek(tar.offset)
+    if any(file.read(tarfile.BLOCKSIZE)):
+        raise tarfile.ReadError("a damaged header")
 
 
 def _tar_rows(piece: Piece, seed: int) -> Iterator[Row]:
@@ -302,8 +372,7 @@ def _tar_rows(piece: Piece, seed: int) -> Iterator[Row]:
     shard = printable(Path(piece.path).name)
     with _Bounded(piece.path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
         key, parts = "", {}  # type: tuple[str, dict[str, tuple[str, bytes | None]]]
-        while member := tar.next():
-            tar.members = []  # type: ignore[attr-defined]  # or it keeps all of them
+        for member in _members(file, tar):
             path = PurePosixPath(member.name)
             stem, dot, ending = path.name.partition(".")
             kind = "picture" if ending.lower() in _PICTURES else ending.lower()
@@ -316,6 +385,7 @@ def _tar_rows(piece: Piece, seed: int) -> Iterator[Row]:
             key = this
             most = MOST_PICTURE if kind == "picture" else MOST_LINE
             content = tar.extractfile(member) if member.size <= most and not member.issparse() else None
+            file.left = most
             parts[kind] = member.name, content.read() if content else None
         if parts:
             yield _member_row(f"{shard}, {printable(key)[:500]}", parts, seed)
