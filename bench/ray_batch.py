@@ -26,13 +26,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from timing import machine
 
-from trip_rt.animate import workers_of
 from trip_rt.backends import EngineOptions
 from trip_rt.cluster import batch
 from trip_rt.cluster.clip_maker import CLIPS, Work
 from trip_rt.cluster.rows import pieces_of
 from trip_rt.cluster.session import LOCAL, connected
-from trip_rt.command_line import CommandParser, main_of
+from trip_rt.command_line import CommandParser, fewest_and_most, main_of
 from trip_rt.files import whole_file
 from trip_rt.settings import Settings
 
@@ -119,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder for the batch, its clips and results")
     parser.add_argument("--rows", type=int, default=10_000, metavar="N", help="rows of the batch (%(default)s)")
     parser.add_argument("--sleep", type=float, default=0.0005, metavar="S", help="seconds a clip (%(default)s)")
-    parser.add_argument("--workers", type=workers_of, default=(1, 2), metavar="MIN:MAX", help="processes (1:2)")
+    parser.add_argument("--workers", type=fewest_and_most, default=(1, 2), metavar="MIN:MAX", help="processes (1:2)")
     parser.add_argument("--ray", default=LOCAL, metavar="ADDRESS", help="a Ray cluster (one of this machine)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     return parser
