@@ -185,28 +185,49 @@ class Animator:
         chains drift less. `seed` is the first run's (one more than the clip's own), later runs count on from it, and
         the new clip has the last one's. InputError for a clip of another size.
         """
-        settings, config = _settings(settings, changes), self.config
-        if settings.size is not None:
-            raise InputError(
-                f"size: found {settings.size} for a clip that goes on, expected none: extend clips of the engines'"
-                " size, then trip_rt.enlarge.enlarged(clip.frames, picture) makes them larger"
-            )
-        each = config.num_frames - 1
-        if not each:
-            raise InputError("extend: found engines of one frame, expected some that show a motion to go on with")
+        settings = _settings(settings, changes)
+        runs = settings.runs(self.config)
         first, last = self._ends(animation)
         seed = check_seed((animation.seed + 1) % 2**64 if seed is None else seed)
-        wanted = each if settings.num_frames is None else int(settings.num_frames)
         frames, latents = [animation.frames], []
-        for run in range(runs := math.ceil(wanted / each)):
-            report = _counting(on_step, run, runs)
-            more = self.more(first, last, prompt, (seed + run) % 2**64, settings, report)
-            last = more[:, -1]
-            latents.append(more[:, : wanted - run * each])
-            frames.extend(self._frames(pixels) for pixels in self._pipeline.decode(latents[-1]))
+        for more in self._chained(first, last, prompt, seed, settings, on_step):
+            latents.append(more)
+            frames.extend(self._frames(pixels) for pixels in self._pipeline.decode(more))
         told = prompt if animation.prompt == prompt else f"{animation.prompt}; {prompt}"
         whole = None if animation.latents is None else np.concatenate([animation.latents, *latents], axis=1)
         return Animation(np.concatenate(frames), animation.fps, told, (seed + runs - 1) % 2**64, whole)
+
+    def follow(
+        self,
+        first: NDArray[np.uint8],
+        last: NDArray[np.uint8],
+        prompt: str,
+        seed: int,
+        *,
+        settings: Settings | None = None,
+        on_step: OnStep | None = None,
+        **changes: Unpack[SettingsKeywords],
+    ) -> Array:
+        """The clean latents float32 [C, N, h, w] of what `extend` adds to a clip that began with the picture `first`
+        and has come to `last`, both uint8 [H, W, 3]; InputError for pictures of another size."""
+        settings, config = _settings(settings, changes), self.config
+        settings.runs(config)
+        for name, picture in (("first", first), ("last", last)):
+            check_array(name, picture, "uint8", (config.height, config.width, 3))
+        began, came_to = self._encoded(np.stack([first, last]))
+        runs = self._chained(began, came_to, prompt, check_seed(seed), settings, on_step)
+        return np.concatenate(list(runs), axis=1)
+
+    def _chained(
+        self, first: Array, last: Array, prompt: str, seed: int, settings: Settings, on_step: OnStep | None
+    ) -> Iterator[Array]:
+        """The clean latents [C, ≤ F − 1, h, w] of run after run, each of which goes on from the one before."""
+        each, runs = self.config.num_frames - 1, settings.runs(self.config)
+        wanted = each if settings.num_frames is None else int(settings.num_frames)
+        for run in range(runs):
+            more = self.more(first, last, prompt, (seed + run) % 2**64, settings, _counting(on_step, run, runs))
+            last = more[:, -1]
+            yield more[:, : wanted - run * each]
 
     def _ends(self, animation: Animation) -> tuple[Array, Array]:
         """The clean latents [C, h, w] of a clip's first and last frame."""
@@ -219,12 +240,17 @@ class Animator:
             shape = (channels, len(animation.frames), height, width)
             check_array("animation.latents", animation.latents, "float32", shape)
             return animation.latents[:, 0], animation.latents[:, -1]
+        first, last = self._encoded(animation.frames[[0, -1]])
+        return first, last
+
+    def _encoded(self, pictures: NDArray[np.uint8]) -> list[Array]:
+        """The clean latents [C, h, w] of each of some pictures [n, H, W, 3] of the engines' size."""
+        encoded = []
         with self._pipeline.turn:
-            encoded = []
-            for frame in animation.frames[[0, -1]]:
-                self._pipeline.encode_images(images.to_model(np.stack([frame] * self.profile.batch)))
+            for picture in pictures:
+                self._pipeline.encode_images(images.to_model(np.stack([picture] * self.profile.batch)))
                 encoded.append(self._pipeline.first_frame()[0])
-        return encoded[0], encoded[1]
+        return encoded
 
     def more(
         self, first: Array, last: Array, prompt: str, seed: int, settings: Settings, on_step: OnStep | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, get_args
@@ -155,6 +156,19 @@ class Settings:
                 f"num_frames: found {count}, expected 1: engines of one frame show no motion to go on with"
             )
         return count
+
+    def runs(self, config: TripConfig) -> int:
+        """How many runs of this model's engines go on with a clip, each by all of its frames but the first; InputError
+        where none can."""
+        if self.size is not None:
+            raise InputError(
+                f"size: found {self.size} for a clip that goes on, expected none: extend clips of the engines'"
+                " size, then trip_rt.enlarge.enlarged(clip.frames, picture) makes them larger"
+            )
+        each = config.num_frames - 1
+        if not each:
+            raise InputError("extend: found engines of one frame, expected some that show a motion to go on with")
+        return math.ceil((each if self.num_frames is None else int(self.num_frames)) / each)
 
     def picture_size(self, config: TripConfig) -> tuple[int, int]:
         """Height and width of a clip's frames; InputError for a size that these engines cannot be enlarged to."""

@@ -11,8 +11,10 @@ import shutil
 import threading
 import time
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from server import PROMPT, picture
 from service_parts import Listener
 from sleeping import SleepingAnimator
@@ -28,6 +30,7 @@ from trip_rt.cluster.store_end import EngineChoice, StoreEnd
 from trip_rt.serving import results
 from trip_rt.serving.clip_request import ClipFields, Limits, new_job
 from trip_rt.serving.command import main
+from trip_rt.serving.extension_request import ExtensionJSON, new_extension
 from trip_rt.serving.jobs import Failure
 from trip_rt.serving.metrics import Metrics
 from trip_rt.serving.models import read_models
@@ -111,6 +114,25 @@ def test_a_clip_is_the_animators(place, tiny_bundle, tmp_path):
         found = place.results.path(done.result["name"], name).read_bytes()
         assert found == (tmp_path / "expected" / name).read_bytes()
     assert done.result["engine"]["backend"] == "onnxruntime" and done.result["parity"]["passed"]
+    worker.stop(1)
+
+
+def test_a_clip_goes_on_from_the_shared_one(place, tiny_bundle):
+    worker = place.worker()
+    done = finished(place, place.store.add(place.job(seed=7, num_inference_steps=2), 10)[0])
+    file = place.results.path(done.result["name"], results.VIDEO)
+    fields = ExtensionJSON(prompt=PROMPT, video={"id": done.id}, seed=9, num_inference_steps=2, fps=5)
+    (model,) = read_models(place.bundles, 1).values()
+    asked = new_extension(fields, done, place.store.picture(done.id), file, model, Limits(), "", None)
+    more = finished(place, place.store.add(asked, 10)[0])
+    first = np.asarray(Image.open(io.BytesIO(place.store.picture(done.id))))
+    with Animator(tiny_bundle, options=EngineOptions("auto", 1)) as animator:
+        latents = animator.follow(first, results.read_frames(file)[-1], PROMPT, 9, num_inference_steps=2)
+        frames = np.concatenate(list(animator.decode(latents)))
+    (place.folder / "expected").mkdir()
+    results.write(place.folder / "expected", frames, 5)
+    found = place.results.path(more.result["name"], results.VIDEO).read_bytes()
+    assert found == (place.folder / "expected" / results.VIDEO).read_bytes()
     worker.stop(1)
 
 

@@ -259,6 +259,10 @@ def test_a_clip_of_frames_alone_goes_on_too(tiny_animator, picture):
     bare = tiny_animator.extend(dataclasses.replace(clip, latents=None), PROMPT)
     assert bare.latents is None and len(bare.frames) == 9
     np.testing.assert_array_equal(bare.frames[:5], clip.frames)
+    new = tiny_animator.follow(clip.frames[0], clip.frames[-1], PROMPT, 8)
+    np.testing.assert_array_equal(np.concatenate(list(tiny_animator.decode(new))), bare.frames[5:])
+    with pytest.raises(InputError, match=r"^last: found uint8"):
+        tiny_animator.follow(clip.frames[0], clip.frames[-1, :16], PROMPT, 8)
 
 
 def test_what_cannot_go_on_is_refused(tiny_animator, picture):

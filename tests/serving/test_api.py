@@ -17,6 +17,7 @@ from PIL import Image
 from server import PROMPT, clip, picture, running
 
 from trip_rt import Animator
+from trip_rt.images import load_image
 from trip_rt.serving import results
 from trip_rt.serving.api_errors import ApiError
 from trip_rt.serving.clip_request import ClipFields, Limits, new_job
@@ -96,6 +97,79 @@ def test_a_larger_clip(server, tiny_bundle):
         frames = animator(io.BytesIO(picture()), PROMPT, seed=7, num_inference_steps=2, size="144x96").frames
     np.testing.assert_array_equal(np.stack(shown), frames)
     assert server.wait(job["id"])["status"] == "completed"
+
+
+def extension(id, **fields):
+    return {"prompt": "it goes up", "video": {"id": id}, **fields}
+
+
+def followed(tiny_bundle, frame, **settings):
+    """The frames that go on from this one of a clip of the picture."""
+    with Animator(tiny_bundle) as animator:
+        first = load_image(io.BytesIO(picture()), 32, 48, "crop")
+        latents = animator.follow(first, frame, "it goes up", 9, num_inference_steps=2, **settings)
+        return np.concatenate(list(animator.decode(latents)))
+
+
+def test_a_clip_goes_on(server, tiny_bundle):
+    clip_before = server.wait(server.create(seed=7, num_inference_steps=2, fps=5)["id"])
+    shown = frames_of(server.ask("GET", f"/v1/videos/{clip_before['id']}/content")[1])
+    for fields, origin, count, steps in (({}, 4, 4, 2), ({"from_frame": 2, "num_frames": 6}, 2, 6, 4)):
+        body = extension(clip_before["id"], seed=9, num_inference_steps=2, **fields)
+        status, job = server.ask("POST", "/v1/videos/extensions", body)
+        assert status == 200 and (job["extends"], job["from_frame"]) == (clip_before["id"], origin), job
+        assert (job["num_frames"], job["fps"], job["seconds"], job["steps"]) == (count, 5, f"{count / 5:g}", steps)
+        told = [data for _, event, data in events(server, job["id"], "frames") if event == "frame"]
+        new = [np.asarray(Image.open(io.BytesIO(base64.b64decode(data["png"])))) for data in told]
+        settings = {"num_frames": fields["num_frames"]} if "num_frames" in fields else {}
+        np.testing.assert_array_equal(np.stack(new), followed(tiny_bundle, shown[origin], **settings))
+        done = server.wait(job["id"])
+        assert done["status"] == "completed" and done["steps_done"] == steps
+        clip_before, shown = done, frames_of(server.ask("GET", f"/v1/videos/{job['id']}/content")[1])
+        assert len(shown) == count
+
+
+def test_what_goes_on_outlives_the_clip_before(server):
+    clip_before = server.wait(server.create(num_inference_steps=1)["id"])
+    blocker = server.create(**LONG)
+    _, job = server.ask("POST", "/v1/videos/extensions", extension(clip_before["id"]))
+    server.ask("DELETE", f"/v1/videos/{clip_before['id']}")
+    server.ask("DELETE", f"/v1/videos/{blocker['id']}")
+    assert server.wait(job["id"])["status"] == "completed"
+
+
+NO_EXTENSION = [
+    ({"prompt": ""}, "prompt"),
+    ({"video": None}, "video"),
+    ({"video": {"id": 3}}, "video"),
+    ({"video": {}}, "video"),
+    ({"from_frame": 5}, "from_frame"),
+    ({"from_frame": -1}, "from_frame"),
+    ({"num_frames": 0}, "num_frames"),
+    ({"num_frames": 257}, "num_frames"),
+    ({"seconds": "0.3"}, "seconds"),
+    ({"size": "144x96"}, "size"),
+    ({"model": "other"}, "model"),
+    ({"num_inference_steps": 1001}, "num_inference_steps"),
+    ({"path": [[0.3, 0.5], [0.6, 0.25]]}, "path"),
+    ({"fit": "crop"}, "fit"),
+    ({"input_reference": clip()["input_reference"]}, "input_reference"),
+]
+
+
+def test_what_cannot_go_on(server):
+    clip_before = server.wait(server.create(num_inference_steps=1)["id"])
+    for fields, param in NO_EXTENSION:
+        body = extension(clip_before["id"]) | fields
+        status, found, message = error_of(server.ask("POST", "/v1/videos/extensions", body))
+        assert (status, found) == (400, param) and "found" in message and "expected" in message, fields
+    assert error_of(server.ask("POST", "/v1/videos/extensions", extension("video_0")))[:2] == (404, "video")
+    larger = server.wait(server.create(num_inference_steps=1, size="144x96")["id"])
+    assert error_of(server.ask("POST", "/v1/videos/extensions", extension(larger["id"])))[:2] == (400, "video")
+    unfinished = server.create(**LONG)
+    status, answer = server.ask("POST", "/v1/videos/extensions", extension(unfinished["id"]))
+    assert (status, answer["error"]["param"], answer["error"]["code"]) == (409, "video", "not_ready")
+    server.ask("DELETE", f"/v1/videos/{unfinished['id']}")
 
 
 def test_a_clip_along_a_path(steered_export, tmp_path):
@@ -393,6 +467,7 @@ def test_keys(tiny_bundle, tmp_path):
         for method, rest in (("GET", ""), ("GET", "/content"), ("GET", "/events"), ("DELETE", ""), ("POST", "/cancel")):
             assert server.ask(method, f"/v1/videos/{job['id']}{rest}", headers=bob)[0] == 404
         assert server.ask("GET", "/v1/videos", headers=bob)[1]["data"] == []
+        assert server.ask("POST", "/v1/videos/extensions", extension(job["id"]), bob)[0] == 404
         assert [each["id"] for each in server.ask("GET", "/v1/videos", headers=alice)[1]["data"]] == [job["id"]]
         assert server.ask("GET", "/metrics", headers=alice)[0] == 404 and server.ask("GET", "/")[0] == 404
         assert "a" * 20 not in server.log and PROMPT not in server.log

@@ -30,12 +30,13 @@ CHECKS = [
     response_headers_conformance,
     response_schema_conformance,
 ]
-OPERATIONS = 14
+OPERATIONS = 15
 NO_INPUT = {"GET /v1/models", "GET /healthz", "GET /readyz", "GET /metrics"}
 # Those that have more than a name in their path, which no text contradicts.
 CAN_BE_WRONG = {
     "POST /v1/videos",
     "POST /v1/videos/sync",
+    "POST /v1/videos/extensions",
     "GET /v1/videos",
     "GET /v1/videos/{video_id}/content",
     "GET /v1/videos/{video_id}/events",
@@ -126,7 +127,13 @@ def ask(strategy, most, jobs, session, counts):
             case.path_parameters["model_id"] = "tiny"
         elif good is not None and case.operation.body and case.media_type is not None:
             form = case.media_type == "multipart/form-data"
-            case.body = good | {"prompt": PROMPT, "input_reference": PNG if form else {"image_url": DATA_URL}}
+            if label.endswith("/extensions"):
+                id = jobs.one(which or 0)
+                begin = {"video[id]": id} if form else {"video": {"id": id}}
+                good = {name: value for name, value in good.items() if name != "fit"}
+            else:
+                begin = {"input_reference": PNG if form else {"image_url": DATA_URL}}
+            case.body = good | {"prompt": PROMPT} | begin
         if part is not None and label.endswith("/content"):
             case.headers["range"] = part
         for name in [name for name in case.headers if name.lower() in FRAMING]:
@@ -146,6 +153,8 @@ SUCCEED = {
     ("POST /v1/videos as JSON", 200),
     ("POST /v1/videos/sync as a form", 200),
     ("POST /v1/videos/sync as JSON", 200),
+    ("POST /v1/videos/extensions as a form", 200),
+    ("POST /v1/videos/extensions as JSON", 200),
     ("GET /v1/videos", 200),
     ("GET /v1/videos/{video_id}", 200),
     ("GET /v1/videos/{video_id}/content", 200),
@@ -164,6 +173,8 @@ REFUSE = {
     ("POST /v1/videos as JSON", 400),
     ("POST /v1/videos/sync as a form", 400),
     ("POST /v1/videos/sync as JSON", 400),
+    ("POST /v1/videos/extensions as a form", 400),
+    ("POST /v1/videos/extensions as JSON", 400),
     ("GET /v1/videos", 400),
     ("GET /v1/videos", 404),
     ("GET /v1/videos/{video_id}", 404),

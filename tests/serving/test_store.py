@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sqlite3
 import subprocess
 import sys
@@ -88,6 +89,14 @@ def test_a_job_goes_its_way(store, clock):
     assert store.expired() == []
     clock.now += 60
     assert [job.id for job in store.expired()] == [done.id] and store.delete(done.id) and store.get(done.id) is None
+
+
+def test_a_job_is_handed_over_with_its_pictures(store):
+    plain = add(store)
+    going_on = store.add(dataclasses.replace(new(batch_key="alone"), origin=b"a frame"), 100)[0]
+    found = {job.id: pictures for _ in range(2) for job, pictures in store.claim("demo")}
+    assert found == {plain.id: (b"a picture", None), going_on.id: (b"a picture", b"a frame")}
+    assert store.picture(going_on.id) == b"a picture" and store.picture("video_0") is None
 
 
 def test_what_comes_late_changes_nothing(store):

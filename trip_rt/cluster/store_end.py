@@ -24,7 +24,7 @@ import msgspec
 from trip_rt.cluster.roster import Roster
 from trip_rt.cluster.shared_results import SharedResults
 from trip_rt.serving.database import StoreUnavailable
-from trip_rt.serving.jobs import Failure, Job
+from trip_rt.serving.jobs import Failure, Job, Pictures
 from trip_rt.serving.models import Model
 from trip_rt.serving.protocol import (
     Denoised,
@@ -194,7 +194,7 @@ class StoreEnd:
                 self._idle.wait()
             self._hand_over(claimed)
 
-    def _claim(self) -> list[tuple[Job, bytes]]:
+    def _claim(self) -> list[tuple[Job, Pictures]]:
         """The next jobs: of the open model, unless another one's have waited for long."""
         if len(self._models) == 1:
             return self._store.claim(self._model, self._models[self._model].profile.batch)
@@ -207,7 +207,7 @@ class StoreEnd:
             name = self._model
         return self._store.claim(name, self._models[name].profile.batch)
 
-    def _hand_over(self, claimed: list[tuple[Job, bytes]]) -> None:
+    def _hand_over(self, claimed: list[tuple[Job, Pictures]]) -> None:
         model = claimed[0][0].model
         with self._lock:
             self._hungry.clear()
@@ -217,7 +217,7 @@ class StoreEnd:
         if model != self._model:
             self._model = model
             self._have_opened(model)
-        clips = tuple(clip_of(job, picture) for job, picture in claimed)
+        clips = tuple(clip_of(job, pictures) for job, pictures in claimed)
         self._outbox.put(Make(clips, claimed[0][0].request["settings"]))
 
     def _stepped(self, id: str, done: int) -> None:

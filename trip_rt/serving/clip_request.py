@@ -10,7 +10,7 @@ import io
 import json
 import secrets
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -31,7 +31,7 @@ from trip_rt.settings import Settings, check_prompt, check_seed
 _MOST_HELD = 256 << 20  # bytes of a running clip's frames, which the server holds for those who watch
 _RANDOM_SEEDS = 2**31  # of which JavaScript, too, keeps every digit
 # The words that the runtime's errors begin with, and the request's field that they are about.
-_PARAMS = {
+PARAMS = {
     "prompt": "prompt",
     "negative prompt": "negative_prompt",
     "seed": "seed",
@@ -53,6 +53,9 @@ _PARAMS = {
     "image": "input_reference",
     "image file": "input_reference",
 }
+
+
+Fields = TypeVar("Fields", bound="HowFields")
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,8 @@ def _points(value: Any) -> Any:
     return [point.split(",") for point in value.split()] if isinstance(value, str) else value
 
 
-class ClipFields(BaseModel):
-    """What a clip is made of. Only the prompt and the picture are needed."""
+class HowFields(BaseModel):
+    """How a clip is made, whatever it begins with. Only the prompt is needed."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -105,9 +108,14 @@ class ClipFields(BaseModel):
     )
     feature_reuse: int | None = Field(None, description="Run the whole UNet every so many steps only.")
     negative_prompt: str = Field("", description="What should not be seen.")
-    fit: str = Field("crop", description="How a picture of another shape is fitted: crop or letterbox.")
     fps: float | None = Field(None, description="Frames a second that the clip is written with; the model's own.")
     num_frames: int | None = Field(None, description="The model's own, or more by overlapping windows.")
+
+
+class ClipFields(HowFields):
+    """What a clip is made of. Only the prompt and the picture are needed."""
+
+    fit: str = Field("crop", description="How a picture of another shape is fitted: crop or letterbox.")
     path: Annotated[tuple[tuple[float, float], ...] | None, BeforeValidator(_points)] = Field(
         None,
         description="Points (x, y) in shares of the picture's sides, y down, that what lies at the first goes along;"
@@ -137,17 +145,17 @@ class ClipJSON(ClipFields):
     input_reference: PictureURL
 
 
-def parsed(fields: dict[str, Any]) -> ClipFields:
-    """The fields of a request; ApiError 400 names the first that is wrong."""
+def parsed(fields: dict[str, Any], kind: type[Fields]) -> Fields:
+    """The fields of a request of that kind; ApiError 400 names the first that is wrong."""
     try:
-        return ClipFields.model_validate(fields)
+        return kind.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         param = ".".join(map(str, first["loc"][:1])) or None
         if first["type"] == "missing":
             message = f"{param}: found none, expected one"
         elif first["type"] == "extra_forbidden":
-            message = f"{excerpt(str(param))}: found this unknown field, expected {', '.join(ClipFields.model_fields)}"
+            message = f"{excerpt(str(param))}: found this unknown field, expected {', '.join(kind.model_fields)}"
             param = excerpt(str(param))
         else:
             said = one_line(first["msg"], 100)
@@ -182,30 +190,19 @@ def new_job(
     try:
         return _new_job(fields, picture, model, limits, owner, idempotency_key)
     except InputError as error:
-        raise of_input(error, _PARAMS) from error
+        raise of_input(error, PARAMS) from error
 
 
 def _new_job(
     fields: ClipFields, picture: bytes, model: Model, limits: Limits, owner: str, idempotency_key: str | None
 ) -> NewJob:
-    check_prompt(fields.prompt)
-    for name, words in (("prompt", fields.prompt), ("negative_prompt", fields.negative_prompt)):
-        if len(words) > limits.prompt_characters:
-            found = f"{len(words)} characters, expected at most {limits.prompt_characters}"
-            raise ApiError(400, f"{name}: found {found}; say it shorter", name)
+    check_words(fields, limits)
     fps = float(model.config.fps if fields.fps is None else fields.fps)
     video.check_fps(fps)
-    frames = _frames(fields, model, fps, limits)
-    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
-    asked = {name: getattr(fields, name) for name in defaults if name in ClipFields.model_fields}
-    asked["size"] = None if fields.size == model.size else fields.size
-    asked["num_frames"] = frames if frames > model.config.num_frames else None
-    asked = {name: value for name, value in asked.items() if value is not None and value != defaults[name]}
-    settings = Settings(**asked)
-    count = settings.resolved_speed.num_inference_steps
-    if count is not None and count > limits.steps:
-        found = f"{shown(count)}, expected at most {limits.steps}"
-        raise ApiError(400, f"num_inference_steps: found {found} on this server", "num_inference_steps")
+    own = model.config.num_frames
+    frames = frames_of(fields, own, own, most_frames(model, limits), fps)
+    size = None if fields.size == model.size else fields.size
+    asked, settings = settings_of(fields, limits, size, frames if frames > own else None)
     steps = len(settings.steps(model.config))
     height, width = settings.picture_size(model.config)
     if (held := frames * height * width * 3) > _MOST_HELD:
@@ -218,7 +215,6 @@ def _new_job(
         if not model.steered or frames > model.config.num_frames:
             found = "one for a longer clip than the engines make at once" if model.steered else "one"
             raise ApiError(400, f"path: found {found}, expected none: nothing of this model would follow it", "path")
-    seed = secrets.randbelow(_RANDOM_SEEDS) if fields.seed is None else check_seed(fields.seed)
     if len(picture) > limits.upload_bytes:
         found = f"{len(picture)} bytes, expected at most {limits.upload_bytes}"
         raise ApiError(413, f"input_reference: found {found}; scale it down", "input_reference", "too_large")
@@ -227,22 +223,7 @@ def _new_job(
     fitted = io.BytesIO()
     pixels = load_image(io.BytesIO(picture), height, width, settings.fit, limits.megapixels)
     Image.fromarray(pixels).save(fitted, "PNG", compress_level=1)
-    request = {
-        "prompt": fields.prompt,
-        "negative_prompt": fields.negative_prompt,
-        "seed": seed,
-        "speed": fields.speed,
-        "num_inference_steps": steps,
-        "guidance_scale": float(
-            model.config.guidance_scale if fields.guidance_scale is None else fields.guidance_scale
-        ),
-        "size": f"{width}x{height}",
-        "path": fields.path,
-        "num_frames": frames,
-        "fps": fps,
-        "seconds": playing_time(frames, fps),
-        "settings": asked,
-    }
+    request = request_of(fields, model, steps, frames, fps, asked) | {"size": f"{width}x{height}", "path": fields.path}
     sent = fields.model_dump() | {"model": model.name, "input_reference": hashlib.sha256(picture).hexdigest()}
     return NewJob(
         owner=owner,
@@ -250,20 +231,71 @@ def _new_job(
         request=request,
         picture=fitted.getvalue(),
         steps=steps * len(window_starts(frames, model.config.num_frames)),
-        batch_key=_hash([model.name, asked]),
-        fingerprint=_hash(sent),
+        batch_key=hash_of([model.name, asked]),
+        fingerprint=hash_of(sent),
         idempotency_key=idempotency_key,
     )
 
 
-def _frames(fields: ClipFields, model: Model, fps: float, limits: Limits) -> int:
-    """How many frames are asked for; ApiError for fewer than the model's engines make, or more than this server
-    does."""
-    own = model.config.num_frames
-    most = max(own, min(limits.frames, MAX_FRAMES, _MOST_HELD // (model.config.height * model.config.width * 3)))
+def check_words(fields: HowFields, limits: Limits) -> None:
+    """ApiError or InputError for sentences that are none, or too long."""
+    check_prompt(fields.prompt)
+    for name, words in (("prompt", fields.prompt), ("negative_prompt", fields.negative_prompt)):
+        if len(words) > limits.prompt_characters:
+            found = f"{len(words)} characters, expected at most {limits.prompt_characters}"
+            raise ApiError(400, f"{name}: found {found}; say it shorter", name)
+
+
+def settings_of(
+    fields: HowFields, limits: Limits, size: str | None, num_frames: int | None
+) -> tuple[dict[str, Any], Settings]:
+    """What a request asks for besides Settings' defaults, and the whole of it; ApiError or InputError where that is
+    none, or more steps than this server does."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
+    asked = {name: getattr(fields, name) for name in defaults if name in type(fields).model_fields}
+    asked |= {"size": size, "num_frames": num_frames}
+    asked = {name: value for name, value in asked.items() if value is not None and value != defaults[name]}
+    settings = Settings(**asked)
+    count = settings.resolved_speed.num_inference_steps
+    if count is not None and count > limits.steps:
+        found = f"{shown(count)}, expected at most {limits.steps}"
+        raise ApiError(400, f"num_inference_steps: found {found} on this server", "num_inference_steps")
+    return asked, settings
+
+
+def request_of(
+    fields: HowFields, model: Model, steps: int, frames: int, fps: float, asked: dict[str, Any]
+) -> dict[str, Any]:
+    """What a job keeps of its request, with a seed where none was given."""
+    scale = model.config.guidance_scale if fields.guidance_scale is None else fields.guidance_scale
+    return {
+        "prompt": fields.prompt,
+        "negative_prompt": fields.negative_prompt,
+        "seed": secrets.randbelow(_RANDOM_SEEDS) if fields.seed is None else check_seed(fields.seed),
+        "speed": fields.speed,
+        "num_inference_steps": steps,
+        "guidance_scale": float(scale),
+        "size": model.size,
+        "num_frames": frames,
+        "fps": fps,
+        "seconds": playing_time(frames, fps),
+        "settings": asked,
+    }
+
+
+def most_frames(model: Model, limits: Limits) -> int:
+    """How many frames of the engines' size this server makes at most."""
+    held = _MOST_HELD // (model.config.height * model.config.width * 3)
+    return max(model.config.num_frames, min(limits.frames, MAX_FRAMES, held))
+
+
+def frames_of(fields: HowFields, own: int, fewest: int, most: int, fps: float) -> int:
+    """How many frames are asked for, by their number or the seconds that they play: `own` where neither is given;
+    ApiError unless they are `fewest` to `most`."""
     given = fields.num_frames
-    if given is not None and not own <= given <= most:
-        raise ApiError(400, f"num_frames: found {shown(given)}, expected {own}, this model's, to {most}", "num_frames")
+    if given is not None and not fewest <= given <= most:
+        expected = f"{fewest} to {most}, and {own} by itself"
+        raise ApiError(400, f"num_frames: found {shown(given)}, expected {expected}", "num_frames")
     if fields.seconds is None:
         return own if given is None else given
     try:
@@ -272,13 +304,13 @@ def _frames(fields: ClipFields, model: Model, fps: float, limits: Limits) -> int
         frames = float("nan")
     found = round(frames) if abs(frames) < 1e9 else 0
     whole = abs(frames - found) / fps < 1e-3
-    if not (whole and own <= found <= most and given in (None, found)):
+    if not (whole and fewest <= found <= most and given in (None, found)):
         wanted = own if given is None else given
         said = f"{excerpt(fields.seconds)}, expected {playing_time(wanted, fps)}: {wanted} frames at {fps:g} a second"
-        others = f"what another whole number of frames takes, {own} to {most}"
+        others = f"what another whole number of frames takes, {fewest} to {most}"
         raise ApiError(400, f"seconds: found {said}, or {others}", "seconds")
     return found
 
 
-def _hash(value: Any) -> str:
+def hash_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 State = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 STATES: tuple[State, ...] = get_args(State)
@@ -29,13 +29,22 @@ class Failure:
     message: str
 
 
+class Pictures(NamedTuple):
+    """The files that a clip is made from, as PNGs: the one that it began with and, where it goes on from another clip,
+    the frame that it goes on from."""
+
+    picture: bytes
+    origin: bytes | None
+
+
 @dataclass(frozen=True)
 class NewJob:
     """What a job is made of.
 
     `owner` is whose it is ("" where all are everybody's). `request` is plain JSON, `picture` a file that the server
-    itself wrote. Jobs of one `model` and `batch_key` can be made together. `fingerprint` hashes what the client sent:
-    the same `idempotency_key` with another one is a mistake.
+    itself wrote, as is `origin`, the frame that a clip goes on from (None where it begins with the picture). Jobs of
+    one `model` and `batch_key` can be made together. `fingerprint` hashes what the client sent: the same
+    `idempotency_key` with another one is a mistake.
     """
 
     owner: str
@@ -46,6 +55,7 @@ class NewJob:
     batch_key: str
     fingerprint: str
     idempotency_key: str | None = None
+    origin: bytes | None = None
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ class Open(msgspec.Struct, frozen=True, tag=True):
 
 class Clip(msgspec.Struct, frozen=True):
     """A clip to make: attempt `attempt` of job `job`. `picture` is a PNG of the clip's size, `draft` the folder's name
-    to write to, `path` the points that its object goes along."""
+    to write to, `path` the points that its object goes along. One with an `origin`, a PNG too, has the frames that
+    follow it in a clip that began with `picture`, and is made alone."""
 
     job: str
     attempt: int
@@ -45,6 +46,7 @@ class Clip(msgspec.Struct, frozen=True):
     fps: float
     draft: str
     path: tuple[tuple[float, float], ...] | None = None
+    origin: bytes | None = None
 
 
 class Make(msgspec.Struct, frozen=True, tag=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -70,6 +71,15 @@ def read_frames(path: Path) -> list[NDArray[np.uint8]]:
 
     with av.open(str(path)) as container:
         return [np.asarray(frame.to_ndarray(format="rgb24"), np.uint8) for frame in container.decode(video=0)]
+
+
+def read_frame(path: Path, index: int) -> NDArray[np.uint8]:
+    """One of them, counted from 0."""
+    import av
+
+    with av.open(str(path)) as container:
+        frame = next(itertools.islice(container.decode(video=0), index, None))
+        return np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
 
 
 class Results:

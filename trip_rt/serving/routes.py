@@ -20,6 +20,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 from PIL import Image
+from pydantic import BaseModel
 from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -29,10 +30,20 @@ from trip_rt.checks import excerpt
 from trip_rt.serving import schemas
 from trip_rt.serving.api_errors import ApiError
 from trip_rt.serving.api_keys import ApiKeys
-from trip_rt.serving.clip_request import ClipForm, ClipJSON, Limits, PictureURL, from_data_url, new_job, parsed
+from trip_rt.serving.clip_request import (
+    ClipFields,
+    ClipForm,
+    ClipJSON,
+    Limits,
+    PictureURL,
+    from_data_url,
+    new_job,
+    parsed,
+)
 from trip_rt.serving.database import StoreUnavailable
+from trip_rt.serving.extension_request import ExtensionForm, ExtensionJSON, OfVideo, new_extension, of_form
 from trip_rt.serving.guard import Guard
-from trip_rt.serving.jobs import Job
+from trip_rt.serving.jobs import Job, NewJob
 from trip_rt.serving.models import Model
 from trip_rt.serving.results import SPRITESHEET, THUMBNAIL, VIDEO
 from trip_rt.serving.service import Closing, NoRoom, Service
@@ -118,36 +129,31 @@ def create_app(
             raise ApiError(404, message, "model", "model_not_found")
         return model
 
-    async def added(request: Request, owner: str, idempotency_key: str | None) -> Job:
-        try:
-            async with asyncio.timeout(_UPLOAD_S):
-                sent, picture = await _received(request, limits)
-        except TimeoutError as error:
-            raise ApiError(408, f"body: found it unfinished after {_UPLOAD_S:g} s; send it again") from error
-        fields = parsed(sent)
-        model = model_of(fields.model)
-        async with decodes:
-            new = await asyncio.to_thread(new_job, fields, picture, model, limits, owner, idempotency_key)
+    async def queued(new: NewJob) -> Job:
         try:
             return await service.add(new)
         except QueueFull as error:
-            retry = {"Retry-After": str(service.retry_after_s(model.name))}
+            retry = {"Retry-After": str(service.retry_after_s(new.model))}
             raise ApiError(429, "queue: found it full; come again later", code="queue_full", headers=retry) from error
+
+    async def added(request: Request, owner: str, idempotency_key: str | None) -> Job:
+        sent, picture, url = await _received(request, limits)
+        if picture is None:
+            if url is None:
+                message = "input_reference: found none, expected the picture to begin with"
+                raise ApiError(400, message, "input_reference")
+            picture = from_data_url(url)
+        fields = parsed(sent, ClipFields)
+        model = model_of(fields.model)
+        async with decodes:
+            new = await asyncio.to_thread(new_job, fields, picture, model, limits, owner, idempotency_key)
+        return await queued(new)
 
     IdempotencyKey = Annotated[
         str | None,
         Header(min_length=1, max_length=255, description="The same key and request again give the same job."),
     ]
-    body = {
-        "requestBody": {
-            "required": True,
-            "content": {
-                "multipart/form-data": {"schema": ClipForm.model_json_schema()},
-                "application/json": {"schema": ClipJSON.model_json_schema(ref_template="#/components/schemas/{model}")},
-            },
-        }
-    }
-    body["requestBody"]["content"]["application/json"]["schema"].pop("$defs", None)  # type: ignore[index]
+    body = _body(ClipForm, ClipJSON)
     creation = _errors(404, 408, 409, 413, 415, 429, 507)
 
     @app.post("/v1/videos", response_model=schemas.Video, responses=creation, openapi_extra=body, tags=["videos"])
@@ -186,6 +192,37 @@ def create_app(
         took = service.view(done)["inference_time_s"]
         headers = {"x-request-id": done.id, "x-inference-time-s": str(took)}
         return FileResponse(await service.file(done, VIDEO), media_type="video/mp4", headers=headers)
+
+    @app.post(
+        "/v1/videos/extensions",
+        response_model=schemas.Video,
+        responses=creation,
+        openapi_extra=_body(ExtensionForm, ExtensionJSON),
+        tags=["videos"],
+    )
+    async def extend(request: Request, owner: Owner, idempotency_key: IdempotencyKey = None) -> Any:
+        """Ask for the frames that follow a completed clip, or one of its frames, by a sentence. The new job's clip is
+        of the new frames alone. What has hardly changed since the picture that the first clip began with is put back
+        to it, so that long chains drift less."""
+        sent, picture, url = await _received(request, limits)
+        if picture is not None or url is not None:
+            message = "input_reference: found one, expected none: the clip goes on from its own frame"
+            raise ApiError(400, message, "input_reference")
+        fields = parsed(of_form(sent), ExtensionJSON)
+        job = await service.get(fields.video.id, owner)
+        if job is None:
+            raise _no_video(fields.video.id, "video")
+        model = model_of(job.model)
+        if job.state != "completed":
+            raise ApiError(409, f"video: found it {job.state}, expected it completed", "video", "not_ready")
+        began_with, file = await service.picture(job), await service.file(job, VIDEO)
+        if began_with is None:
+            raise _no_video(job.id, "video")
+        async with decodes:
+            new = await asyncio.to_thread(
+                new_extension, fields, job, began_with, file, model, limits, owner, idempotency_key
+            )
+        return answer(await queued(new))
 
     @app.get("/v1/videos", response_model=schemas.VideoList, responses=_errors(404), tags=["videos"])
     async def list_videos(
@@ -341,12 +378,24 @@ def create_app(
     return app
 
 
+def _body(form: type[BaseModel], json: type[BaseModel]) -> dict[str, Any]:
+    """The description of a body that comes as either."""
+    schema = json.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)  # `_describe` has them
+    content = {
+        "multipart/form-data": {"schema": form.model_json_schema()},
+        "application/json": {"schema": schema},
+    }
+    return {"requestBody": {"required": True, "content": content}}
+
+
 def _describe(app: FastAPI) -> None:
-    """Have the description say what FastAPI does not know: the picture's part of the body, that what is wrong is
+    """Have the description say what FastAPI does not know: the objects in bodies, that what is wrong is
     answered with 400 and not 422, and that a stream's errors are JSON."""
     description = app.openapi()
     described = description["components"]["schemas"]
-    described["PictureURL"] = PictureURL.model_json_schema()
+    for part in (PictureURL, OfVideo):
+        described[part.__name__] = part.model_json_schema()
     for unused in ("HTTPValidationError", "ValidationError"):
         described.pop(unused, None)
     for operations in description["paths"].values():
@@ -376,21 +425,19 @@ class _File(FileResponse):
             raise ApiError(404, "video: it was deleted just now", "video_id", "not_found") from error
 
 
-async def _received(request: Request, limits: Limits) -> tuple[dict[str, Any], bytes]:
-    """The fields of a request for a clip, and its picture."""
+async def _received(request: Request, limits: Limits) -> tuple[dict[str, Any], bytes | None, Any]:
+    """The fields of a request for a clip, the picture in it, and the address in its place."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        fields, picture, url = await _form(request, limits)
-    elif kind == "application/json":
-        fields, picture, url = await _json(request)
-    else:
-        found = excerpt(kind or "no type")
-        raise ApiError(415, f"body: found {found}, expected multipart/form-data or application/json")
-    if picture is None:
-        if url is None:
-            raise ApiError(400, "input_reference: found none, expected the picture to begin with", "input_reference")
-        picture = from_data_url(url)
-    return fields, picture
+    try:
+        async with asyncio.timeout(_UPLOAD_S):
+            if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
+                return await _form(request, limits)
+            if kind == "application/json":
+                return await _json(request)
+    except TimeoutError as error:
+        raise ApiError(408, f"body: found it unfinished after {_UPLOAD_S:g} s; send it again") from error
+    found = excerpt(kind or "no type")
+    raise ApiError(415, f"body: found {found}, expected multipart/form-data or application/json")
 
 
 async def _form(request: Request, limits: Limits) -> tuple[dict[str, Any], bytes | None, Any]:
@@ -406,7 +453,10 @@ async def _form(request: Request, limits: Limits) -> tuple[dict[str, Any], bytes
             file = files.pop("input_reference", None)
             if files:
                 name = next(iter(files))
-                raise ApiError(400, "body: found a file of another name, expected it as input_reference", name)
+                expected = (
+                    "the id of a clip of this server's as video[id]" if name == "video" else "input_reference alone"
+                )
+                raise ApiError(400, f"body: found a file as {excerpt(name)}, expected {expected}", name)
             # The second is how OpenAI's client writes an object's field in a form.
             url = fields.pop("input_reference", fields.pop("input_reference[image_url]", None))
             return fields, await file.read() if file is not None else None, url

@@ -53,6 +53,8 @@ class Video(BaseModel):
     guidance_scale: float
     size: str
     path: list[tuple[float, float]] | None
+    extends: str | None = Field(description="The clip that it goes on from.")
+    from_frame: int | None = Field(description="The frame of that clip that it follows, counted from 0.")
     num_frames: int
     fps: float
     seconds: str

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from trip_rt.errors import InputError
 from trip_rt.serving.database import StoreUnavailable
 from trip_rt.serving.feed import Feed
-from trip_rt.serving.jobs import FINISHED, MOST_LOSSES, STATES, Failure, Job, NewJob
+from trip_rt.serving.jobs import FINISHED, MOST_LOSSES, STATES, Failure, Job, NewJob, Pictures
 from trip_rt.serving.metrics import Metrics
 from trip_rt.serving.models import Model
 from trip_rt.serving.protocol import Made
@@ -239,6 +239,10 @@ class Service:
             if name in ENDS:
                 yield "end", name
 
+    async def picture(self, job: Job) -> bytes | None:
+        """The picture that a job's clip began with; None where the job was deleted."""
+        return await self._read(self._store.picture, job.id)
+
     async def file(self, job: Job, name: str) -> Path:
         """The path of one of a completed job's files."""
         assert job.result is not None
@@ -251,11 +255,11 @@ class Service:
         """Set once a job comes or comes back; ask for it before looking at the queue."""
         return self._queue_changed
 
-    async def claim(self, model: Model, drop: Callable[[str], None]) -> list[tuple[Job, bytes]]:
+    async def claim(self, model: Model, drop: Callable[[str], None]) -> list[tuple[Job, Pictures]]:
         """The next jobs for a worker of this model, with their pictures; none where none wait. `drop(id)` is called for
         one that is cancelled later."""
         while rows := await self._write(self._store.claim, model.name, model.profile.batch):
-            wanted = [(job, picture) for job, picture in rows if job.id not in self._cancelled_early]
+            wanted = [(job, pictures) for job, pictures in rows if job.id not in self._cancelled_early]
             self._cancelled_early.difference_update(job.id for job, _ in rows)
             for job, _ in wanted:
                 self._running[job.id] = Running(job, functools.partial(drop, job.id))

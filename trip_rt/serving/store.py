@@ -32,7 +32,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import IntegrityError
 
 from trip_rt.serving.database import Database
-from trip_rt.serving.jobs import FINISHED, MOST_LOSSES, Failure, Job, NewJob, State, new_id
+from trip_rt.serving.jobs import FINISHED, MOST_LOSSES, Failure, Job, NewJob, Pictures, State, new_id
 
 _JOBS = Table(
     "jobs_2",  # the layout's version: one of another version is left alone
@@ -46,6 +46,7 @@ _JOBS = Table(
     Column("batch_key", String(64), nullable=False),
     Column("request", JSON, nullable=False),
     Column("picture", LargeBinary, nullable=False),
+    Column("origin", LargeBinary),
     Column("state", String(16), nullable=False, index=True),
     Column("attempt", Integer, nullable=False),
     Column("losses", Integer, nullable=False),
@@ -63,6 +64,7 @@ _JOBS = Table(
     sqlite_autoincrement=True,  # a number is not used again after its job is deleted: a client may page from there
 )
 _ROW = [_JOBS.c[field.name] for field in dataclasses.fields(Job)]
+_FILES = [_JOBS.c[name] for name in Pictures._fields]
 
 
 class QueueFull(Exception):
@@ -118,6 +120,11 @@ class JobStore:
             row = connection.execute(select(*_ROW).where(_is(id, owner))).first()
         return _job(row) if row else None
 
+    def picture(self, id: str) -> bytes | None:
+        """The picture that a job's clip began with; None where there is no such job."""
+        with self.database.reading() as connection:
+            return connection.execute(select(_JOBS.c.picture).where(_JOBS.c.id == id)).scalar()
+
     def several(self, ids: Collection[str]) -> list[Job]:
         """The jobs of these ids that there are."""
         with self.database.reading() as connection:
@@ -167,7 +174,7 @@ class JobStore:
         with self.database.reading() as connection:
             return int(connection.execute(select(func.sum(_JOBS.c.result_bytes))).scalar() or 0)
 
-    def claim(self, model: str, most: int = 1) -> list[tuple[Job, bytes]]:
+    def claim(self, model: str, most: int = 1) -> list[tuple[Job, Pictures]]:
         """The model's oldest queued job and up to `most` in all that can be made together with it, with their pictures,
         which are in progress from now on. One that a worker was lost over goes alone, so that it costs no other job a
         loss."""
@@ -190,9 +197,9 @@ class JobStore:
                 "heard_at": self._clock(),
             }
             connection.execute(_JOBS.update().where(_JOBS.c.id.in_(ids) & waits).values(begun))
-            query = select(*_ROW, _JOBS.c.picture).where(_JOBS.c.id.in_(ids) & (_JOBS.c.state == "in_progress"))
+            query = select(*_ROW, *_FILES).where(_JOBS.c.id.in_(ids) & (_JOBS.c.state == "in_progress"))
             rows = connection.execute(query.order_by(_JOBS.c.number)).all()
-            return [(_job(row), row.picture) for row in rows]
+            return [(_job(row), Pictures(row.picture, row.origin)) for row in rows]
 
     def step(self, job: Job, steps_done: int) -> bool:
         """Note progress; False where the job is no longer this attempt's, so that its work can stop."""

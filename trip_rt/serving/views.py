@@ -25,7 +25,7 @@ def video(job: Job, steps_done: int, queue: dict[str, Any] | None) -> dict[str, 
         "completed_at": _whole(job.finished_at) if job.state == "completed" else None,
         "expires_at": _whole(job.expires_at),
         "error": vars(job.failure) if job.failure else None,
-        **({"path": None} | asked),  # which jobs of an earlier version lack
+        **({"path": None, "extends": None, "from_frame": None} | asked),  # which some jobs lack
         "steps_done": steps_done,
         "steps": job.steps,
         "attempt": job.attempt,

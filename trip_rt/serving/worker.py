@@ -170,14 +170,21 @@ class Worker:
 
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            latents = animator.latents(
-                pictures,
-                [clip.prompt for clip in make.clips],
-                [clip.seed for clip in make.clips],
-                controls=controls,
-                settings=Settings(**make.settings),
-                on_step=stepped,
-            )
+            settings, (clip, *_) = Settings(**make.settings), make.clips
+            if clip.origin is not None:
+                origin = _pixels(clip.origin)
+                latents = animator.follow(
+                    pictures[0], origin, clip.prompt, clip.seed, settings=settings, on_step=stepped
+                )[None]
+            else:
+                latents = animator.latents(
+                    pictures,
+                    [clip.prompt for clip in make.clips],
+                    [clip.seed for clip in make.clips],
+                    controls=controls,
+                    settings=settings,
+                    on_step=stepped,
+                )
         said = tuple(dict.fromkeys(one_line(warning.message, 500) for warning in caught))
         seconds = {"denoise": time.perf_counter() - began}
         self._server.send(Denoised(jobs))

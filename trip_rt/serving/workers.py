@@ -18,7 +18,7 @@ import numpy as np
 
 from trip_rt.errors import InputError
 from trip_rt.serving.database import StoreUnavailable
-from trip_rt.serving.jobs import Failure, Job
+from trip_rt.serving.jobs import Failure, Job, Pictures
 from trip_rt.serving.models import Model
 from trip_rt.serving.protocol import (
     Clip,
@@ -114,7 +114,7 @@ class _Slot:
         self._heard = 0.0
         self._hungry = asyncio.Event()
         self._answers: set[asyncio.Task[None]] = set()
-        self._claim: asyncio.Task[list[tuple[Job, bytes]]] | None = None  # of what is not yet handed over
+        self._claim: asyncio.Task[list[tuple[Job, Pictures]]] | None = None  # of what is not yet handed over
         self._dropped_early: set[str] = set()  # of that, what nobody wants any more
         self._idle = asyncio.Event()  # while the worker has no jobs
         self._idle.set()
@@ -258,7 +258,7 @@ class _Slot:
             self._idle.clear()
             self._heard = time.monotonic()
             self.jobs |= {job.id: job for job, _ in claimed}
-            clips = tuple(clip_of(job, picture) for job, picture in claimed)
+            clips = tuple(clip_of(job, pictures) for job, pictures in claimed)
             await self._say(Make(clips, claimed[0][0].request["settings"]))
             for id in list(self._dropped_early):  # the worker knows them only now
                 self._drop(id)
@@ -332,11 +332,19 @@ def draft_name(job: Job) -> str:
     return f"{job.id}-{job.attempt}"
 
 
-def clip_of(job: Job, picture: bytes) -> Clip:
+def clip_of(job: Job, pictures: Pictures) -> Clip:
     """What a worker is told of a job."""
     request = job.request
     path = request.get("path")
     points = None if path is None else tuple((x, y) for x, y in path)
     return Clip(
-        job.id, job.attempt, picture, request["prompt"], request["seed"], request["fps"], draft_name(job), points
+        job.id,
+        job.attempt,
+        pictures.picture,
+        request["prompt"],
+        request["seed"],
+        request["fps"],
+        draft_name(job),
+        points,
+        pictures.origin,
     )
