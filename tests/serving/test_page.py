@@ -113,6 +113,58 @@ def test_a_clip_is_cancelled(page, server):
     assert server.ask("GET", "/v1/videos?limit=1")[1]["data"][0]["status"] == "cancelled"
 
 
+def test_a_clip_keeps_going(page, server):
+    """It plays on beyond its own frames, by another sentence once there is one, and leaves nothing behind."""
+    before = [job["id"] for job in server.ask("GET", "/v1/videos?limit=100")[1]["data"]]
+    drop(page)
+    page.fill("#prompt", "a red ball rolls")
+    page.select_option("#speed", "fast")
+    page.click("#make")
+    page.locator("#stage[data-state=clip]").wait_for()
+    (made, *others) = [job["id"] for job in server.ask("GET", "/v1/videos?limit=100")[1]["data"]]
+    assert others == before
+    asked, shown = [], set()
+    page.on("request", lambda request: asked.append(request) if request.url.endswith("/extensions") else None)
+    page.click("#live")
+    page.locator("#stage[data-state=frames]").wait_for()
+
+    def watch(until):
+        for _ in range(1500):
+            shown.add(page.evaluate("document.getElementById('frames').toDataURL()"))
+            if until():
+                return
+            page.wait_for_timeout(20)
+        pytest.fail(f"{len(asked)} extensions, {len(shown)} frames: {page.locator('#status').inner_text()}")
+
+    watch(lambda: len(asked) > 3 and len(shown) > 3 * 5)  # of 5 frames a clip
+    first = asked[0].post_data_json
+    assert (first["video"], first["from_frame"], first["prompt"]) == ({"id": made}, 4, "a red ball rolls")
+    assert len({request.post_data_json["video"]["id"] for request in asked}) > 2
+    page.fill("#prompt", "a red ball grows")
+    page.keyboard.press("Enter")
+    watch(lambda: asked[-1].post_data_json["prompt"] == "a red ball grows")
+    said, count = len(asked), len(shown)
+    watch(lambda: len(asked) > said + 1 and len(shown) > count + 5)
+    assert page.locator("#wall li").count() == len([made, *before])
+    page.click("#live")
+    page.locator("#stage[data-state=clip]").wait_for()
+    watch(lambda: [job["id"] for job in server.ask("GET", "/v1/videos?limit=100")[1]["data"]] == [made, *before])
+
+
+def test_an_error_ends_a_clip_that_keeps_going(page, server):
+    drop(page)
+    page.fill("#prompt", "a red ball rolls")
+    page.click("#make")
+    page.locator("#stage[data-state=clip]").wait_for()
+    page.click("details summary")
+    page.fill("#guidance", "1000")
+    page.click("#live")
+    page.locator(".wrong #guidance").wait_for()
+    page.locator("#stage[data-state=clip]").wait_for()
+    assert page.locator("#live").inner_text() == "Keep going"
+    assert "expected" in page.locator("#guidance-hint").inner_text()
+
+
 def test_a_mistake_is_told_beside_its_field(page):
     drop(page)
     page.fill("#prompt", "a red ball rolls")

@@ -2,7 +2,8 @@
 // from the server that sent it. API paths are fetched and shown as blobs, never named in `src`, because <img>, <video>
 // and EventSource cannot send the header that carries the key.
 
-import { askBlob, askJson, listen, pause, speakThrough } from './server.js';
+import { Live, decoded } from './live.js';
+import { askBlob, askJson, listen, newKey, pause, speakThrough } from './server.js';
 
 const at = (id) => document.getElementById(id);
 
@@ -180,6 +181,7 @@ async function loadModels() {
   fillSelect(at('model'), models.map(({ id }) => id));
   at('model-field').hidden = models.length < 2;
   showModel();
+  drawView(); // a clip that is shown may go on with its model alone
   if (models.some(({ ready }) => !ready)) setTimeout(() => loadModels().catch(tell), 5000);
 }
 
@@ -195,9 +197,10 @@ function submit(event) {
   const request = given();
   const most = limits.prompt_characters ?? Infinity;
   const length = [...(request.prompt ?? '')].length;
-  if (!picture) markWrong('file', 'Please choose a picture first.');
+  if (!picture && !live) markWrong('file', 'Please choose a picture first.');
   else if (!length) markWrong('prompt', 'Please say in a sentence what happens.');
   else if (length > most) markWrong('prompt', `That has ${length} characters; ${most} is the most.`);
+  else if (live) sayNext(request.prompt);
   else send(picture, request);
 }
 
@@ -206,8 +209,7 @@ async function send(file, request) {
   const body = new FormData();
   for (const [name, value] of Object.entries(request)) body.append(name, value);
   body.append('input_reference', file, file.name);
-  // The same key in every try: a request that arrived although its answer was lost makes no second clip.
-  const headers = { 'Idempotency-Key': [...crypto.getRandomValues(new Uint32Array(4))].join('-') };
+  const headers = { 'Idempotency-Key': newKey() };
   sending = true;
   at('make').setAttribute('aria-disabled', 'true');
   tellProblem('');
@@ -308,7 +310,10 @@ function arrangeWall() {
   at('more').hidden = after === null;
 }
 
-const askPage = (query = '') => askJson(`v1/videos?limit=24&order=desc${query}`);
+async function askPage(query = '') {
+  const page = await askJson(`v1/videos?limit=24&order=desc${query}`);
+  return { ...page, data: page.data.filter(({ id }) => !passing.has(id)) };
+}
 
 function rememberPage({ data }) {
   // Its own stream is ahead of any list.
@@ -364,6 +369,8 @@ let followed = null;
 let leaving = new AbortController();
 
 async function select(id, move = false) {
+  live?.stop();
+  live = null;
   leaving.abort();
   leaving = new AbortController();
   const { signal } = leaving;
@@ -424,10 +431,12 @@ async function drawFrames(id, signal) {
 }
 
 async function drawFrame({ png }, signal) {
-  const image = new Image();
-  image.src = `data:image/png;base64,${png}`;
-  await image.decode();
-  if (signal.aborted || at('stage').dataset.state === 'clip') return;
+  const image = await decoded(png);
+  if (!signal.aborted && at('stage').dataset.state !== 'clip') paint(image);
+}
+
+/** Shows a frame on the stage. */
+function paint(image) {
   const canvas = at('frames');
   if (canvas.width !== image.naturalWidth) canvas.width = image.naturalWidth;
   if (canvas.height !== image.naturalHeight) canvas.height = image.naturalHeight;
@@ -501,22 +510,26 @@ function drawFacts(job) {
     'div', { className },
     make('dt', { textContent: name }), make('dd', { textContent: value || value === 0 ? value : '–' }),
   )));
-  at('sentence').textContent = job.prompt ?? '';
+  at('sentence').textContent = live?.prompt ?? job.prompt ?? '';
   at('warnings').replaceChildren(...(job.warnings ?? []).map((textContent) => make('li', { textContent })));
 }
 
 function drawView() {
   const job = jobs.get(selected) ?? {};
   const active = Boolean(selected) && isActive(selected);
-  const text = selected ? longState(job) ?? '' : '';
+  const text = live ? 'Playing on. Say what happens next.' : selected ? longState(job) ?? '' : '';
   at('state').textContent = text;
-  announce(`${selected} ${job.status} ${Boolean(job.decoding)}`, job.decoding && active ? 'Decoding' : text);
+  const about = [selected, job.status, Boolean(job.decoding), Boolean(live)].join(' ');
+  announce(about, job.decoding && active ? 'Decoding' : text);
   at('progress').classList.toggle('idle', !active);
   at('progress').value = progressOf(job);
   const focused = document.activeElement;
   at('cancel').hidden = !active;
   at('download').hidden = !at('download').href;
-  at('again').hidden = at('delete').hidden = !selected || active;
+  at('again').hidden = at('delete').hidden = !selected || active || Boolean(live);
+  at('live').hidden = !live && !canGoOn(job);
+  at('live').textContent = live ? 'Stop' : 'Keep going';
+  at('make').textContent = live ? 'Say it' : 'Make clip';
   // The focus must not fall off the page with a button that goes.
   if (focused?.hidden) at('view').focus({ preventScroll: true });
   if (job.status === 'failed') tellProblem(job.error?.message ?? 'The clip could not be made.');
@@ -565,6 +578,53 @@ function again() {
   markWrong('file', 'The settings are filled in. Please choose the picture of that clip, then make it.');
 }
 
+// Clips without an end
+
+let live = null;
+const passing = new Set(); // the clips that a live one is made of, which the wall does not show
+
+const modelOf = (job) => models.find(({ id }) => id === job.model);
+
+function canGoOn(job) {
+  const model = modelOf(job);
+  return job.status === 'completed' && Boolean(at('download').href) && job.size === model?.size && model.num_frames > 1;
+}
+
+async function keepGoing() {
+  const job = jobs.get(selected);
+  const model = modelOf(job);
+  const { prompt, seed, model: chosen, ...fields } = given();
+  leaving.abort(); // a video that is still on its way
+  leaving = new AbortController();
+  at('clip').pause();
+  tellProblem('');
+  const mine = live = new Live({
+    id: job.id, prompt: job.prompt, fields, fps: job.fps, draw: paint, own: keepFromWall,
+    window: model.num_frames - 1, takes: 1000 * (model.speeds[fields.speed]?.expected_s || 1),
+  });
+  drawView();
+  const problem = await mine.play().then(() => null, (error) => error);
+  if (live !== mine) return;
+  live = null;
+  at('stage').dataset.state = 'clip';
+  if (!calm.matches) at('clip').play().catch(() => {}); // which a browser may not want to
+  drawView();
+  if (problem) tell(problem);
+}
+
+function keepFromWall(id) {
+  passing.add(id);
+  changes++;
+  if (!wall.includes(id)) return;
+  wall = wall.filter((other) => other !== id);
+  arrangeWall();
+}
+
+function sayNext(prompt) {
+  live.say(prompt);
+  drawView();
+}
+
 async function takeUpWhatRan() {
   const id = sessionStorage.getItem('clip');
   if (!id) return;
@@ -593,6 +653,8 @@ at('prompt').onkeydown = (event) => {
   if (event.key === 'Enter' && !event.shiftKey && !event.isComposing) submit(event);
 };
 at('cancel').onclick = cancel;
+at('live').onclick = () => (live ? live.stop() : keepGoing());
+addEventListener('pagehide', () => live?.stop());
 at('again').onclick = again;
 at('delete').onclick = remove;
 at('more').onclick = showMore;

@@ -72,6 +72,9 @@ async function persistently(path, read, { tries = Infinity, ...options } = {}) {
 export const askJson = (path, options) => persistently(path, async (answer) => parse(await answer.text()), options);
 export const askBlob = (path, options) => persistently(path, (answer) => answer.blob(), options);
 
+/** The same key in every try of a request: one that arrived although its answer was lost makes no second clip. */
+export const newKey = () => [...crypto.getRandomValues(new Uint32Array(4))].join('-');
+
 export const pause = (seconds) => new Promise((done) => setTimeout(done, seconds * 1000));
 
 async function pauseAfterLoss(count) {
