@@ -98,6 +98,7 @@ class StoreEnd:
         self._openings: queue.SimpleQueue[str] = queue.SimpleQueue()  # models that the worker was told to open
         self._hungry, self._idle, self._stopping = threading.Event(), threading.Event(), threading.Event()
         self._idle.set()
+        self._claimer = threading.Thread(target=self._claim_jobs, name="claim jobs", daemon=True)
         self._heard = time.monotonic()
         self._colleagues = 1  # workers that there are
         self.refusal = ""  # why the worker cannot open its first bundle
@@ -129,8 +130,8 @@ class StoreEnd:
     def start(self) -> None:
         """Have the first model opened, and claim jobs from then on."""
         self._have_opened(self._model)
-        for work in (self._claim_jobs, self._keep_alive):
-            threading.Thread(target=work, name=work.__name__, daemon=True).start()
+        self._claimer.start()
+        threading.Thread(target=self._keep_alive, name="keep alive", daemon=True).start()
 
     @property
     def is_ready(self) -> bool:
@@ -150,6 +151,8 @@ class StoreEnd:
     def stop(self, grace: float) -> None:
         """Claim no more, give what is being made so many seconds, and give the rest back."""
         self._stopping.set()
+        self._hungry.set()
+        self._claimer.join(grace)  # what it has claimed is ours to give back
         self._idle.wait(grace)
         with self._lock:
             jobs, self._jobs = list(self._jobs.values()), {}
