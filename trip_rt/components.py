@@ -123,6 +123,7 @@ def signatures(
     }
     if control:
         _, frames, height, width = config.latent_shape
-        fixed["control_encoder"] = (f32("control", batch, control.channels, frames, height, width),), controlled
+        control_map = f32("control", batch, control.channels, frames, height, width)
+        fixed["control_encoder"] = (control_map, f32("first_frame", batch, *config.frame_shape)), controlled
     names = [name for name, component in ALL.items() if control or not component.optional]
     return {name: fixed.get(name) or denoising(ALL[name]) for name in names}

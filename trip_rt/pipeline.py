@@ -76,12 +76,16 @@ class Pipeline:
         if self.buffers.control_features is None:
             return None
         device = self._device
-        encoder = _Bound(device, _present(self._open_engine, "control_encoder"))
+        engine = _present(self._open_engine, "control_encoder")
+        (given, _), (result,) = engine.spec.inputs, engine.spec.outputs
+        control, features = device.zeros(given.dtype, given.shape), device.zeros(result.dtype, result.shape)
+        first_frame, _ = halves(self.buffers.first_frame)
+        run = engine.bind({"control": control, "first_frame": first_frame, result.name: features})
 
         def encode(controls: Array) -> Array:
-            device.write(encoder.input, controls)
-            encoder.run()
-            return device.read(encoder.output)
+            device.write(control, controls)
+            run()
+            return device.read(features)
 
         return Steering(device, self.buffers.control_features, encode)
 
@@ -178,8 +182,8 @@ class Pipeline:
             self._device.write(half, first_frame)
 
     def steer(self, controls: Sequence[Array | None], scale: float = 1.0) -> None:
-        """Controls [K, F, h, w] for the next runs, one or None for each clip, and how strongly they count; those before
-        count no more. InputError where the UNets take none."""
+        """Controls [K, F, h, w] for the next runs of the pictures that are encoded, one or None for each clip, and how
+        strongly they count; those before count no more. InputError where the UNets take none."""
         if self._steering:
             self._steering.give(controls, scale)
         elif any(control is not None for control in controls):

@@ -60,8 +60,9 @@ def record(
         control = steered = None
         if model.control:
             control = np.stack([path_control(PATH, config)] * batch)
-            steered = model.encode_control(torch.from_numpy(control))
-            keep("control_encoder", {"control": torch.from_numpy(control)}, steered)
+            given_control = {"control": torch.from_numpy(control), "first_frame": first_frame}
+            steered = model.encode_control(**given_control)
+            keep("control_encoder", given_control, steered)
         recorded = {steps[i].timestep for i in np.linspace(0, len(steps) - 1, STEPS_RECORDED).round().astype(int)}
         kept: list[tuple[dict[str, Tensor], Tensor]] = []  # the UNet's inputs at those, and the features it had
 

@@ -96,7 +96,7 @@ def from_pretrained(folder: str | os.PathLike[str], only: str | None = None, con
     load_weights(model.fusion, folder / "fusion" / _FUSION_WEIGHTS)
     if control is not None:
         width = model.residual_unet.unet.config.block_out_channels[0]
-        model.control = load_control(control, folder, width, config.first_frame)
+        model.control = load_control(control, folder, config.latent_channels, width, config.first_frame)
     return model.eval()
 
 

@@ -2,7 +2,8 @@
 
 After ControlNeXt (Peng et al. 2024, arXiv 2408.06070): one small convolutional encoder, whose features are added at
 one place, the UNet's first convolution. The UNet stays as it is, and the encoder's last layer begins at zero, so that
-training starts from the clips without control.
+training starts from the clips without control. Beside the map it is given the clean first frame, as it is and as the
+map moves it: from a map alone it learns where things go, and not to keep what they are.
 
     config.json  diffusion_pytorch_model.safetensors
 
@@ -30,35 +31,40 @@ from trip_reference.parts import REMEDY, load_weights
 from trip_reference.temporal_conv import TemporalConv
 from trip_rt.bundle import file_sha256
 from trip_rt.config import ControlConfig, FirstFrame, from_json, to_json
+from trip_rt.control import MOTION_UNIT
 from trip_rt.errors import InputError, printable
 from trip_rt.files import disk_full
 from trip_rt.plain_files import check_plain, read_json
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 UNET_WEIGHTS = Path("unet", WEIGHTS)  # in a checkpoint folder
+_KNOWN = 1e-3  # what is known less of a place counts as nothing
 _REMEDY = "train one with trip-train --recipe control"
 
 
 class ControlEncoder(nn.Module):
-    """Maps to what the UNet's first convolution is given more: [B, K, F, h, w] → [B, F', C', h, w], C' of `width`.
+    """A map [B, K, F, h, w] and the clean first frame [B, C, h, w] to what the UNet's first convolution is given more,
+    [B, F', C', h, w], C' of `width`.
 
     F' counts the clean frame where that is one of the UNet's; nothing steers it.
     """
 
-    def __init__(self, config: ControlConfig, width: int, first_frame: FirstFrame):
+    def __init__(self, config: ControlConfig, latent_channels: int, width: int, first_frame: FirstFrame):
         super().__init__()
         self.config, self.first_frame = config, first_frame
         hidden = config.hidden_size
-        self.conv_in = nn.Conv2d(config.channels, hidden, 3, padding=1)
+        self.conv_in = nn.Conv2d(config.channels + 2 * latent_channels, hidden, 3, padding=1)
         self.layers = nn.ModuleList(_Layer(hidden) for _ in range(config.num_layers))
         self.conv_out = nn.Conv2d(hidden, width, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         assert self.conv_out.bias is not None
         nn.init.zeros_(self.conv_out.bias)
 
-    def forward(self, control: Tensor) -> Tensor:
+    def forward(self, control: Tensor, first_frame: Tensor) -> Tensor:
         frames = control.shape[2]
-        x = self.conv_in(control.transpose(1, 2).flatten(0, 1))  # [B·F, hidden, h, w]
+        maps = control.transpose(1, 2).flatten(0, 1)  # [B·F, K, h, w]
+        still = first_frame.repeat_interleave(frames, 0)  # [B·F, C, h, w]
+        x = self.conv_in(torch.cat([maps, still, carried(still, maps)], 1))  # [B·F, hidden, h, w]
         for layer in self.layers:
             x = layer(x, frames)
         features = self.conv_out(F.silu(x)).unflatten(0, (-1, frames))
@@ -69,6 +75,17 @@ class ControlEncoder(nn.Module):
                 return F.pad(features, (0, 0, 0, 0, 0, 0, 0, 1))
             case "channel":
                 return features
+
+
+def carried(pictures: Tensor, maps: Tensor) -> Tensor:
+    """Pictures [N, C, h, w] as the `motion` maps [N, 3, h, w] move them: each place has what was there before it moved.
+    Where little is known of a place, it has moved little."""
+    height, width = pictures.shape[-2:]
+    moved = maps[:, :2] / maps[:, 2:].clamp(min=_KNOWN) * (2 * MOTION_UNIT)  # the picture is 2 wide, −1 to 1
+    across = torch.linspace(-1 + 1 / width, 1 - 1 / width, width, device=maps.device)
+    down = torch.linspace(-1 + 1 / height, 1 - 1 / height, height, device=maps.device)
+    came_from = torch.stack([across.expand(height, width), down[:, None].expand(height, width)]) - moved
+    return F.grid_sample(pictures, came_from.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
 
 
 class _Layer(nn.Module):
@@ -138,10 +155,13 @@ def load_control_config(folder: str | os.PathLike[str], base: Path) -> ControlCo
     return stored.control
 
 
-def load_control(folder: str | os.PathLike[str], base: Path, width: int, first_frame: FirstFrame) -> ControlEncoder:
-    """The encoder of a control's folder, fp32, for a UNet whose first convolution gives `width` channels."""
+def load_control(
+    folder: str | os.PathLike[str], base: Path, latent_channels: int, width: int, first_frame: FirstFrame
+) -> ControlEncoder:
+    """The encoder of a control's folder, fp32, for latents of so many channels and a UNet whose first convolution gives
+    `width`."""
     with torch.device("meta"):
-        encoder = ControlEncoder(load_control_config(folder, base), width, first_frame)
+        encoder = ControlEncoder(load_control_config(folder, base), latent_channels, width, first_frame)
     load_weights(encoder, Path(folder) / WEIGHTS)
     return encoder
 

@@ -43,12 +43,13 @@ class TripModel(nn.Module):
     def add_control(self, control: ControlConfig) -> None:
         """Give the model a fresh control, which changes nothing yet."""
         width = self.residual_unet.unet.config.block_out_channels[0]
-        self.control = ControlEncoder(control, width, self.config.first_frame)
+        self.control = ControlEncoder(control, self.config.latent_channels, width, self.config.first_frame)
 
-    def encode_control(self, control: Tensor) -> Tensor:
-        """[B, K, F, h, w] → what the UNet's first convolution is given more, [B, F', C', h, w]."""
+    def encode_control(self, control: Tensor, first_frame: Tensor) -> Tensor:
+        """A map [B, K, F, h, w] and the clean first frame [B, C, h, w] → what the UNet's first convolution is given
+        more, [B, F', C', h, w]."""
         assert self.control is not None
-        features: Tensor = self.control(control)
+        features: Tensor = self.control(control, first_frame)
         return features
 
     def encode_image(self, image: Tensor) -> Tensor:

@@ -95,7 +95,9 @@ def test_controls(fuzz, folder, tiny_control_folder, file):
         for name, tensor in model.control.state_dict().items():
             assert tensor.shape == expected[name].shape and tensor.isfinite().all(), name
         config = model.config
-        features = model.encode_control(torch.zeros(1, 3, *config.latent_shape[1:]))
+        features = model.encode_control(
+            torch.zeros(1, 3, *config.latent_shape[1:]), torch.zeros(1, *config.frame_shape)
+        )
         assert features.shape == (1, config.num_frames + 1, 8, *config.latent_shape[2:])
 
     inputs = mutated_json([json.loads(valid)]) if file == CONFIG else damaged([valid])

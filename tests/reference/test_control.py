@@ -14,11 +14,12 @@ from tiny_control import CONTROL, save_tiny_control
 from training_runs import losses, start, train_tiny
 
 from trip_reference import checkpoint
-from trip_reference.control import CONFIG, WEIGHTS, load_control, load_control_config
+from trip_reference.control import CONFIG, WEIGHTS, carried, load_control, load_control_config
 from trip_reference.data.cache import CachedClips, write_cache
 from trip_reference.demo_world import world
 from trip_reference.demo_world.paths import DemoPathClips, away_from_path, render_places, sentence
 from trip_reference.demo_world.text import build_tokenizer
+from trip_rt.control import MOTION_UNIT
 from trip_rt.errors import InputError
 
 RNG = np.random.default_rng
@@ -39,15 +40,27 @@ def test_a_fresh_control_changes_nothing_and_a_trained_one_all_but_the_clean_fra
     control = torch.randn(2, CONTROL.channels, frames, height, width)
     with torch.no_grad():
         plain = model.residual_unet(*given)
-        assert torch.equal(model.residual_unet(*given, model.encode_control(control)), plain)
+        assert torch.equal(model.residual_unet(*given, model.encode_control(control, given[1])), plain)
         model.control.conv_out.weight.normal_()
-        features = model.encode_control(control)
+        features = model.encode_control(control, given[1])
         assert features.shape == (2, frames + (first_frame != "channel"), 8, height, width)
         if first_frame != "channel":
             clean = 0 if first_frame == "start" else -1
             assert not features[:, clean].any() and features.any()
         assert not torch.equal(model.residual_unet(*given, features), plain)
         assert torch.equal(model.residual_unet(*given), plain)  # the hook is gone
+
+
+def test_a_map_carries_what_is_seen():
+    pictures = torch.zeros(2, 1, 8, 12)
+    pictures[:, 0, 2, 3], pictures[:, 0, 6, 10] = 1.0, 0.5
+    maps = torch.zeros(2, 3, 8, 12)
+    maps[1, 2] = 0.2  # known a little, which says how far all the same
+    maps[1, 0], maps[1, 1] = 0.2 * 3 / 12 / MOTION_UNIT, 0.2 * 2 / 8 / MOTION_UNIT  # three places right, two down
+    still, moved = carried(pictures, maps)
+    torch.testing.assert_close(still, pictures[0])
+    torch.testing.assert_close(moved[0, 4, 6], torch.tensor(1.0), atol=1e-5, rtol=0)
+    assert moved[0, 2, 3].abs() < 1e-5 and moved.sum() == pytest.approx(1.0, abs=1e-4)  # the other went out
 
 
 def test_a_control_is_stored_beside_the_unet_that_it_belongs_to(tiny_checkpoint, tmp_path):
@@ -77,7 +90,7 @@ def test_a_strangers_control_is_refused_in_one_line(tiny_checkpoint, tmp_path, c
     stored = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(stored | change))
     with pytest.raises(InputError, match=message) as refused:
-        load_control(folder, tiny_checkpoint, 8, "start")
+        load_control(folder, tiny_checkpoint, 4, 8, "start")
     assert "\n" not in str(refused.value)
 
 

@@ -116,7 +116,7 @@ def test_a_steered_clip_is_the_oracles(steered, tiny_checkpoint, tiny_control_fo
     with torch.no_grad():
         text = model.encode_text(torch.from_numpy(tokens(["", PROMPT])))
         first = model.encode_image(torch.from_numpy(images.to_model(fitted)))
-        features = 0.7 * model.encode_control(torch.from_numpy(control[None]))
+        features = 0.7 * model.encode_control(torch.from_numpy(control[None]), first)
     noise = torch.from_numpy(initial_noise([3], config.latent_shape))
     expected = sample(model, first, noise, text, settings.steps(config), control_features=features).numpy()
     found = steered.latents(fitted, [PROMPT], [3], controls=[control], settings=settings)

@@ -46,7 +46,7 @@ class Denoiser(nn.Module):
         if text is None:
             text = self.text_encoder(ids).last_hidden_state
         first_frame = latents[:, :, 0]
-        steered = None if self.control is None else self.control(control)
+        steered = None if self.control is None else self.control(control, first_frame)
         residual = self.residual_unet(noised, first_frame, timestep, text, steered)
         fuse: Callable[..., Tensor] = self.fusion
         if self.fused_kernel:

@@ -82,13 +82,16 @@ class Validation:
         latents = self.latents[:shown]
         text = model.encode_text(torch.cat([self.ids[-1:].expand(shown, -1), self.ids[:shown]]))
         noise = torch.from_numpy(initial_noise(list(range(shown)), model.config.latent_shape)).to(latents.device)
+        first_frame, steered = latents[:, :, 0], None
+        if model.control:
+            steered = model.encode_control(self.control[:shown].to(latents.device), first_frame)
         sampled = sample(
             model,
-            latents[:, :, 0],
+            first_frame,
             noise,
             text,
             Settings(speed="balanced").steps(model.config),
-            control_features=None if model.control is None else model.control(self.control[:shown].to(latents.device)),
+            control_features=steered,
         )
         pairs = [(self._decoded(clip), self._decoded(true)) for clip, true in zip(sampled, latents, strict=True)]
         labels = [label for caption in self.captions[:shown] for label in (caption, "(the true clip)")]
