@@ -200,14 +200,17 @@ def losses(application: Served, count: int, kills: int, replicas: int = 4) -> di
     took = time.monotonic() - began
     for listener in heard:
         listener.thread.join(120)
-    names = sorted(job.result["name"] for job in done if job.result)
+    names = {job.result["name"] for job in done if job.result}
+    ids = {job.id for job in done}
+    there = {name for name in os.listdir(application.folder / "clips") if name.rpartition("-")[0] in ids}
     return {
         "jobs": count,
         "kills": kills,
         "seconds": took,
         "completed": sum(job.state == "completed" for job in done),
         "begun_again": sum(job.attempt > 1 for job in done),
-        "results_in_place": sorted(os.listdir(application.folder / "clips")) == names,
+        "results_in_place": names <= there and len(names) == len(done),
+        "results_that_no_job_has_yet": len(there - names),  # of workers lost between two lines; they are swept
         "listeners": len(heard),
         "listeners_that_heard_the_end": sum(listener.end == "completed" for listener in heard),
         "reconnections": sum(listener.connections - 1 for listener in heard),
