@@ -12,7 +12,7 @@ from typing import Any
 
 from trip_rt.errors import InputError, one_line, printable
 
-LOCAL = "local"
+LOCAL = "local"  # as Ray itself calls a new cluster of this machine
 _REACHED_S = 5.0
 
 
@@ -28,8 +28,8 @@ def connected(address: str) -> Iterator[None]:
         _check_reachable(address)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        options: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {"address": address}
-        ray.init(logging_level=logging.WARNING, **options)
+        own: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
+        ray.init(address, logging_level=logging.WARNING, **own)  # without an address it would join what it finds
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise _unreachable(address, error) from error
     finally:
