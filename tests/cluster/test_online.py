@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import io
 import shutil
+import socket
 import threading
 import time
 
@@ -333,6 +334,13 @@ def test_what_does_not_fit_is_one_line(options, said, tiny_bundle, tmp_path, cap
     assert main([str(tiny_bundle), *options]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trip-serve:")]
     assert said in line
+
+
+def test_a_port_that_is_taken_is_one_line(tiny_bundle, tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main([str(tiny_bundle), "--ray", "--data", str(tmp_path / "data"), "--port", str(port)]) == 2
+    assert f"127.0.0.1:{port}: cannot listen there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("queued", "now", "wanted"), [(0, 3, 1), (1, 3, 3), (7, 3, 4), (100, 3, 8), (None, 2, 1)])

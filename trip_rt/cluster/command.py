@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import socket
 import time
 import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trip_rt.cluster.session import connected
+from trip_rt.cluster.session import LOCAL, connected
 from trip_rt.errors import EngineError, InputError, one_line, printable
 from trip_rt.files import whole_file
 from trip_rt.launch import note
+from trip_rt.serving.command import listening
 
 if TYPE_CHECKING:
     from trip_rt.cluster.application import Options
@@ -32,7 +32,10 @@ def serve_on_ray(args: argparse.Namespace, limits: Limits, hosts: tuple[str, ...
     if lacking := [name for name in _NEEDS if importlib.util.find_spec(name) is None]:
         raise InputError(f"found no {', '.join(lacking)}, expected Ray to serve with; run pip install 'trip-rt[ray]'")
     options = _options(args, limits, hosts)
-    port = args.port or _free_port(args.host)
+    port = args.port
+    if args.ray == LOCAL:
+        with listening(args.host, args.port) as free:  # Ray itself would end in a trace
+            port = free.getsockname()[1]
     if args.write_config is not None:
         _write_config(args.write_config, options, args.host, port)
         return 0
@@ -88,8 +91,8 @@ def _serve(options: Options, host: str, port: int, began: float) -> None:
 
     from trip_rt.cluster.application import QUIET, arguments_of, build
 
-    serve.start(http_options={"host": host, "port": port}, proxy_location="EveryNode", logging_config=QUIET)
     try:
+        serve.start(http_options={"host": host, "port": port}, proxy_location="EveryNode", logging_config=QUIET)
         serve.run(build(arguments_of(options)), name=NAME, route_prefix="/", _local_testing_mode=False)
     except RuntimeError as error:
         raise EngineError(f"the application did not start: {one_line(error, 1000)}") from error
@@ -140,9 +143,3 @@ def _write_config(path: Path, options: Options, host: str, port: int) -> None:
     with whole_file(path) as draft:
         draft.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     note(f"trip-serve: {printable(str(path))} is written; deploy it with serve deploy {printable(str(path))}")
-
-
-def _free_port(host: str) -> int:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
-        listener.bind((host, 0))
-        return int(listener.getsockname()[1])

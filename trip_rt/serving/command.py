@@ -162,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
     for option in ("store", "results"):
         if getattr(args, option) is not None:
             raise InputError(f"found --{option} without --ray, expected both or neither; without Ray --data has both")
-    with _data_folder(args.data) as lock, _listening(args.host, args.port) as listener:
+    with _data_folder(args.data) as lock, listening(args.host, args.port) as listener:
         workers = _workers(args, models, lock)
         try:
             workers.spawn()  # before the server's own libraries are imported, which takes as long
@@ -325,7 +325,8 @@ def _data_folder(folder: Path) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _listening(host: str, port: int) -> Iterator[socket.socket]:
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that listens there, at a free port for 0; InputError where none can."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family, backlog=2048)
