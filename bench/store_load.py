@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,8 @@ def measured(url: str, model: Model, workers: int, seconds: float, duration: flo
     time.sleep(duration)
     took, done = time.perf_counter() - began, _done(store) - before
     cpu, own_cpu = _cpu() - cpu_before, time.process_time() - own_before
-    for end in ends:
-        end._stopping.set()
-    for end in ends:
-        end._idle.wait(5 * seconds)
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(lambda end: end.stop(5 * seconds), ends))
     for job_id, _ in store.waiting(model.name):
         store.delete(job_id)
     store.close()

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,14 +62,9 @@ def read_batch(path: Path, seed: int) -> list[Job]:
 
 def _job(line: bytes, seed: int, where: str) -> Job:
     try:
-        entry = json.loads(line.decode())
-    except (ValueError, RecursionError) as error:
-        reason = (
-            f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else str(error)[:100]
-        )
-        raise InputError(f"{where}found no JSON ({reason}), expected one object a line") from error
-    if not isinstance(entry, dict):
-        raise InputError(f"{where}found a JSON {type(entry).__name__}, expected an object")
+        entry = json_object(line)
+    except InputError as error:
+        raise InputError(f"{where}{error} a line") from error
     if unknown := sorted(entry.keys() - _FIELDS.keys()):
         raise InputError(f"{where}found the unknown key {unknown[0][:100]!r}, expected {', '.join(_FIELDS)}")
     entry.setdefault("seed", seed)
@@ -83,6 +79,20 @@ def _job(line: bytes, seed: int, where: str) -> Job:
         if kind is str:
             text(f"{where}{field}", entry[field])
     return Job(entry["image"], entry["prompt"], entry["output"], entry["seed"], where)
+
+
+def json_object(data: bytes) -> dict[str, Any]:
+    """The object that a row of a batch is in JSON; InputError for what is none."""
+    try:
+        entry = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        reason = (
+            f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else str(error)[:100]
+        )
+        raise InputError(f"found no JSON ({reason}), expected an object") from error
+    if not isinstance(entry, dict):
+        raise InputError(f"found a JSON {type(entry).__name__}, expected an object")
+    return entry
 
 
 def check_jobs(jobs: Sequence[Job], contact_sheet: Path | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import sys
@@ -143,6 +144,14 @@ def size_of(text: str) -> tuple[int, int]:
     if not (cross and width.isdecimal() and height.isdecimal()):
         raise argparse.ArgumentTypeError(f"found {text!r}, expected WIDTHxHEIGHT such as 256x256")
     return int(height), int(width)
+
+
+def check_installed(modules: Sequence[str], extra: str) -> None:
+    """InputError where packages of an extra of trip-rt are not there."""
+    if lacking := [name for name in modules if importlib.util.find_spec(name) is None]:
+        raise InputError(
+            f"found no {', '.join(lacking)}, expected what trip-rt[{extra}] brings; run pip install 'trip-rt[{extra}]'"
+        )
 
 
 def fewest_and_most(text: str) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from server import PROMPT, picture
 from service_parts import Listener
 from sleeping import SleepingAnimator
 
-from trip_rt import Animator, InputError
+from trip_rt import Animator, EngineError, InputError
 from trip_rt.backends import EngineOptions
 from trip_rt.cluster import store_end
 from trip_rt.cluster.application import Options, arguments_of, build, scaled
@@ -213,6 +213,43 @@ def two_models(place, tiny_bundle):
     return place
 
 
+def test_a_worker_that_stops_keeps_what_it_finishes(place, monkeypatch):
+    monkeypatch.setattr(store_end, "HEARD_EVERY", 0.1)
+    worker = place.worker(SleepingAnimator)
+    job = place.store.add(place.job(num_inference_steps=100), 10)[0]  # 2 s
+    until(lambda: place.store.get(job.id).state == "in_progress")
+    stopping = threading.Thread(target=worker.stop, args=[WAIT])
+    stopping.start()
+    while stopping.is_alive():
+        assert place.store.give_back_silent(1.0, GONE) == []
+        time.sleep(0.05)
+    done = place.store.get(job.id)
+    assert (done.state, done.attempt) == ("completed", 1)
+
+
+def test_a_worker_that_cannot_open_its_first_bundle_says_why(place):
+    def opener(opening):
+        raise InputError("engine: found a damaged one")
+
+    with pytest.raises(EngineError, match="engine: found a damaged one"):
+        place.worker(opener)
+
+
+def test_those_who_wait_are_told_of_those_at_work(place):
+    worker = place.worker(SleepingAnimator)
+    jobs = [place.store.add(place.job(num_inference_steps=100), 10)[0] for _ in range(2)]  # 2 s each
+    until(lambda: place.store.get(jobs[0].id).state == "in_progress")
+
+    async def ask():
+        async with place.service() as service:
+            while not (queue := service.view(await service.get(jobs[1].id, None))["queue"])["expected_wait_s"]:
+                await asyncio.sleep(0.05)
+            assert queue["position"] == 0 and 0.5 < queue["expected_wait_s"] < 3
+
+    run(ask())
+    worker.stop(WAIT)
+
+
 def test_a_worker_opens_the_model_that_is_asked_for_and_frees_the_other(two_models):
     place, opened = two_models, []
 
@@ -222,7 +259,6 @@ def test_a_worker_opens_the_model_that_is_asked_for_and_frees_the_other(two_mode
         return opened[-1]
 
     worker = place.worker(opener)
-    until(lambda: worker.is_ready)
     names = ["tiny", "other", "tiny", "other"]
     jobs = [place.store.add(place.job(name, num_inference_steps=2), 10)[0] for name in names]
     made = [finished(place, job) for job in jobs]
@@ -243,12 +279,11 @@ def test_a_bundle_that_cannot_be_opened_fails_its_jobs_alone(two_models):
         return SleepingAnimator(opening)
 
     worker = place.worker(opener)
-    until(lambda: worker.is_ready)
     jobs = [place.store.add(place.job(name, num_inference_steps=2), 10)[0] for name in ("other", "tiny")]
     made, failed = finished(place, jobs[1]), finished(place, jobs[0])
     assert failed.failure.message == "engine: found a damaged one" and made.state == "completed"
     again = finished(place, place.store.add(place.job("tiny", num_inference_steps=2), 10)[0])
-    assert again.state == "completed" and worker.refusal == ""
+    assert again.state == "completed"
     worker.stop(1)
 
 
@@ -316,7 +351,9 @@ def test_the_command_writes_a_config(tiny_bundle, tmp_path, capsys):
     assert main([f"tiny={tiny_bundle}", *options, "--write-config", str(file)]) == 0
     (application,) = yaml.safe_load(file.read_text())["applications"]
     assert application["import_path"] == "trip_rt.cluster.application:build"
-    assert application["args"]["replicas"] == [2, 9] and application["args"]["bundles"] == [f"tiny={tiny_bundle}"]
+    assert application["args"]["replicas"] == [2, 9] and application["args"]["bundles"] == [
+        f"tiny={tiny_bundle.resolve()}@48x32-5f-b1"
+    ]
     build(application["args"])
     assert "serve deploy" in capsys.readouterr().err
 

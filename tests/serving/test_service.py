@@ -331,7 +331,9 @@ def test_a_job_that_was_just_taken_is_not_waited_for(tmp_path):
             (claimed,) = await side.claim()
             assert service.view(await service.add(new()))["queue"]["position"] == 0
             waiting = await service._read(service._store.waiting, first.model)
-            late = service._queue_of(service.models[first.model], [(first.id, first.steps), *waiting])
+            model = service.models[first.model]
+            at_work = await service._at_work(model)
+            late = service._queue_of(model, [(first.id, first.steps), *waiting], at_work)
             assert [place for place, _ in late.places.values()] == [0] and first.id not in late.places
             await side.make(claimed)
 

@@ -40,7 +40,8 @@ from trip_rt.serving.store import JobStore
 from trip_rt.serving.worker import Worker, end_with_thread
 
 _OPENER = "trip_rt.serving.worker:open_animator"
-_QUEUED = "queued"
+_QUEUED, _QUEUED_PER_REPLICA = "queued", 2
+_UPSCALE_DELAY = 5.0  # seconds that jobs wait before there are more replicas for them; Ray's own is 30
 QUIET = {"log_level": "WARNING", "enable_access_log": False}  # of what Ray says; what the service says is its own log
 
 
@@ -50,8 +51,7 @@ class Options:
 
     `store` is the URL of a Database and `results` of SharedResults, which every node reaches; `bundles` are as
     trip-serve takes them, in the same place on every node. `replicas` are (fewest, most) engine replicas, each of which
-    takes `num_gpus` or `num_cpus` and keeps `open_models` bundles open; one more is started while more than
-    `queued_per_replica` jobs wait for each.
+    takes `num_gpus` or `num_cpus` and keeps `open_models` bundles open; `scaled` says how many there are.
     """
 
     bundles: list[str]
@@ -62,7 +62,6 @@ class Options:
     num_gpus: float = 0
     num_cpus: float = 1
     open_models: int = 1
-    queued_per_replica: float = 2
     engines: EngineChoice = field(default_factory=EngineChoice)
     limits: Limits = field(default_factory=Limits)
     api_keys: str | None = None
@@ -85,8 +84,8 @@ class Engines:
         self._options = options
         self._folder = tempfile.TemporaryDirectory(prefix="trip-drafts-", ignore_cleanup_errors=True)
         drafts = Path(self._folder.name)
-        store = JobStore(options.store, options.keep_hours * 3600)
         models = read_models(options.bundles, options.replicas[0])
+        self._store = store = JobStore(options.store, options.keep_hours * 3600)
         self._end = StoreEnd(
             uuid4().hex,
             models,
@@ -101,12 +100,10 @@ class Engines:
         worker = Worker(self._end, getattr(importlib.import_module(module), name), options.open_models)
         self._thread = threading.Thread(target=worker.run, name="worker", daemon=True)
         self._thread.start()
-        self._end.start()
+        self._end.start()  # returns once its first bundle is open: before, Ray does not call this replica running
 
     def check_health(self) -> None:
         """EngineError where this replica must be replaced."""
-        if self._end.refusal:
-            raise EngineError(self._end.refusal)
         if not self._thread.is_alive():
             raise EngineError("the worker has ended")
         if self._end.hangs:
@@ -114,7 +111,7 @@ class Engines:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """How many jobs wait, for `scaled`."""
-        return {_QUEUED: float(self._end.queued())}
+        return {_QUEUED: float(self._store.queued())}
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):  # it was not whole
@@ -123,7 +120,7 @@ class Engines:
 
 
 class Ingress:
-    """A replica that answers clients."""
+    """A replica that answers clients. `engines` are given to it so that they are of its application, and not called."""
 
     def __init__(self, options: Options, engines: Any):
         log_to_stderr(options.log_format)
@@ -152,12 +149,13 @@ class Ingress:
         return create_app(self._service, options.limits, keys, tuple(options.hosts), options.page, options.metrics)
 
 
-def scaled(context: Any, queued_per_replica: float = 2) -> tuple[int, dict[str, Any]]:
-    """How many engine replicas there should be: one for every so many jobs that wait, besides those at work."""
+def scaled(context: Any) -> tuple[int, dict[str, Any]]:
+    """How many engine replicas there should be, for Ray: as many as now while jobs wait, and one for every
+    _QUEUED_PER_REPLICA of those."""
     counts = context.aggregated_metrics.get(_QUEUED, {}) if context.aggregated_metrics else {}
     queued = max(counts.values(), default=0.0)
     wanted = context.current_num_replicas if queued else context.capacity_adjusted_min_replicas
-    wanted = max(wanted, math.ceil(queued / queued_per_replica))
+    wanted = max(wanted, math.ceil(queued / _QUEUED_PER_REPLICA))
     return min(max(wanted, context.capacity_adjusted_min_replicas), context.capacity_adjusted_max_replicas), {}
 
 
@@ -172,6 +170,7 @@ def build(arguments: dict[str, Any]) -> Any:
             "autoscaling_config": {
                 "min_replicas": fewest,
                 "max_replicas": most,
+                "upscale_delay_s": _UPSCALE_DELAY,
                 "policy": {"policy_function": "trip_rt.cluster.application:scaled"},
             }
         }
@@ -186,7 +185,7 @@ def build(arguments: dict[str, Any]) -> Any:
     ingress = deployment(serve.ingress()(Ingress)).options(
         name="ingress",
         num_replicas=options.ingress_replicas,
-        ray_actor_options={"num_cpus": 0.1},
+        ray_actor_options={"num_cpus": 0},  # a share of one would keep as many engines as CPUs from their places
         max_ongoing_requests=1000,
         max_queued_requests=2000,
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import importlib.util
 import logging
 import os
 import re
@@ -29,7 +28,7 @@ from trip_rt.bundle import read_manifest
 from trip_rt.cluster.clip_maker import CLIPS, LOCK, NAMED, RESULTS, ClipMaker, Result, Work, identity_of, swept
 from trip_rt.cluster.rows import Piece, Row, dealt, pieces_of, read_rows, together
 from trip_rt.cluster.session import LOCAL, connected
-from trip_rt.command_line import report, settings_of
+from trip_rt.command_line import check_installed, report, settings_of
 from trip_rt.errors import EngineError, InputError, one_line, printable
 from trip_rt.files import whole_file
 from trip_rt.launch import note
@@ -254,8 +253,7 @@ def pool_of(workers: tuple[int, int] | None, options: backends.EngineOptions, al
 
 def _asked(args: argparse.Namespace) -> tuple[list[Piece], Work]:
     """What is to be made and how, checked before Ray is started."""
-    if lacking := [name for name in _NEEDS if importlib.util.find_spec(name) is None]:
-        raise InputError(f"--ray: found no {', '.join(lacking)}, expected Ray; run pip install 'trip-rt[ray]'")
+    check_installed(_NEEDS, "ray")
     if any(value is not None for value in (args.image, args.prompt)) or args.batch is None or args.output is None:
         raise InputError("--ray: expected --batch FILE and -o DIR, without IMAGE and PROMPT; see trip-animate --help")
     for name in _REFUSED:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import time
 import urllib.request
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trip_rt.cluster.session import LOCAL, connected
+from trip_rt.command_line import check_installed
 from trip_rt.errors import EngineError, InputError, one_line, printable
 from trip_rt.files import whole_file
 from trip_rt.launch import note
@@ -19,6 +19,7 @@ from trip_rt.serving.command import listening
 if TYPE_CHECKING:
     from trip_rt.cluster.application import Options
     from trip_rt.serving.clip_request import Limits
+    from trip_rt.serving.models import Model
 
 NAME = "trip-rt"
 IMPORT_PATH = "trip_rt.cluster.application:build"
@@ -26,12 +27,13 @@ _NEEDS = ("ray", "fsspec", "psycopg", "yaml")
 _SEEN_EVERY = 0.2  # seconds
 
 
-def serve_on_ray(args: argparse.Namespace, limits: Limits, hosts: tuple[str, ...], began: float) -> int:
+def serve_on_ray(
+    args: argparse.Namespace, models: dict[str, Model], limits: Limits, hosts: tuple[str, ...], began: float
+) -> int:
     """Serve until stopped, or write the config. InputError where the options do not fit, EngineError where the
     application does not start."""
-    if lacking := [name for name in _NEEDS if importlib.util.find_spec(name) is None]:
-        raise InputError(f"found no {', '.join(lacking)}, expected Ray to serve with; run pip install 'trip-rt[ray]'")
-    options = _options(args, limits, hosts)
+    check_installed(_NEEDS, "ray")
+    options = _options(args, models, limits, hosts)
     port = args.port
     if args.ray == LOCAL:
         with listening(args.host, args.port) as free:  # Ray itself would end in a trace
@@ -39,12 +41,14 @@ def serve_on_ray(args: argparse.Namespace, limits: Limits, hosts: tuple[str, ...
     if args.write_config is not None:
         _write_config(args.write_config, options, args.host, port)
         return 0
+    if not port:
+        raise InputError("--port: found 0 for a cluster of several machines, expected the port that they all serve at")
     with connected(args.ray):
-        _serve(options, args.host, port, began)
+        _serve(options, args.host, port, args.ray == LOCAL, began)
     return 0
 
 
-def _options(args: argparse.Namespace, limits: Limits, hosts: tuple[str, ...]) -> Options:
+def _options(args: argparse.Namespace, models: dict[str, Model], limits: Limits, hosts: tuple[str, ...]) -> Options:
     from trip_rt.cluster.application import Options
     from trip_rt.cluster.store_end import EngineChoice
 
@@ -55,7 +59,7 @@ def _options(args: argparse.Namespace, limits: Limits, hosts: tuple[str, ...]) -
         data.mkdir(mode=0o700, parents=True, exist_ok=True)
     on_gpu = args.device == "cuda"
     return Options(
-        bundles=[str(_absolute(bundle)) for bundle in args.bundles],
+        bundles=[f"{model.name}={model.bundle}@{model.profile.name}" for model in models.values()],
         store=args.store or f"sqlite:///{data / 'jobs.db'}",
         results=args.results or str(data / "clips"),
         replicas=args.replicas,
@@ -77,30 +81,21 @@ def _options(args: argparse.Namespace, limits: Limits, hosts: tuple[str, ...]) -
     )
 
 
-def _absolute(bundle: str) -> str:
-    """BUNDLE, NAME=BUNDLE or NAME=BUNDLE@PROFILE, its path whole: replicas begin in another folder."""
-    name, equals, place = bundle.partition("=")
-    if not equals:
-        place = name
-        name = Path(place).resolve().name
-    return f"{name}={Path(place).resolve()}"
-
-
-def _serve(options: Options, host: str, port: int, began: float) -> None:
+def _serve(options: Options, host: str, port: int, alone: bool, began: float) -> None:
+    """Until an exception ends it. `alone`: this machine is all of the cluster, and can ask what it serves."""
     from ray import serve
 
     from trip_rt.cluster.application import QUIET, arguments_of, build
 
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    serve.start(http_options={"host": host, "port": port}, proxy_location="EveryNode", logging_config=QUIET)
     try:
-        serve.start(http_options={"host": host, "port": port}, proxy_location="EveryNode", logging_config=QUIET)
-        serve.run(build(arguments_of(options)), name=NAME, route_prefix="/", _local_testing_mode=False)
-    except RuntimeError as error:
-        raise EngineError(f"the application did not start: {one_line(error, 1000)}") from error
-    try:
-        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        try:
+            serve.run(build(arguments_of(options)), name=NAME, route_prefix="/")  # returns once all replicas run
+        except RuntimeError as error:
+            raise EngineError(f"the application did not start: {_reason(error)}") from error
         note(f"trip-serve: listening at {address}")
-        while not _is_ready(address):
-            _check_running()
+        while alone and not _is_ready(address):  # the ingress looks for workers every second
             time.sleep(_SEEN_EVERY)
         note(f"trip-serve: ready after {time.perf_counter() - began:.2f} s: on Ray, {options.replicas[0]} replicas")
         while True:
@@ -110,22 +105,21 @@ def _serve(options: Options, host: str, port: int, began: float) -> None:
         serve.delete(NAME)
 
 
+def _reason(error: RuntimeError) -> str:
+    """Why a replica did not start, in its own words where Ray has kept them."""
+    from ray import serve
+
+    said = "".join(found.message for found in serve.status().applications[NAME].deployments.values())
+    _, raised, words = said.rpartition(f"{EngineError.__name__}: ")
+    return one_line(words.partition("\n")[0] if raised else error, 1000)
+
+
 def _is_ready(address: str) -> bool:
     try:
         with urllib.request.urlopen(f"{address}/readyz", timeout=5) as response:
             return bool(json.load(response)["status"] == "ready")
     except (OSError, ValueError):
         return False
-
-
-def _check_running() -> None:
-    """EngineError where the application cannot become ready."""
-    from ray import serve
-
-    application = serve.status().applications[NAME]
-    if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-        said = [deployment.message for deployment in application.deployments.values() if deployment.message]
-        raise EngineError(f"the application does not run: {one_line('; '.join(said) or application.message, 1000)}")
 
 
 def _write_config(path: Path, options: Options, host: str, port: int) -> None:

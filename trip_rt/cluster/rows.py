@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from trip_rt.checks import shown, text
+from trip_rt.clip_requests import json_object
 from trip_rt.errors import InputError, one_line, printable
 from trip_rt.images import MAX_FILE_MEGABYTES
 from trip_rt.plain_files import check_plain
@@ -228,22 +228,12 @@ def _line_rows(piece: Piece, seed: int) -> Iterator[Row]:
 
 def _json_row(line: bytes, where: str, seed: int) -> Row:
     try:
-        entry = _object(line)
+        entry = json_object(line)
         if unknown := sorted(entry.keys() - set(_FIELDS)):
             raise InputError(f"found the unknown key {shown(unknown[0])}, expected {', '.join(_FIELDS)}")
     except InputError as error:
         return Row(where, error=f"{where}: {error}")
     return _row(where, entry, seed)
-
-
-def _object(data: bytes) -> dict[str, Any]:
-    try:
-        entry = json.loads(data.decode())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"found no JSON ({one_line(error, 100)}), expected an object") from error
-    if not isinstance(entry, dict):
-        raise InputError(f"found a JSON {type(entry).__name__}, expected an object")
-    return entry
 
 
 def _parquet_pieces(path: Path) -> list[Piece]:
@@ -396,7 +386,7 @@ def _member_row(where: str, parts: dict[str, tuple[str, bytes | None]], seed: in
         for name, content in parts.values():
             if content is None:
                 raise InputError(f"{printable(name)[:500]}: found more bytes than are read, expected a smaller file")
-        entry = _object(parts["json"][1] or b"") if "json" in parts else {}
+        entry = json_object(parts["json"][1] or b"") if "json" in parts else {}
         if "prompt" not in entry and "txt" in parts:
             entry["prompt"] = (parts["txt"][1] or b"").decode("utf-8", "replace").strip()
     except InputError as error:

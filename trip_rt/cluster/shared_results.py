@@ -20,10 +20,11 @@ class SharedResults:
 
     def __init__(self, url: str, cache: Path):
         import fsspec
+        from fsspec.implementations.local import LocalFileSystem
 
         try:
             self._files, self._root = fsspec.url_to_fs(url)
-            self._is_local = self._files.protocol == "file" or "file" in self._files.protocol
+            self._is_local = isinstance(self._files, LocalFileSystem)
             self._files.makedirs(self._root, exist_ok=True)
         except Exception as error:  # each of fsspec's file systems has errors of its own
             raise InputError(

@@ -21,7 +21,9 @@ log = logging.getLogger("trip-serve")
 LOST = Failure("worker_lost", f"{MOST_LOSSES} times the worker that made this clip fell silent")
 _FOLLOWED_EVERY = 0.02  # seconds between two looks at the jobs that somebody listens to
 _LOOKED_AFTER_EVERY = 1.0  # at the workers, and at what they left
+_MEASURED_EVERY = 10.0  # what results take, for which all rows are read
 _SWEPT_EVERY = 600.0  # at results that no job has
+_SWEPT_TOGETHER = 500  # of them, in one query
 
 
 class SharedService(Service):
@@ -47,6 +49,7 @@ class SharedService(Service):
         for work, seconds in (
             (self._follow, _FOLLOWED_EVERY),
             (self._look_after, _LOOKED_AFTER_EVERY),
+            (self._measure, _MEASURED_EVERY),
             (self._sweep, _SWEPT_EVERY),
         ):
             self._spawn(_again_and_again(work, seconds))
@@ -55,6 +58,9 @@ class SharedService(Service):
 
     def _stop_work(self, job: Job) -> None:
         """Nothing to do: its worker finds in the database that the job is no longer its own."""
+
+    async def _at_work(self, model: Model) -> list[Job]:
+        return await self._read(self._store.in_progress, model.name)
 
     async def _follow(self) -> None:
         """Tell those who listen what became of their jobs."""
@@ -111,16 +117,23 @@ class SharedService(Service):
                     setattr(model.timing, name, sum(one[name] for one in ready) / len(ready))
         for job in await self._write(self._store.give_back_silent, SILENT_S, LOST):
             log.warning("given back", extra={"job": job.id, "losses": job.losses, "state": job.state})
+
+    async def _measure(self) -> None:
+        """Know what all results take."""
         self._shared_results.bytes = await self._read(self._store.result_bytes)
 
     async def _sweep(self) -> None:
         """Remove results whose job is gone, or has another one, and forget workers that are no more."""
         await self._write(self._roster.sweep)
         names = await asyncio.to_thread(self._shared_results.names)
-        for name in names:
-            job = await self._read(self._store.get, name.rpartition("-")[0])
-            if job is None or (job.finished and (job.result or {}).get("name") != name):
-                await asyncio.to_thread(self._shared_results.remove, name, 0)
+        for start in range(0, len(names), _SWEPT_TOGETHER):
+            some = names[start : start + _SWEPT_TOGETHER]
+            ids = {name: name.rpartition("-")[0] for name in some}
+            jobs = {job.id: job for job in await self._read(self._store.several, set(ids.values()))}
+            for name, id in ids.items():
+                job = jobs.get(id)
+                if job is None or (job.finished and (job.result or {}).get("name") != name):
+                    await asyncio.to_thread(self._shared_results.remove, name, 0)
 
 
 async def _again_and_again(work: Callable[[], Awaitable[None]], seconds: float) -> None:

@@ -23,6 +23,7 @@ import msgspec
 
 from trip_rt.cluster.roster import Roster
 from trip_rt.cluster.shared_results import SharedResults
+from trip_rt.errors import EngineError
 from trip_rt.serving.database import StoreUnavailable
 from trip_rt.serving.jobs import Failure, Job, Pictures
 from trip_rt.serving.models import Model
@@ -43,15 +44,13 @@ from trip_rt.serving.protocol import (
 from trip_rt.serving.results import draft_path
 from trip_rt.serving.store import JobStore
 from trip_rt.serving.views import result_of
-from trip_rt.serving.workers import clip_of, draft_name
+from trip_rt.serving.workers import clip_of, draft_name, hangs_after
 
 log = logging.getLogger("trip-serve")
 P = ParamSpec("P")
 T = TypeVar("T")
 
-HEARD_EVERY = (
-    2.0  # seconds between two notes that a worker lives and has its jobs, at each of which it learns of cancels
-)
+HEARD_EVERY = 2.0  # seconds between two notes that a worker lives and has its jobs; at each it learns of cancels
 SILENT_S = 10.0  # after which it is lost
 _COUNTED_EVERY = 10.0  # seconds between two counts of the workers
 # Notes of progress, of all workers together, and as rarely as that of one: at each it learns of a cancel, too.
@@ -61,7 +60,6 @@ _NOTES_A_SECOND, _NOTED_EVERY = 500, 0.2
 _LOOKS_A_SECOND = 200
 _PATIENCE = 2.0  # seconds that a job of another model waits for before a worker changes models
 _TRIED_AGAIN_AFTER = 1.0  # seconds, where a change must be noted and the store does not answer
-_LEAST_HANG, _HANG_STEPS = 30.0, 100  # as in serving.workers
 
 
 @dataclass(frozen=True)
@@ -92,16 +90,17 @@ class StoreEnd:
         self._outbox: queue.SimpleQueue[ToWorker | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._jobs: dict[str, Job] = {}  # the worker's
-        self._noted: dict[str, float] = {}  # when progress of each was
+        self._steps: dict[str, int] = {}  # done of each since that was noted
         self._ready: dict[str, Ready] = {}
         self._model = next(iter(models))  # that is open, or will be
         self._openings: queue.SimpleQueue[str] = queue.SimpleQueue()  # models that the worker was told to open
-        self._hungry, self._idle, self._stopping = threading.Event(), threading.Event(), threading.Event()
+        self._hungry, self._idle, self._opened = threading.Event(), threading.Event(), threading.Event()
+        self._stopping, self._stopped = threading.Event(), threading.Event()
         self._idle.set()
         self._claimer = threading.Thread(target=self._claim_jobs, name="claim jobs", daemon=True)
         self._heard = time.monotonic()
         self._colleagues = 1  # workers that there are
-        self.refusal = ""  # why the worker cannot open its first bundle
+        self._refusal = ""  # why the worker cannot open its first bundle
 
     # The worker's.
 
@@ -111,9 +110,9 @@ class StoreEnd:
     def send(self, message: ToServer) -> None:
         self._heard = time.monotonic()
         match message:
-            case Stepped(jobs, done):
-                for id in jobs:
-                    self._stepped(id, done)
+            case Stepped(jobs, done):  # between two steps: the store is told by another thread
+                with self._lock:
+                    self._steps |= dict.fromkeys(jobs, done)
             case Denoised():
                 self._hungry.set()
             case Made() | Failed() | Dropped():
@@ -121,39 +120,37 @@ class StoreEnd:
             case Ready():
                 self._note_ready(self._openings.get(), message)
             case Refused(reason):
-                if not self._ready:
-                    self.refusal = reason
                 log.error("worker refused: %s", reason, extra={"model": self._openings.get()})
+                if not self._ready:
+                    self._refusal = reason
+                    self._opened.set()
 
     # Its owner's.
 
     def start(self) -> None:
-        """Have the first model opened, and claim jobs from then on."""
+        """Have the first model opened, and claim jobs from then on. EngineError where it cannot be."""
         self._have_opened(self._model)
         self._claimer.start()
         threading.Thread(target=self._keep_alive, name="keep alive", daemon=True).start()
-
-    @property
-    def is_ready(self) -> bool:
-        return bool(self._ready)
+        self._opened.wait()
+        if self._refusal:
+            raise EngineError(self._refusal)
 
     @property
     def hangs(self) -> bool:
         """Whether the worker has jobs and has been silent about them for too long."""
         ready = self._ready.get(self._model)
-        allowed = max(_LEAST_HANG, _HANG_STEPS * ready.step_s if ready else 0)
+        allowed = hangs_after(ready.step_s if ready else 0.0)
         return bool(self._jobs) and time.monotonic() - self._heard > allowed
-
-    def queued(self) -> int:
-        """How many jobs wait, of all models."""
-        return sum(count for (_, state), count in self._store.counts().items() if state == "queued")
 
     def stop(self, grace: float) -> None:
         """Claim no more, give what is being made so many seconds, and give the rest back."""
+        until = time.monotonic() + grace
         self._stopping.set()
         self._hungry.set()
         self._claimer.join(grace)  # what it has claimed is ours to give back
-        self._idle.wait(grace)
+        self._idle.wait(max(0.0, until - time.monotonic()))
+        self._stopped.set()
         with self._lock:
             jobs, self._jobs = list(self._jobs.values()), {}
         for job in jobs:
@@ -174,6 +171,7 @@ class StoreEnd:
             self._surely(self._roster.note, self._worker, model, msgspec.to_builtins(ready))
             log.info("worker ready", extra={"model": model, "backend": ready.engine["backend"]})
         self._ready[model] = ready
+        self._opened.set()
         if not self._jobs:
             self._hungry.set()
 
@@ -223,16 +221,6 @@ class StoreEnd:
         clips = tuple(clip_of(job, pictures) for job, pictures in claimed)
         self._outbox.put(Make(clips, claimed[0][0].request["settings"]))
 
-    def _stepped(self, id: str, done: int) -> None:
-        job = self._jobs.get(id)
-        every = max(_NOTED_EVERY, self._colleagues / _NOTES_A_SECOND)
-        if job is None or time.monotonic() - self._noted.get(id, 0.0) < every:
-            return
-        self._noted[id] = time.monotonic()
-        with contextlib.suppress(StoreUnavailable):  # the next note will do
-            if not self._store.step(job, done):
-                self._drop(id)
-
     def _answered(self, message: Made | Failed | Dropped) -> None:
         job = self._jobs.get(message.job)
         if job is None or job.attempt != message.attempt:
@@ -243,7 +231,7 @@ class StoreEnd:
             self._surely(self._store.fail, job, Failure(message.code, message.message))
         with self._lock:
             self._jobs.pop(job.id, None)
-            self._noted.pop(job.id, None)
+            self._steps.pop(job.id, None)
             if not self._jobs:
                 self._idle.set()
 
@@ -262,24 +250,38 @@ class StoreEnd:
             self._results.remove(name, made.bytes)
 
     def _keep_alive(self) -> None:
-        counted = -math.inf
-        while not self._stopping.wait(HEARD_EVERY):
+        """Tell the store of progress, and that this worker lives and has its jobs, until `stop` is done."""
+        heard = counted = -math.inf
+        while not self._stopped.wait(max(_NOTED_EVERY, self._colleagues / _NOTES_A_SECOND)):
             if self.hangs:
                 continue  # its jobs are given back, and it is replaced
-            with self._lock:
-                jobs = list(self._jobs.values())
             try:
-                ours = self._store.renew(jobs)
-                self._roster.heard(self._worker)
+                self._note_steps()
+                if time.monotonic() - heard > HEARD_EVERY:
+                    heard = time.monotonic()
+                    self._renew()
                 if time.monotonic() - counted > _COUNTED_EVERY:
                     counted = time.monotonic()
                     self._colleagues = max(1, self._roster.count())
             except StoreUnavailable as error:
                 log.error("cannot say that this worker lives: %s", error)
-                continue
-            for job in jobs:
-                if job.id not in ours:
-                    self._drop(job.id)
+
+    def _note_steps(self) -> None:
+        with self._lock:
+            steps, self._steps = self._steps, {}
+            jobs = [(self._jobs[id], done) for id, done in steps.items() if id in self._jobs]
+        for job, done in jobs:
+            if not self._store.step(job, done):
+                self._drop(job.id)
+
+    def _renew(self) -> None:
+        with self._lock:
+            jobs = list(self._jobs.values())
+        ours = self._store.renew(jobs)
+        self._roster.heard(self._worker)
+        for job in jobs:
+            if job.id not in ours:
+                self._drop(job.id)
 
     def _drop(self, id: str) -> None:
         if id in self._jobs:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from trip_rt.errors import InputError, one_line
@@ -30,7 +32,12 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def of_input(error: InputError, params: dict[str, str]) -> ApiError:
-    """400 with the runtime's own line; `params` says which field of a request the line's first words name."""
-    line = one_line(error, 500)
-    return ApiError(400, line, params.get(line.partition(":")[0]))
+@contextmanager
+def of_inputs(params: dict[str, str]) -> Iterator[None]:
+    """An InputError inside is 400 with the runtime's own line; `params` says which field of a request the line's first
+    words name."""
+    try:
+        yield
+    except InputError as error:
+        line = one_line(error, 500)
+        raise ApiError(400, line, params.get(line.partition(":")[0])) from error

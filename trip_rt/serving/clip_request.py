@@ -19,11 +19,11 @@ from trip_rt import video
 from trip_rt.checks import excerpt, shown
 from trip_rt.config import MAX_FRAMES
 from trip_rt.control import check_points
-from trip_rt.errors import InputError, one_line
+from trip_rt.errors import one_line
 from trip_rt.images import load_image
 from trip_rt.optical_flow import opencv
 from trip_rt.sampling.windows import window_starts
-from trip_rt.serving.api_errors import ApiError, of_input
+from trip_rt.serving.api_errors import ApiError, of_inputs
 from trip_rt.serving.jobs import NewJob
 from trip_rt.serving.models import Model, playing_time
 from trip_rt.settings import Settings, check_prompt, check_seed
@@ -182,20 +182,12 @@ def from_data_url(url: Any) -> bytes:
         ) from error
 
 
+@of_inputs(PARAMS)
 def new_job(
     fields: ClipFields, picture: bytes, model: Model, limits: Limits, owner: str, idempotency_key: str | None
 ) -> NewJob:
     """The job that a request makes, its picture fitted to the model; ApiError for what the model cannot do. It takes a
     while: it decodes the picture."""
-    try:
-        return _new_job(fields, picture, model, limits, owner, idempotency_key)
-    except InputError as error:
-        raise of_input(error, PARAMS) from error
-
-
-def _new_job(
-    fields: ClipFields, picture: bytes, model: Model, limits: Limits, owner: str, idempotency_key: str | None
-) -> NewJob:
     check_words(fields, limits)
     fps = float(model.config.fps if fields.fps is None else fields.fps)
     video.check_fps(fps)

@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import contextlib
 import fcntl
-import importlib.util
 import ipaddress
 import os
 import signal
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trip_rt import backends
-from trip_rt.command_line import CommandParser, fewest_and_most, main_of
+from trip_rt.command_line import CommandParser, check_installed, fewest_and_most, main_of
 from trip_rt.errors import InputError, printable
 from trip_rt.launch import note
 from trip_rt.signals import Terminated
@@ -149,8 +148,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("max_megapixels", "max_disk_gb", "keep_hours", "grace", *(["hang_after"] if args.hang_after else [])):
         _check(f"--{name.replace('_', '-')}", getattr(args, name), 0, 1e9)
     _check("--port", args.port, 0, 65535)
-    if lacking := [name for name in _NEEDS if importlib.util.find_spec(name) is None]:
-        raise InputError(f"found no {', '.join(lacking)}, expected it to serve with; run pip install 'trip-rt[serve]'")
+    check_installed(_NEEDS, "serve")
     from trip_rt.serving.models import read_models
 
     models = read_models(args.bundles, args.workers)
@@ -158,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
     if args.ray is not None or args.write_config is not None:
         from trip_rt.cluster.command import serve_on_ray
 
-        return serve_on_ray(args, _limits(args), _hosts(args), began)
+        return serve_on_ray(args, models, _limits(args), _hosts(args), began)
     for option in ("store", "results"):
         if getattr(args, option) is not None:
             raise InputError(f"found --{option} without --ray, expected both or neither; without Ray --data has both")

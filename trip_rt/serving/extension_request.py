@@ -12,8 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from trip_rt import video
 from trip_rt.checks import excerpt, shown
-from trip_rt.errors import InputError
-from trip_rt.serving.api_errors import ApiError, of_input
+from trip_rt.serving.api_errors import ApiError, of_inputs
 from trip_rt.serving.clip_request import (
     PARAMS,
     HowFields,
@@ -73,6 +72,7 @@ def of_form(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@of_inputs(PARAMS)
 def new_extension(
     fields: ExtensionJSON,
     clip: Job,
@@ -85,24 +85,6 @@ def new_extension(
 ) -> NewJob:
     """The job that goes on from a completed `clip` of this model, whose video is `file` and which began with `picture`;
     ApiError for what cannot be gone on with so. It takes a while: it decodes the video."""
-    try:
-        return _new_extension(fields, clip, picture, file, model, limits, owner, idempotency_key)
-    except InputError as error:
-        raise of_input(error, PARAMS) from error
-    except FileNotFoundError as error:
-        raise ApiError(404, "video: it was deleted just now", "video", "not_found") from error
-
-
-def _new_extension(
-    fields: ExtensionJSON,
-    clip: Job,
-    picture: bytes,
-    file: Path,
-    model: Model,
-    limits: Limits,
-    owner: str,
-    idempotency_key: str | None,
-) -> NewJob:
     check_words(fields, limits)
     for name, given, own in (("model", fields.model, clip.model), ("size", fields.size, clip.request["size"])):
         if given not in (None, own):
@@ -122,8 +104,11 @@ def _new_extension(
     runs = settings.runs(model.config)
     steps = len(settings.steps(model.config))
     origin = io.BytesIO()
-    # Without the row or column that a video of odd sides has more.
-    pixels = read_frame(file, from_frame)[: model.config.height, : model.config.width]
+    try:
+        frame = read_frame(file, from_frame)
+    except FileNotFoundError as error:
+        raise ApiError(404, "video: it was deleted just now", "video", "not_found") from error
+    pixels = frame[: model.config.height, : model.config.width]  # a video of odd sides has a row or column more
     Image.fromarray(pixels).save(origin, "PNG", compress_level=1)
     request = request_of(fields, model, steps, frames, fps, asked)
     return NewJob(

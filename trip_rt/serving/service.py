@@ -418,9 +418,10 @@ class Service:
             for model in self.models.values():
                 try:
                     waiting = await self._read(self._store.waiting, model.name)
+                    at_work = await self._at_work(model)
                 except StoreUnavailable:
                     continue
-                queue = self._queues[model.name] = self._queue_of(model, waiting)
+                queue = self._queues[model.name] = self._queue_of(model, waiting, at_work)
                 for id, (position, wait) in queue.places.items():
                     feed = self._feeds.get(id)
                     if feed is None or not feed.listeners or id in self._running:
@@ -432,10 +433,13 @@ class Service:
                         await asyncio.sleep(0)  # others have their turn
             await asyncio.sleep(_PLACES_EVERY)
 
-    def _queue_of(self, model: Model, waiting: list[tuple[str, int]]) -> Queue:
+    async def _at_work(self, model: Model) -> list[Job]:
+        """The model's jobs that workers have."""
+        return [entry.job for entry in self._running.values() if entry.job.model == model.name]
+
+    def _queue_of(self, model: Model, waiting: list[tuple[str, int]], at_work: list[Job]) -> Queue:
         side_by_side = model.profile.batch * max(1, model.ready_workers)
-        running = [entry.job for entry in self._running.values() if entry.job.model == model.name]
-        queue = Queue(wait=sum(map(self._expected_s, running)) / side_by_side)
+        queue = Queue(wait=sum(map(self._expected_s, at_work)) / side_by_side)
         still_waiting = [(id, steps) for id, steps in waiting if id not in self._running]
         for position, (id, steps) in enumerate(still_waiting):
             queue.places[id] = position, queue.wait

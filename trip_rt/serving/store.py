@@ -63,6 +63,7 @@ _JOBS = Table(
     UniqueConstraint("owner", "idempotency_key"),
     sqlite_autoincrement=True,  # a number is not used again after its job is deleted: a client may page from there
 )
+_QUEUED = select(func.count()).where(_JOBS.c.state == "queued")
 _ROW = [_JOBS.c[field.name] for field in dataclasses.fields(Job)]
 _FILES = [_JOBS.c[name] for name in Pictures._fields]
 
@@ -100,8 +101,7 @@ class JobStore:
                     if row.fingerprint != new.fingerprint:
                         raise OtherRequest
                     return _job(row), False
-            waiting = select(func.count()).where(_JOBS.c.state == "queued")
-            if connection.execute(waiting).scalar_one() >= most_queued:
+            if connection.execute(_QUEUED).scalar_one() >= most_queued:
                 raise QueueFull
             values = vars(new) | {
                 "id": new_id(),
@@ -150,6 +150,18 @@ class JobStore:
         query = select(_JOBS.c.id, _JOBS.c.steps).where((_JOBS.c.state == "queued") & (_JOBS.c.model == model))
         with self.database.reading() as connection:
             return [(row[0], row[1]) for row in connection.execute(query.order_by(_JOBS.c.number)).all()]
+
+    def queued(self) -> int:
+        """How many jobs wait, of all models."""
+        with self.database.reading() as connection:
+            return int(connection.execute(_QUEUED).scalar_one())
+
+    def in_progress(self, model: str) -> list[Job]:
+        """The model's jobs that workers have."""
+        where = (_JOBS.c.state == "in_progress") & (_JOBS.c.model == model)
+        with self.database.reading() as connection:
+            rows = connection.execute(select(*_ROW).where(where)).all()
+        return [_job(row) for row in rows]
 
     def waiting_since(self) -> dict[str, float]:
         """When the oldest queued job of each model that has any was created."""

@@ -128,11 +128,12 @@ class Worker:
 
     def _listen(self) -> None:
         while (message := self._server.receive()) is not None:
-            if isinstance(message, Open | Make):
-                self._mine.update(_jobs(message) if isinstance(message, Make) else ())
-                self._inbox.put(message)
-            elif isinstance(message, Drop) and message.job in self._mine:
-                self._dropped.add(message.job)
+            if isinstance(message, Drop):
+                self._dropped.update({message.job} & self._mine)
+                continue
+            if isinstance(message, Make):
+                self._mine.update(_jobs(message))
+            self._inbox.put(message)
         os._exit(0)  # the server is gone: whatever the engines are doing is nobody's
 
     def _warmed_up(self, animator: Animator, folder: Path) -> Ready:

@@ -273,7 +273,7 @@ class _Slot:
             elif self._options.hang_s is not None:
                 allowed = self._options.hang_s
             else:
-                allowed = max(_LEAST_HANG, _HANG_STEPS * self._model.timing.step_s)
+                allowed = hangs_after(self._model.timing.step_s)
             waits = self.jobs or not self._ready
             if waits and time.monotonic() - self._heard > allowed:
                 return HUNG
@@ -325,6 +325,11 @@ class _Slot:
         self._ready = ready
         if self._service is not None:
             self._service.metrics.ready_workers.labels(self._model.name).set(self._model.ready_workers)
+
+
+def hangs_after(step_s: float) -> float:
+    """The seconds of silence after which a worker with jobs, whose steps take `step_s`, hangs."""
+    return max(_LEAST_HANG, _HANG_STEPS * step_s)
 
 
 def draft_name(job: Job) -> str:
