@@ -5,6 +5,7 @@ were "killed", what the run counted, how many seconds it took."""
 from __future__ import annotations
 
 import json
+import random
 import sys
 import tempfile
 import time
@@ -15,13 +16,13 @@ from ray.cluster_utils import Cluster
 from ray_batch import sleeping_work, write_batch
 
 from trip_rt.cluster import batch
-from trip_rt.cluster.clip_maker import RESULTS
+from trip_rt.cluster.clip_maker import CLIPS, RESULTS, swept
 from trip_rt.cluster.rows import pieces_of
 from trip_rt.cluster.session import connected
 
 SLEEP = 0.2  # seconds a clip
-KILLS = 4
-PAUSE = 8.0  # seconds between two kills
+KILLS = 10
+PAUSES = 2.0, 8.0  # seconds between two kills, at random
 
 
 def main(folder: Path, rows: int) -> None:
@@ -39,18 +40,19 @@ def main(folder: Path, rows: int) -> None:
 def _run(cluster: Cluster, folder: Path, rows: int, memory: int) -> None:
     file = write_batch(folder, rows)
     nodes = [cluster.add_node(num_cpus=1, object_store_memory=memory) for _ in range(2)]
-    killed = 0
+    killed, moments = 0, random.Random(0)
     pool = batch.Pool(1, 2, cpus=1, gpu=False)
     with batch.output_folder(folder), batch.quiet(), ThreadPoolExecutor(1) as thread:
         began = time.perf_counter()
         parts = batch.ResultParts(folder / RESULTS)
         run = thread.submit(batch.make_clips, pieces_of(file), sleeping_work(folder, SLEEP), pool, 0, parts)
         while not run.done():  # in the main thread, for Ray's nodes set signal handlers
-            wait([run], PAUSE)
+            wait([run], moments.uniform(*PAUSES))
             if killed < KILLS and not run.done():
                 cluster.remove_node(nodes.pop(0), allow_graceful=False)
                 killed += 1
                 nodes.append(cluster.add_node(num_cpus=1, object_store_memory=memory))
+        swept(folder / CLIPS, tries=True)  # as the command does, once nobody writes there any more
     print(json.dumps({"killed": killed, "counts": run.result(), "seconds": round(time.perf_counter() - began, 1)}))
 
 
