@@ -44,8 +44,9 @@ def headlines(folder: Path = RESULTS) -> dict[str, Any]:
     figures: dict[str, Any] = {"machine": latency["demo"]["machine"], "speed_clips": ways["clips"]}
     for name, file in latency.items():
         guided = file["guided_step"]
-        milliseconds = {rival: row["p50"] for rival, row in guided["milliseconds"].items()}
-        figures[f"{name}_step_ms"] = milliseconds.pop("trip-rt")
+        every = {rival: row["p50"] for rival, row in guided["milliseconds"].items()}
+        milliseconds = {rival: every[rival] for rival in _RIVALS if rival in every}
+        figures[f"{name}_step_ms"] = every["trip-rt"]
         figures[f"{name}_rivals_ms"] = milliseconds
         figures[f"{name}_rivals_times"] = guided["times_as_long_as_trip_rt"]
         figures[f"{name}_best_rival"] = min(milliseconds, key=lambda rival: milliseconds[rival])

@@ -11,6 +11,7 @@ has no figures, and neither has one that beats the machine's ceiling.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -38,11 +39,12 @@ from trip_rt.errors import EngineError, InputError
 from trip_rt.launch import note
 from trip_rt.manifest import Profile
 from trip_rt.sampling.loop import initial_noise
-from trip_rt.sampling.step import hold_first_frame
+from trip_rt.sampling.step import Arithmetic, hold_first_frame
 from trip_rt.settings import SPEEDS, Settings
 
 _COLD_START = Path(__file__).parent / "cold_start.py"
-_PEERS = ("eager", "compile", "onnxruntime", "openvino", "inductor")
+_BF16 = "trip-rt in bf16"
+_PEERS = ("eager", "compile", "onnxruntime", "openvino", "inductor", "openvino-bf16")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -113,7 +115,6 @@ def run(args: argparse.Namespace) -> int:
     }
     figures |= {"machine": machine(), "parity": parity.to_json()}
     with Animator(bundle, backend, profile.name, options) as animator:
-        figures["engine"] = animator.describe()
         figures["components"], figures["peak"] = _components(animator, args)
         if impossible := beyond({name: row["gflops"] for name, row in figures["components"].items()}, figures["peak"]):
             note(f"bench/latency.py: {impossible}; there are no figures")
@@ -122,6 +123,7 @@ def run(args: argparse.Namespace) -> int:
             figures["clips"] = _clips(animator, args.speeds, args.clips)
         if args.compare:
             figures["guided_step"] = _compared(animator, args)
+        figures["engine"] = animator.describe()
     if args.clips:
         figures["cold_start"] = {speed: _cold_start(args, profile, backend, speed) for speed in args.speeds}
         if args.checkpoint:
@@ -234,30 +236,43 @@ def _compared(animator: Animator, args: argparse.Namespace) -> dict[str, Any]:
         clean, timestep = torch.cat([first, first]), torch.tensor([middle.timestep])
         inputs = Inputs(torch.cat([latents, latents]), clean, timestep, text, middle)
     device, buffers = animator.engines["unet"].device, pipeline.buffers
-    engine = animator.engines["unet"]
-    network = engine.bind(
-        {tensor.name: getattr(buffers, tensor.name) for tensor in (*engine.spec.inputs, *engine.spec.outputs)}
-    )
+    lowers = animator.engines["unet"].lowers() and animator.engines["unet"].spec.precision == "fp32"
 
-    def step() -> np.ndarray:
-        pipeline.denoise(noise, [middle])
-        return pipeline.latents()
+    def bound(arithmetic: Arithmetic) -> Callable[[], object]:
+        engine = animator.engine("unet", arithmetic)
+        assert engine
+        tensors = (*engine.spec.inputs, *engine.spec.outputs)
+        return engine.bind({tensor.name: getattr(buffers, tensor.name) for tensor in tensors})
 
+    def step_in(arithmetic: Arithmetic) -> Callable[[], np.ndarray]:
+        steps = [dataclasses.replace(middle, arithmetic=arithmetic)]
+
+        def step() -> np.ndarray:
+            pipeline.denoise(noise, steps)
+            return pipeline.latents()
+
+        return step
+
+    own_networks: dict[str, Callable[[], object]] = {"trip-rt": bound("own")}
+    own_steps: dict[str, Callable[[], object]] = {"trip-rt": step_in("own")}
+    if lowers:
+        own_networks[_BF16], own_steps[_BF16] = bound("bf16"), step_in("bf16")
+    step = step_in("own")
     with peers(model, inputs, args.compare, args.threads) as rivals:
         left_out = {
             name: reason
             for name, peer in rivals.items()
-            if (reason := wrong(peer.step()[:, :, 1:].numpy(), step()[:, :, 1:]))
+            if (reason := wrong(peer.step()[:, :, 1:].numpy(), step()[:, :, 1:], peer.arithmetic))
         }
         for name, reason in left_out.items():
             note(f"{name}: left out: {reason}")
             del rivals[name]
         device.write(buffers.latents, inputs.latents.numpy())
         networks = interleaved(
-            {"trip-rt": network, **{name: peer.unet for name, peer in rivals.items()}}, args.rounds, label="UNet"
+            own_networks | {name: peer.unet for name, peer in rivals.items()}, args.rounds, label="UNet"
         )
         steps = interleaved(
-            {"trip-rt": step, **{name: peer.step for name, peer in rivals.items()}}, args.rounds, label="guided step"
+            own_steps | {name: peer.step for name, peer in rivals.items()}, args.rounds, label="guided step"
         )
         about = {name: peer.about for name, peer in rivals.items()}
     return {
@@ -268,6 +283,11 @@ def _compared(animator: Animator, args: argparse.Namespace) -> dict[str, Any]:
         "milliseconds": {name: percentiles(seconds) for name, seconds in steps.items()},
         "times_as_long_as_trip_rt": {
             name: ratio(seconds, steps["trip-rt"]) for name, seconds in steps.items() if name != "trip-rt"
+        },
+        "times_as_long_as_trip_rt_bf16": {
+            name: ratio(seconds, steps[_BF16])
+            for name, seconds in steps.items()
+            if lowers and name != _BF16 and name in ("trip-rt", "openvino-bf16")
         },
     }
 

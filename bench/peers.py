@@ -31,7 +31,7 @@ from trip_rt.launch import note
 from trip_rt.sampling.step import History, Step, advance, guide
 
 Network = Callable[[Sequence[Tensor]], Tensor]
-MAX_ERROR = 1e-3  # of a peer's latents: what is wrong is no rival
+MAX_ERROR = {"fp32": 1e-3, "bf16": 0.05}  # of a peer's latents: what is wrong is no rival
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,12 @@ class Inputs:
 @dataclass(frozen=True)
 class Peer:
     """`unet` and `step` do what the runtime does in a call of the network and in a whole guided step; `about`
-    says how."""
+    says how, `arithmetic` in what."""
 
     unet: Callable[[], Tensor]
     step: Callable[[], Tensor]
     about: str
+    arithmetic: str
 
 
 class _Plain(nn.Module):
@@ -93,21 +94,23 @@ def peers(model: TripModel, inputs: Inputs, names: Sequence[str], threads: int |
             except (ImportError, InputError) as error:
                 note(f"{name}: left out: {error}")
                 continue
-            ready[name] = _peer(*networks, inputs, sigmas, about)
+            ready[name] = _peer(*networks, inputs, sigmas, about, "bf16" if name.endswith("-bf16") else "fp32")
         yield ready
 
 
-def wrong(found: np.ndarray, expected: np.ndarray) -> str:
+def wrong(found: np.ndarray, expected: np.ndarray, arithmetic: str) -> str:
     """Why a rival's latents cannot stand beside the runtime's, or "" where they can."""
     error = relative_errors(found, expected)[1]
     return (
         ""
-        if error <= MAX_ERROR
-        else f"found an error of {error:.1e} to trip-rt's latents, expected at most {MAX_ERROR}"
+        if error <= (most := MAX_ERROR[arithmetic])
+        else f"found an error of {error:.1e} to trip-rt's latents, expected at most {most}"
     )
 
 
-def _peer(unet: Network, fusion: Network, inputs: Inputs, sigmas: tuple[Tensor, Tensor], about: str) -> Peer:
+def _peer(
+    unet: Network, fusion: Network, inputs: Inputs, sigmas: tuple[Tensor, Tensor], about: str, arithmetic: str
+) -> Peer:
     step, half = inputs.step, len(inputs.latents) // 2
 
     @torch.inference_mode()
@@ -121,7 +124,7 @@ def _peer(unet: Network, fusion: Network, inputs: Inputs, sigmas: tuple[Tensor, 
     def network() -> Tensor:
         return unet(inputs.of_unet)
 
-    return Peer(network, whole_step, about)
+    return Peer(network, whole_step, about, arithmetic)
 
 
 Parts = list[tuple[nn.Module, tuple[Tensor, ...]]]
@@ -177,10 +180,10 @@ def _onnxruntime(parts: Parts, folder: Path, threads: int | None) -> tuple[list[
     return [network(_exported(*part, folder)) for part in parts], "the plain ONNX export on ONNX Runtime"
 
 
-def _openvino(parts: Parts, folder: Path, threads: int | None) -> tuple[list[Network], str]:
+def _openvino(parts: Parts, folder: Path, threads: int | None, arithmetic: str = "f32") -> tuple[list[Network], str]:
     openvino = openvino_backend.library()
 
-    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": arithmetic}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
 
@@ -190,7 +193,13 @@ def _openvino(parts: Parts, folder: Path, threads: int | None) -> tuple[list[Net
             np.array(next(iter(request.infer([x.numpy() for x in tensors], share_inputs=True).values())))
         )
 
-    return [network(_exported(*part, folder)) for part in parts], "the plain ONNX export on OpenVINO"
+    return [network(_exported(*part, folder)) for part in parts], f"the plain ONNX export on OpenVINO, in {arithmetic}"
+
+
+def _openvino_bf16(parts: Parts, folder: Path, threads: int | None) -> tuple[list[Network], str]:
+    if not openvino_backend.OpenVINOEngine.lowers():
+        raise InputError("found a CPU without bf16, expected one with it")
+    return _openvino(parts, folder, threads, "bf16")
 
 
 def _inductor(parts: Parts, folder: Path, threads: int | None) -> tuple[list[Network], str]:
@@ -230,5 +239,6 @@ _MAKERS = {
     "compile": _compile,
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
+    "openvino-bf16": _openvino_bf16,
     "inductor": _inductor,
 }

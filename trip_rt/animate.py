@@ -194,7 +194,11 @@ def run(args: argparse.Namespace) -> int:
         pictures.check(jobs)
         animator = Animator(args.bundle, args.backend, profile.name, options)
         control = None if args.path is None else animator.path(args.path)
+        arithmetic = settings.resolved_speed.arithmetic
+        _, chosen = animator.arithmetic(arithmetic)
     note(f"backend: {animator.backend} ({animator.backend_reason})")
+    if arithmetic != "fp32":
+        note(f"arithmetic: {chosen}")
     if args.live:
         with animator, _plain_warnings():
             return play(args, animator, jobs[0], settings, fps)
@@ -261,6 +265,7 @@ def run(args: argparse.Namespace) -> int:
             images.save_png(sheet_of_all, args.contact_sheet)
     seconds = {stage: round(value, 3) for stage, value in {"total": time.perf_counter() - began, **seconds}.items()}
     figures = {"clips": clips, "seconds": seconds, "backend": animator.backend, "reason": animator.backend_reason}
+    figures["arithmetic"] = chosen
     figures["contact_sheet"] = args.contact_sheet and str(args.contact_sheet)
     sheet = f"{printable(str(args.contact_sheet))}: contact sheet\n" if args.contact_sheet else ""
     stages = ", ".join(f"{stage} {value:.2f}" for stage, value in seconds.items() if stage != "total")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import warnings
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trip_rt import backends, images, video
+from trip_rt.arithmetic import Asked, Chooser
 from trip_rt.bundle import Bundle, open_bundle
 from trip_rt.checks import check_array, several, shown
 from trip_rt.components import REQUIRED
@@ -26,7 +28,7 @@ from trip_rt.images import Picture
 from trip_rt.optical_flow import opencv
 from trip_rt.pipeline import Pipeline
 from trip_rt.sampling.loop import Array, OnStep, initial_noise
-from trip_rt.sampling.step import Step
+from trip_rt.sampling.step import Arithmetic, Step
 from trip_rt.sampling.windows import anchored, sentence_of_window, shuffled_noise, window_starts
 from trip_rt.settings import Settings, SettingsKeywords, check_prompt, check_seed
 from trip_rt.tokenizer import PromptTokenizer
@@ -101,6 +103,14 @@ class Animator:
                 opened.folder,
                 options.cuda_graph,
                 opened.manifest.control,
+            )
+            self._chooser = Chooser(
+                self.backend,
+                self.profile.engines["unet"][self.backend],
+                self.profile.parity,
+                cls.lowers,
+                self._pipeline.seconds,
+                self._drop,
             )
         except BaseException:
             self._free()
@@ -428,7 +438,8 @@ class Animator:
         self._pipeline.encode_text(unconditional, self._tokenizer(sentences))
 
     def _steps(self, settings: Settings) -> list[Step]:
-        steps = settings.steps(self.config)
+        arithmetic = self._chooser(settings.resolved_speed.arithmetic)
+        steps = [dataclasses.replace(step, arithmetic=arithmetic) for step in settings.steps(self.config)]
         if settings.negative_prompt and not any(step.guided for step in steps):
             warnings.warn(
                 "negative prompt: it says nothing at guidance scale 1, which is this run's; ask for more, such as"
@@ -437,18 +448,40 @@ class Animator:
             )
         return steps
 
-    def engine(self, name: str) -> backends.Engine | None:
-        """A component's engine, opened when first asked for; None where the bundle has none for this backend."""
+    def engine(self, name: str, arithmetic: Arithmetic = "own") -> backends.Engine | None:
+        """A component's engine, which computes in its own precision or in less, opened when first asked for; None where
+        the bundle has none for this backend."""
         spec = self.profile.engines.get(name, {}).get(self.backend)
-        if spec and name not in self.engines:
-            self.engines[name] = self._engine_class.open(
-                self._bundle.engine_path(spec), spec, self._options, self._device
+        key = name if arithmetic == "own" else f"{name} in {arithmetic}"
+        if spec and key not in self.engines:
+            lowered = spec if arithmetic == "own" else dataclasses.replace(spec, precision=arithmetic)
+            self.engines[key] = self._engine_class.open(
+                self._bundle.engine_path(spec), lowered, self._options, self._device
             )
-        return self.engines.get(name)
+        return self.engines.get(key)
+
+    def arithmetic(self, asked: Asked) -> tuple[Arithmetic, str]:
+        """What a run computes in that asks for that, and a line that says why; `auto` is measured here, once.
+
+        InputError where bf16 is asked for and cannot be had.
+        """
+        if asked == "auto":
+            return self._chooser.auto()
+        return self._chooser(asked), f"{asked}: asked for"
+
+    def _drop(self, arithmetic: Arithmetic) -> None:
+        """Free the UNets that compute so."""
+        self._pipeline.drop(arithmetic)
+        for key in [key for key in self.engines if key.endswith(f" in {arithmetic}")]:
+            self.engines.pop(key).close()
 
     def describe(self) -> dict[str, Any]:
         """The backend in use, why, what it runs on, and how the loop runs there."""
-        loop = {"after_unet": self._pipeline.after_unet, "cuda_graph": self._pipeline.graph}
+        loop = {
+            "after_unet": self._pipeline.after_unet,
+            "cuda_graph": self._pipeline.graph,
+            "auto_arithmetic": self._chooser.said,
+        }
         return {**self.engines["unet"].describe(), "reason": self.backend_reason, **loop}
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, get_args
 
+from trip_rt.arithmetic import Asked
 from trip_rt.errors import EngineError, InputError, one_line
 from trip_rt.images import Fit
 from trip_rt.launch import note, until_stopped
@@ -109,6 +110,11 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="run the whole UNet every N steps only, 1 for each step (the speed's)",
+    )
+    parser.add_argument(
+        "--arithmetic",
+        choices=get_args(Asked),
+        help="what the UNet of fp32 engines computes in; auto: bf16 where this CPU is faster so (the speed's)",
     )
     parser.add_argument(
         "--guidance-scale", type=float, metavar="G", help="how closely to follow the prompt, 0 to 100 (the model's own)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 import time
@@ -53,7 +54,8 @@ class Live:
 
     A clip's windows are made one after the other, each from the last frame of the one before (Animator.more), and the
     next one is begun while at most a window's frames are still to be shown. A new sentence drops those that cannot be
-    shown before a window could be made: it begins at the earliest frame that will be ready in time.
+    shown before a window could be made: it begins at the earliest frame that will be ready in time. Its first window
+    takes half the steps of the others, so that it is there sooner.
 
     The first window is made at once: InputError for all that a call of `animator` would refuse.
     """
@@ -78,14 +80,16 @@ class Live:
         if animator.config.num_frames < 2:
             raise InputError("live: found engines of one frame, expected some that show a motion to go on with")
         self._animator, self._settings, self.pace = animator, settings, Pace()
+        steps = len(settings.steps(animator.config))
+        self._sooner = dataclasses.replace(settings, num_inference_steps=(steps + 1) // 2)
         clip = animator(image, prompt, seed=seed, settings=settings)
         assert clip.latents is not None
         self._prompt, self._said, self._said_at = prompt, 0, 0.0
         self._waiting = deque(_frames(clip.frames, clip.latents, 0))  # to be shown
         self._first = self._last = self._waiting[0]
         self._seed, self._takes = seed, 0.0
-        began = time.monotonic()  # how long it takes until the first frames of a window are there
-        next(animator.decode(animator.more(self._first.latent, self._first.latent, prompt, seed, settings)))
+        began = time.monotonic()  # how long it takes until a new sentence's first frames are there
+        next(animator.decode(animator.more(self._first.latent, self._first.latent, prompt, seed, self._sooner)))
         self._takes = time.monotonic() - began
         self._shown, self._due = 0, 0.0  # frames that have left `_waiting`, and when the next one should
         self._made_for = 0  # the newest sentence with frames
@@ -153,8 +157,8 @@ class Live:
         with self._changed:
             self._changed.wait_for(lambda: self._ended or self._said > self._made_for or len(self._waiting) <= each)
             prompt, said = self._prompt, self._said
-            kept = len(self._waiting)
-            if said > self._made_for:  # as many as are shown until the new ones are there
+            kept, is_new = len(self._waiting), said > self._made_for
+            if is_new:  # as many as are shown until the new ones are there
                 ready = time.monotonic() + self._takes
                 kept = min(kept, max(0, math.ceil((ready - self._due) * self.fps)))
             origin = self._waiting[kept - 1] if kept else self._last
@@ -162,14 +166,16 @@ class Live:
         self._go_on(said)
         began = time.monotonic()
         self._seed = (self._seed + 1) % 2**64
+        settings = self._sooner if is_new else self._settings
         latents = self._animator.more(
-            self._first.latent, origin.latent, prompt, self._seed, self._settings, lambda *_: self._go_on(said)
+            self._first.latent, origin.latent, prompt, self._seed, settings, lambda *_: self._go_on(said)
         )
         decoded = 0
         for pictures in self._animator.decode(latents):
             with self._changed:
                 if not decoded:
-                    self._takes = max(time.monotonic() - began, 0.9 * self._takes)
+                    if is_new:
+                        self._takes = max(time.monotonic() - began, 0.9 * self._takes)
                     # Where it took longer than it used to, a frame or two are shown once more in another way.
                     while len(self._waiting) > max(0, cut - self._shown):
                         self._waiting.pop()

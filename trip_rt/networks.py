@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -13,9 +14,13 @@ from trip_rt.config import TripConfig
 from trip_rt.devices import Buffer, Device, Work
 from trip_rt.errors import InputError
 from trip_rt.sampling.loop import Array
-from trip_rt.sampling.step import Step
+from trip_rt.sampling.step import Arithmetic, Step, UNetKind
 
-OpenEngine = Callable[[str], Engine | None]  # by a component's name; None where the bundle has none
+
+class OpenEngine(Protocol):
+    """The engine of a component, to compute in its own precision or in less; None where the bundle has none."""
+
+    def __call__(self, name: str, arithmetic: Arithmetic = "own") -> Engine | None: ...
 
 
 @dataclass(frozen=True)
@@ -62,25 +67,31 @@ class BoundUNet:
 
     def __init__(self, buffers: StepBuffers, open_engine: OpenEngine):
         self._buffers, self._open_engine = buffers, open_engine
-        self._works: dict[tuple[bool, bool], Work] = {}
-        self.engines: dict[tuple[bool, bool], Engine] = {}
+        self._works: dict[UNetKind, Work] = {}
+        self.engines: dict[UNetKind, Engine] = {}
 
-    def kind(self, guided: bool, shallow: bool) -> Work:
-        """The UNet with guidance or without, whole or its outermost layer; InputError where the bundle has none."""
-        if (guided, shallow) not in self._works:
-            engine = self._open_engine(variant("unet", guided, shallow))
-            if engine is None and shallow:
+    def of(self, kind: UNetKind) -> Work:
+        """The UNet of that kind; InputError where the bundle has none."""
+        if kind not in self._works:
+            engine = self._open_engine(variant("unet", kind.guided, kind.shallow), kind.arithmetic)
+            if engine is None and kind.shallow:
                 raise InputError(
                     "feature reuse: found no engine of the UNet's outermost layer in the bundle; export it again"
                     " without --no-speedups"
                 )
             if engine is None:  # the guided network does more than is needed
-                work, engine = self.kind(True, shallow), self.engines[True, shallow]
+                whole = kind._replace(guided=True)
+                work, engine = self.of(whole), self.engines[whole]
             else:
                 tensors = (*engine.spec.inputs, *engine.spec.outputs)
                 work = engine.bind({tensor.name: last_rows(self._buffers, tensor) for tensor in tensors})
-            self._works[guided, shallow], self.engines[guided, shallow] = work, engine
-        return self._works[guided, shallow]
+            self._works[kind], self.engines[kind] = work, engine
+        return self._works[kind]
+
+    def drop(self, arithmetic: Arithmetic) -> None:
+        """Forget the networks that compute so."""
+        for kind in [kind for kind in self._works if kind.arithmetic == arithmetic]:
+            del self._works[kind], self.engines[kind]
 
 
 def last_rows(buffers: StepBuffers, tensor: TensorSpec) -> Buffer:
@@ -119,7 +130,7 @@ class EngineNetworks:
         for half in self._latents:
             self._device.write(half, latents)
         self._device.write(self._buffers.timestep, np.array([step.timestep]))
-        self._unet.kind(step.guided, step.shallow)()
+        self._unet.of(step.unet)()
 
     def fuse(self, step: Step) -> Array:
         for name, buffer in self._coefficients.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from trip_rt.fused_step import FusedStep, fitting
 from trip_rt.manifest import Profile
 from trip_rt.networks import BoundUNet, EngineNetworks, OpenEngine, halves, step_buffers
 from trip_rt.sampling.loop import Array, OnStep, denoise, denoise_on_gpu
-from trip_rt.sampling.step import Step
+from trip_rt.sampling.step import Arithmetic, Step, UNetKind
 from trip_rt.sampling.windows import denoise_windows
 from trip_rt.steering import Steering
 from trip_rt.turns import Turn
@@ -61,13 +62,13 @@ class Pipeline:
         )
         self._steering = self._open_steering()
         self._unet = BoundUNet(self.buffers, open_engine)
-        self._unet.kind(True, False)
+        self._unet.of(UNetKind())
         self.graph = False
-        self._works: dict[tuple[bool, bool], Work] = {}
+        self._works: dict[UNetKind, Work] = {}
         self.fused_step = self._open_kernel(config, folder)
         self._networks: EngineNetworks | None = None
         if self.fused_step:
-            self._work(True, False)
+            self._work(UNetKind())
         else:
             self._host_networks()
 
@@ -106,7 +107,7 @@ class Pipeline:
 
         device = self._device
         assert isinstance(device, CudaDevice)
-        kernel = self._profile.kernels.get(self._unet.engines[True, False].spec.precision)
+        kernel = self._profile.kernels.get(self._unet.engines[UNetKind()].spec.precision)
         present = device.compute_capability
         actual = "no kernel of this precision"
         if kernel:
@@ -123,21 +124,21 @@ class Pipeline:
         )
         return None
 
-    def _work(self, guided: bool, shallow: bool) -> Work:
+    def _work(self, kind: UNetKind) -> Work:
         """A whole step of that kind on a GPU: UNet and fused kernel, recorded as a CUDA graph where that can be."""
-        if (guided, shallow) not in self._works:
-            unet, fused_step = self._unet.kind(guided, shallow), self.fused_step
+        if kind not in self._works:
+            unet, fused_step = self._unet.of(kind), self.fused_step
             assert fused_step
 
             def step() -> None:
                 unet()
                 fused_step()
 
-            engine = self._unet.engines[guided, shallow]
+            engine = self._unet.engines[kind]
             graph = self._cuda_graph and engine.capturable
             self.graph |= graph
-            self._works[guided, shallow] = engine.capture(step) if graph else step
-        return self._works[guided, shallow]
+            self._works[kind] = engine.capture(step) if graph else step
+        return self._works[kind]
 
     def _host_networks(self) -> EngineNetworks:
         """For loops on the host; beside the fused kernel, opened when a clip of several windows first asks for them."""
@@ -197,15 +198,33 @@ class Pipeline:
         `on_step(done, total)` is called as steps end. InputError where the bundle lacks what a step asks for.
         """
         device, buffers = self._device, self.buffers
-        for guided, shallow in {(step.guided, step.shallow) for step in steps}:
-            self._unet.kind(guided, shallow)
+        kinds = {step.unet for step in steps}
+        for kind in kinds:
+            self._unet.of(kind)
         if self.fused_step:
-            works = {(step.guided, step.shallow): self._work(step.guided, step.shallow) for step in steps}
+            works = {kind: self._work(kind) for kind in kinds}
             self.fused_step.begin(noise, steps)
             denoise_on_gpu(device, works, steps, on_step, self._steer)
         else:
             clean = denoise(self._host_networks(), self.first_frame(), noise, steps, on_step)
             device.write(halves(buffers.latents)[0], clean)
+
+    def seconds(self, arithmetic: Arithmetic) -> float:
+        """Seconds of a call of the whole guided UNet that computes so, on a CPU: the faster of two, after one that does
+        not count."""
+        took = []
+        with self.turn:
+            work = self._unet.of(UNetKind(arithmetic=arithmetic))
+            for _ in range(3):
+                began = time.perf_counter()
+                work()
+                took.append(time.perf_counter() - began)
+        return min(took[1:])
+
+    def drop(self, arithmetic: Arithmetic) -> None:
+        """Forget the UNets that compute so; their engines are the caller's to close."""
+        with self.turn:
+            self._unet.drop(arithmetic)
 
     def denoise_windows(
         self, contexts: Sequence[Array], noise: Array, steps: Sequence[Step], on_step: OnStep | None = None

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, get_args
 
+from trip_rt.arithmetic import Asked
 from trip_rt.checks import is_number, is_whole, one_of, real_number, shown, text, whole_number
 from trip_rt.config import MAX_FRAMES, MOST_CLIP, MOST_SIDE, TripConfig
 from trip_rt.errors import InputError
@@ -28,18 +29,21 @@ class Speed:
       happens only where timestep / num_train_timesteps lies within (Kynkäänniemi et al. 2024).
     - `feature_reuse` N: only every N-th step runs the whole UNet. The steps between run its outermost layer on the deep
       features of the last whole run (DeepCache, Ma et al. 2023).
+    - `arithmetic`: what the UNet of fp32 engines computes in. `auto` takes bf16 on a CPU that is faster so, where the
+      bundle says that it comes close enough to PyTorch (arithmetic.py).
     """
 
     solver: Solver = "ddim"
     num_inference_steps: int | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     feature_reuse: int = 1
+    arithmetic: Asked = "fp32"
 
 
 SPEEDS = {
     "exact": Speed(),
-    "balanced": Speed("unipc", 20),
-    "fast": Speed("unipc", 8),
+    "balanced": Speed("unipc", 20, arithmetic="auto"),
+    "fast": Speed("unipc", 8, arithmetic="auto"),
 }
 
 
@@ -52,6 +56,7 @@ class SettingsKeywords(TypedDict, total=False):
     guidance_scale: float | None
     guidance_interval: tuple[float, float] | None
     feature_reuse: int | None
+    arithmetic: Asked | None
     negative_prompt: str
     fit: Fit
     num_frames: int | None
@@ -65,13 +70,13 @@ class SettingsKeywords(TypedDict, total=False):
 class Settings:
     """How a clip is made. InputError for a value that no model could take.
 
-    `speed` is one of SPEEDS or a Speed; `num_inference_steps`, `solver`, `guidance_interval` and `feature_reuse`
-    replace the speed's own where they are given. `guidance_scale` 0 to 100 says how closely the clip follows the prompt
-    (None: the model's own), `negative_prompt` what should not be seen. `fit` says how a picture of another shape is
-    fitted: `crop` keeps its largest centred part, `letterbox` all of it. `num_frames` may be more than the engines have
-    (None: theirs): then overlapping windows make the clip. `size` WIDTHxHEIGHT may be larger than the engines', of the
-    same shape (None: theirs): then the picture's own detail is moved as the clip moves (enlarge.py). A clip's control
-    counts `control_scale` times, 0 to 10, in the steps between the shares `control_guidance_start` and
+    `speed` is one of SPEEDS or a Speed; `num_inference_steps`, `solver`, `guidance_interval`, `feature_reuse` and
+    `arithmetic` replace the speed's own where they are given. `guidance_scale` 0 to 100 says how closely the clip
+    follows the prompt (None: the model's own), `negative_prompt` what should not be seen. `fit` says how a picture of
+    another shape is fitted: `crop` keeps its largest centred part, `letterbox` all of it. `num_frames` may be more than
+    the engines have (None: theirs): then overlapping windows make the clip. `size` WIDTHxHEIGHT may be larger than the
+    engines', of the same shape (None: theirs): then the picture's own detail is moved as the clip moves (enlarge.py). A
+    clip's control counts `control_scale` times, 0 to 10, in the steps between the shares `control_guidance_start` and
     `control_guidance_end` of a run, 0 to 1.
     """
 
@@ -81,6 +86,7 @@ class Settings:
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
     feature_reuse: int | None = None
+    arithmetic: Asked | None = None
     negative_prompt: str = ""
     fit: Fit = "crop"
     num_frames: int | None = None
@@ -98,6 +104,7 @@ class Settings:
             real_number("guidance scale", self.guidance_scale, 0, MAX_GUIDANCE_SCALE)
         speed = self.resolved_speed
         one_of("solver", speed.solver, SOLVERS)
+        one_of("arithmetic", speed.arithmetic, get_args(Asked))
         if not is_whole(speed.feature_reuse) or speed.feature_reuse < 1:
             found = shown(speed.feature_reuse)
             raise InputError(f"feature reuse: found {found}, expected at least 1 as a whole number; 1 reuses none")

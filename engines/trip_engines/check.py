@@ -6,13 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trip_engines.emulation import EmulatedEngine
+from trip_engines.lowered import EmulatedBf16Engine
 from trip_engines.parity import Parity, measure
 from trip_engines.recording import Reference
 from trip_rt.animator import Animator
+from trip_rt.arithmetic import parity_name
+from trip_rt.backends import EngineOptions, engine_class
 from trip_rt.bundle import Bundle, open_bundle
 from trip_rt.components import REQUIRED
 from trip_rt.errors import InputError
 from trip_rt.manifest import Profile
+from trip_rt.sampling.step import Arithmetic
+
+_EMULATION = "an emulation of {0} on a CPU (fp32 sums, every {0} value rounded)"
 
 
 def check_bundle(
@@ -45,22 +51,30 @@ def check_bundle(
                     continue
                 note(f"{name}: measuring {reference.num_inference_steps} steps on {measured_on}")
                 parity[name] = measure(animator, reference, precision_of(profile, backend), measured_on)
+            if profile.parity.get(parity_name(backend), {}).get("passed"):  # else it is not used
+                animator, measured_on = animator_for(bundle, profile, backend, "bf16")
+                with animator:
+                    note(f"{name}: measuring {reference.num_inference_steps} steps on {measured_on}")
+                    parity[f"{name} in bf16"] = measure(animator, reference, "bf16", measured_on, "bf16")
     return parity, refused
 
 
-def animator_for(bundle: Bundle, profile: Profile, backend: str) -> tuple[Animator, str]:
+def animator_for(
+    bundle: Bundle, profile: Profile, backend: str, arithmetic: Arithmetic = "own"
+) -> tuple[Animator, str]:
     """An Animator to measure parity on, and what it runs on: the backend itself or, for half precision that ONNX
     Runtime has no arithmetic for on a CPU, an emulation of it, which is stricter than the casts to fp32 by which ONNX
     Runtime would run it."""
     precision = precision_of(profile, backend)
+    if arithmetic == "bf16" and not engine_class(backend).lowers():
+        return Animator(bundle, EmulatedBf16Engine, profile.name), _EMULATION.format("bf16")
     if backend == "onnxruntime" and precision != "fp32" and not _on_gpu(profile):
-        return Animator(
-            bundle, EmulatedEngine, profile.name
-        ), f"an emulation of {precision} on a CPU (fp32 sums, every {precision} value rounded)"
+        return Animator(bundle, EmulatedEngine, profile.name), _EMULATION.format(precision)
     animator = Animator(bundle, backend, profile.name)
     about = animator.describe()
-    arithmetic = f" in {about['arithmetic']} arithmetic" if "arithmetic" in about else ""
-    return animator, f"{about['backend']} {about['version']} on {about['device']}{arithmetic}"
+    computes_in = about.get("arithmetic") if arithmetic == "own" else arithmetic
+    said = f" in {computes_in} arithmetic" if computes_in else ""
+    return animator, f"{about['backend']} {about['version']} on {about['device']}{said}"
 
 
 def precision_of(profile: Profile, backend: str) -> str:
@@ -69,8 +83,6 @@ def precision_of(profile: Profile, backend: str) -> str:
 
 
 def _on_gpu(profile: Profile) -> bool:
-    from trip_rt.backends import EngineOptions, engine_class
-
     try:
         return engine_class("onnxruntime").probe(profile.engines["unet"]["onnxruntime"], EngineOptions()) == "cuda"
     except InputError:

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from trip_rt.backends import EngineOptions
-from trip_rt.backends.base import HostEngine
+from trip_rt.backends.base import Engine, HostEngine
 from trip_rt.backends.onnxruntime import library
 from trip_rt.devices import Device, Kind, open_device
 from trip_rt.manifest import EngineSpec
@@ -124,7 +124,7 @@ class EmulatedEngine(HostEngine):
         return "cpu"
 
     @classmethod
-    def open(cls, path: Path, spec: EngineSpec, options: EngineOptions, device: Device | None = None) -> EmulatedEngine:
+    def open(cls, path: Path, spec: EngineSpec, options: EngineOptions, device: Device | None = None) -> Engine:
         return cls(spec, Emulation(path, options.threads), device or open_device("cpu"))
 
     def compute(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

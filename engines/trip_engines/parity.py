@@ -12,7 +12,9 @@ from tqdm import tqdm
 from trip_engines.recording import Reference, Sample
 from trip_rt.accuracy import psnr, relative_errors
 from trip_rt.animator import Animator
+from trip_rt.backends import Engine
 from trip_rt.components import ALL
+from trip_rt.sampling.step import Arithmetic
 
 # bf16 has three bits of mantissa fewer than fp16, so it rounds 8 times as coarsely. The clip must be as good all the
 # same.
@@ -80,12 +82,16 @@ class Parity:
         )
 
 
-def measure(animator: Animator, reference: Reference, precision: str, measured_on: str) -> Parity:
-    """Compare `animator`'s engines with the recorded `reference`, to the bounds of `precision`."""
+def measure(
+    animator: Animator, reference: Reference, precision: str, measured_on: str, arithmetic: Arithmetic = "own"
+) -> Parity:
+    """Compare `animator`'s engines with the recorded `reference`, to the bounds of `precision`; with another
+    `arithmetic` than their own, the UNets alone, and the loop."""
     figures = {
-        name: component_parity(animator, name, samples)
+        name: component_parity(engine, samples)
         for name, samples in reference.samples.items()
-        if animator.engine(name)
+        if arithmetic == "own" or "unet" in (name, ALL[name].variant_of)
+        if (engine := animator.engine(name, arithmetic))
     }
     steps = reference.num_inference_steps
     with tqdm(total=steps, desc="parity", unit="step", disable=None, leave=False) as bar:
@@ -96,6 +102,7 @@ def measure(animator: Animator, reference: Reference, precision: str, measured_o
             controls=None if reference.control is None else list(reference.control),
             num_inference_steps=steps,
             guidance_scale=reference.guidance_scale,
+            arithmetic="fp32" if arithmetic == "own" else arithmetic,
             on_step=lambda done, total: bar.update(),
         )
     frames = np.concatenate(list(animator.decode_pixels(latents[0])))
@@ -108,12 +115,9 @@ def measure(animator: Animator, reference: Reference, precision: str, measured_o
     return Parity(precision, measured_on, figures, steps, round(latents_psnr, 2), round(frames_psnr, 2), passed)
 
 
-def component_parity(animator: Animator, name: str, samples: Sequence[Sample]) -> ComponentParity:
+def component_parity(engine: Engine, samples: Sequence[Sample]) -> ComponentParity:
     """The largest errors of one engine over recorded calls."""
-    errors = [
-        relative_errors(next(iter(animator.engines[name].run(sample.inputs).values())), sample.output)
-        for sample in samples
-    ]
+    errors = [relative_errors(next(iter(engine.run(sample.inputs).values())), sample.output) for sample in samples]
     return ComponentParity(*(float(np.max(side)) for side in zip(*errors, strict=True)))
 
 

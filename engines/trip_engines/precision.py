@@ -163,14 +163,22 @@ def _blocks(
     return sorted(errors, key=lambda row: -row[1])
 
 
-def _measure(graph: Path, precision: str, fp32: tuple[Group, ...], samples: Sequence[Sample]) -> Policy:
+def emulated(
+    graph: Path, precision: str, fp32: Sequence[Group], threads: int | None = None, watch: bool = False
+) -> Emulation:
+    """`graph` (fp32 ONNX) opened for emulation with every node outside the groups `fp32` in half precision. A file is
+    written beside it meanwhile."""
     candidate = graph.with_name(f"candidate-{graph.name}")
     try:
         # The weights stay in their file; the graph casts them.
         ir.save(typed_graph(ir.load(graph), precision, fp32), candidate)
-        emulation = Emulation(candidate, watch=True)
+        return Emulation(candidate, threads, watch)
     finally:
         candidate.unlink(missing_ok=True)
+
+
+def _measure(graph: Path, precision: str, fp32: tuple[Group, ...], samples: Sequence[Sample]) -> Policy:
+    emulation = emulated(graph, precision, fp32, watch=True)
     error, largest = 0.0, ("", 0.0)
     for sample in samples:
         (output, *_), peaks = emulation.run_watched(sample.inputs)

@@ -144,7 +144,7 @@ def run_export(args: argparse.Namespace) -> int:
     verdict = "do not ship" if not passed else "ready" if result.parity else "written; parity: not measured"
     peak = max((stage.peak_memory_gb for stage in result.stages.values()), default=peak_memory_mb() / 1e3)
     figures = _figures(result) | {"peak_memory_gb": peak}
-    lines = [plan_table(result), *(parity.table() for parity in result.parity.values())]
+    lines = [plan_table(result), *(parity.table() for parity in (result.parity | result.in_bf16).values())]
     report(
         args,
         figures,
@@ -225,7 +225,7 @@ def _figures(result: ExportResult) -> dict[str, Any]:
             for name, (before, after) in result.operators.items()
         },
         "plans": {name: [dataclasses.asdict(plan) for plan in plans] for name, plans in result.plans.items()},
-        "parity": {backend: parity.to_json() for backend, parity in result.parity.items()},
+        "parity": {name: parity.to_json() for name, parity in (result.parity | result.in_bf16).items()},
     }
 
 

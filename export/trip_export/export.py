@@ -31,12 +31,14 @@ from trip_export.plan import ExportOptions, Plan
 from trip_export.record import record
 from trip_export.store import Store, store
 from trip_reference import checkpoint
+from trip_rt.arithmetic import LEAST_GFLOP, parity_name
 from trip_rt.backends import EngineOptions, engine_class
 from trip_rt.bundle import MANIFEST, TOKENIZER, Bundle
 from trip_rt.components import ALL
 from trip_rt.errors import InputError
 from trip_rt.manifest import EngineSpec, KernelSpec, Manifest, Profile, serialise
 from trip_rt.process_memory import forget_peak, give_back_memory, machine_memory_gb, peak_memory_mb
+from trip_rt.sampling.step import Arithmetic
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class Stage:
 @dataclass(frozen=True)
 class ExportResult:
     """What an export did: engines built and reused, what each stage of it took, each traced graph's operators before
-    and after simplification, the TensorRT plans built, and the parity of each backend."""
+    and after simplification, the TensorRT plans built, and the parity of each backend; also, by names of their own, of
+    fp32 engines that compute in bf16."""
 
     bundle: Path
     profile: str = ""
@@ -63,6 +66,7 @@ class ExportResult:
     operators: dict[str, tuple[Counter[str], Counter[str]]] = field(default_factory=dict)
     plans: dict[str, list[BuiltPlan]] = field(default_factory=dict)
     parity: dict[str, Parity] = field(default_factory=dict)
+    in_bf16: dict[str, Parity] = field(default_factory=dict)
 
 
 def export_bundle(
@@ -104,7 +108,10 @@ class _Export:
             # Plans come last: that of their graphs may be known by then.
             for backend in sorted(self.options.backends, key=LIBRARIES.__contains__):
                 self.result.parity[backend] = self._parity(bundle, profile, backend)
-            measured = {backend: parity.to_json() for backend, parity in self.result.parity.items()}
+                if self._may_compute_in_bf16(profile, backend):
+                    self.result.in_bf16[parity_name(backend)] = self._parity(bundle, profile, backend, "bf16")
+            both = self.result.parity | self.result.in_bf16
+            measured = {name: parity.to_json() for name, parity in both.items()}
             profile = dataclasses.replace(profile, parity={**profile.parity, **measured})
         profiles = [profile if other.name == profile.name else other for other in kept]
         manifest = self._manifest(profiles if profile in profiles else [*profiles, profile])
@@ -319,20 +326,27 @@ class _Export:
         self.note(f"reference run: recorded in {self.result.stages['reference run']}")
         return reference
 
-    def _parity(self, bundle: Bundle, profile: Profile, backend: str) -> Parity:
+    def _may_compute_in_bf16(self, profile: Profile, backend: str) -> bool:
+        """Whether a runtime may take these fp32 engines' bf16 arithmetic by itself (trip_rt.arithmetic)."""
+        unet = profile.engines["unet"][backend]
+        return backend == "openvino" and unet.precision == "fp32" and unet.gflop >= LEAST_GFLOP
+
+    def _parity(self, bundle: Bundle, profile: Profile, backend: str, arithmetic: Arithmetic = "own") -> Parity:
         """The parity of one backend: as measured before, where nothing it depends on has changed."""
+        name = backend if arithmetic == "own" else parity_name(backend)
         for before in self.store.previous.profiles if self.store.previous else ():
             same = [
-                before.engines.get(name, {}).get(backend) == profile.engines[name][backend] for name in profile.engines
+                before.engines.get(component, {}).get(backend) == engines[backend]
+                for component, engines in profile.engines.items()
             ]
             if (
                 before.name == profile.name
                 and before.reference == profile.reference
                 and all(same)
-                and backend in before.parity
+                and name in before.parity
             ):
-                self.note(f"parity of {backend}: unchanged, reused")
-                return Parity.from_json(dict(before.parity[backend]))
+                self.note(f"parity of {name}: unchanged, reused")
+                return Parity.from_json(dict(before.parity[name]))
         if backend in LIBRARIES:
             try:
                 engine_class(backend).probe(profile.engines["unet"][backend], EngineOptions())
@@ -340,7 +354,7 @@ class _Export:
                 self.note(f"parity of {backend}: measured on the graphs of its plans, which do not run here ({error})")
                 parity = self._parity_of_graphs(bundle, profile)
                 return dataclasses.replace(parity, measured_on=f"the graphs of the plans: {parity.measured_on}")
-        return self._measured(bundle, profile, backend)
+        return self._measured(bundle, profile, backend, arithmetic)
 
     def _parity_of_graphs(self, bundle: Bundle, profile: Profile) -> Parity:
         """The parity of the graphs that plans are built from; a plan's target names its graph's hash."""
@@ -351,13 +365,15 @@ class _Export:
         bundle = Bundle(bundle.folder, self._manifest([profile]), bundle.tokenizer_json)
         return self._measured(bundle, profile, "onnxruntime")
 
-    def _measured(self, bundle: Bundle, profile: Profile, backend: str) -> Parity:
-        self.note(f"parity of {backend}: measuring {self.plan.steps} steps")
-        stage = f"parity of {backend}"
+    def _measured(self, bundle: Bundle, profile: Profile, backend: str, arithmetic: Arithmetic = "own") -> Parity:
+        own = arithmetic == "own"
+        stage = f"parity of {backend if own else parity_name(backend)}"
+        self.note(f"{stage}: measuring {self.plan.steps} steps")
         with self._stage(stage):
-            animator, measured_on = animator_for(bundle, profile, backend)
+            animator, measured_on = animator_for(bundle, profile, backend, arithmetic)
             with animator:
-                parity = measure(animator, self.reference, self.options.precision, measured_on)
+                precision = self.options.precision if own else arithmetic
+                parity = measure(animator, self.reference, precision, measured_on, arithmetic)
             del animator
         self.note(f"{stage}: measured in {self.result.stages[stage]}")
         return parity

@@ -22,7 +22,9 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from torch import nn
 
+from trip_engines.check import check_bundle
 from trip_engines.onnx_engine import finish_onnx_engine
+from trip_engines.parity import MAX_COMPONENT_RMS
 from trip_engines.tensorrt_build import BuildOptions
 from trip_export import command
 from trip_export import export as export_module
@@ -32,6 +34,7 @@ from trip_export.onnx_export import DYNAMIC_SHAPE_OPERATORS, export_onnx
 from trip_export.plan import ExportOptions, Plan
 from trip_export.store import store
 from trip_rt import Animator, InputError
+from trip_rt.arithmetic import parity_name
 from trip_rt.backends import EngineOptions, engine_class
 from trip_rt.bundle import open_bundle
 from trip_rt.components import ALL, REQUIRED, VARIANTS, TensorSpec
@@ -343,6 +346,37 @@ def test_profiles_and_backends_share_one_bundle(tiny_checkpoint, tiny_animator, 
         Animator(bundle, profile="huge")
     assert export_bundle(tiny_checkpoint, bundle).built == []  # without add, the rest goes
     assert len(open_bundle(bundle).manifest.profiles) == 1
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_arithmetic_of_fp32_engines_is_measured(tiny_checkpoint, bundle, monkeypatch, native):
+    """By OpenVINO where the CPU has bf16, else emulated; what fails is written down and not taken."""
+    monkeypatch.setattr(export_module, "LEAST_GFLOP", 0.0)
+    monkeypatch.setattr(engine_class("openvino"), "lowers", classmethod(lambda cls: native))
+    options = ExportOptions(backends=("openvino",), parity_steps=2, speedups=True)
+    result = export_bundle(tiny_checkpoint, bundle, options)
+    name = parity_name("openvino")
+    assert set(result.parity) == {"openvino"} and set(result.in_bf16) == {name}
+    found = result.in_bf16[name]
+    assert found.precision == "bf16" and found.passed
+    assert found.measured_on.startswith("openvino" if native else "an emulation of bf16")
+    assert set(found.components) == {"unet", "unet_shallow", "unet_unguided", "unet_unguided_shallow"}
+    assert native or all(1e-4 < figures.rms_error < 4e-2 for figures in found.components.values())
+    assert open_bundle(bundle).manifest.profiles[0].parity == {
+        "openvino": result.parity["openvino"].to_json(),
+        name: found.to_json(),
+    }
+    parity, refused = check_bundle(bundle)
+    assert set(parity) == {"48x32-5f-b1 openvino", "48x32-5f-b1 openvino in bf16"} and not refused
+    assert all(figures.passed for figures in parity.values())
+    assert export_bundle(tiny_checkpoint, bundle, options).in_bf16 == result.in_bf16  # reused
+    monkeypatch.setitem(MAX_COMPONENT_RMS, "bf16", 1e-12)
+    shutil.rmtree(bundle)
+    failed = export_bundle(tiny_checkpoint, bundle, options)
+    assert failed.parity["openvino"].passed
+    assert native or not failed.in_bf16[name].passed
+    if not failed.in_bf16[name].passed:
+        assert set(check_bundle(bundle)[0]) == {"48x32-5f-b1 openvino"}
 
 
 def test_plans_name_the_graphs_that_parity_was_measured_on(tiny_checkpoint, bundle):

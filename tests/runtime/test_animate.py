@@ -38,7 +38,7 @@ class Ran(NamedTuple):
     @property
     def complaints(self) -> list[str]:
         """What is on stderr beside the note of the backend."""
-        return [line for line in self.err.splitlines() if not line.startswith("backend: ")]
+        return [line for line in self.err.splitlines() if not line.startswith(("backend: ", "arithmetic: "))]
 
 
 @pytest.fixture
@@ -131,11 +131,13 @@ def test_json_and_every_option(animate, here, tiny_bundle):
     seconds = figures["seconds"]
     assert list(seconds) == ["total", "load", "denoise", "decode", "save"] and min(seconds.values()) > 0
     assert sum(seconds.values()) - seconds["total"] <= seconds["total"] + 0.01
-    assert (figures["backend"], figures["reason"], figures["contact_sheet"]) == (
+    assert (figures["backend"], figures["reason"], figures["contact_sheet"], figures["arithmetic"]) == (
         "onnxruntime",
         "asked for, on cpu",
         "sheet.PNG",
+        "fp32: onnxruntime without bf16 on this machine",
     )
+    assert f"arithmetic: {figures['arithmetic']}\n" in ran.err
     with Image.open("sheet.PNG") as sheet:
         assert sheet.format == "PNG" and sheet.width > 5 * 48
     assert sorted(os.listdir()) == ["clip.webp", "photo.png", "sheet.PNG"]

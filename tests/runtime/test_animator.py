@@ -108,6 +108,7 @@ def test_a_new_animator_repeats_the_clip(tiny_bundle, picture, clip):
             "reason": "asked for, on cpu",
             "after_unet": "the engine of tnf",
             "cuda_graph": False,
+            "auto_arithmetic": "not asked for yet",
         }
 
 
@@ -246,8 +247,12 @@ def test_a_bundle_without_the_engines_of_a_speed(tiny_animator, picture):
     lacking = {name: engines for name, engines in tiny_animator.profile.engines.items() if name in REQUIRED}
     lean = remade(tiny_animator, dataclasses.replace(tiny_animator.profile, engines=lacking))
     lean.engines = {name: tiny_animator.engines[name] for name in REQUIRED}
+
+    def open_engine(name, arithmetic="own"):
+        return lean.engines.get(name)
+
     lean._pipeline = Pipeline(
-        open_device("cpu"), lean.config, lean.profile, lean.engines.get, Path("unused"), cuda_graph=True
+        open_device("cpu"), lean.config, lean.profile, open_engine, Path("unused"), cuda_graph=True
     )
     speed = Speed(num_inference_steps=3, guidance_interval=(0.4, 1.0))
     assert (

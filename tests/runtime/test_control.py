@@ -21,6 +21,7 @@ from trip_rt.animate import main
 from trip_rt.control import path_control
 from trip_rt.devices import open_device
 from trip_rt.sampling.loop import denoise_on_gpu, initial_noise
+from trip_rt.sampling.step import UNetKind
 from trip_rt.settings import SPEEDS, Speed
 from trip_rt.steering import Steering
 from trip_rt.tokenizer import PromptTokenizer
@@ -240,7 +241,7 @@ def test_the_loop_on_a_gpu_has_the_control_right_before_each_step():
     config = dataclasses.replace(TINY.trip, guidance_scale=1.0)
     settings = Settings(num_inference_steps=4, control_guidance_start=0.25, control_guidance_end=0.75)
     steps, seen = settings.steps(config), []
-    works = {(False, False): lambda: seen.append([float(clip.max()) for clip in device.read(buffer)])}
+    works = {UNetKind(guided=False): lambda: seen.append([float(clip.max()) for clip in device.read(buffer)])}
     control = np.ones((3, 5, 2, 2), np.float32)
     steering.give([control, None], 0.5)
     denoise_on_gpu(device, works, steps, steer=steering)

@@ -25,6 +25,7 @@ from trip_rt.bundle import open_bundle
 from trip_rt.devices import Buffer, open_device
 from trip_rt.errors import EngineError
 from trip_rt.fused_step import fitting
+from trip_rt.sampling.step import UNetKind
 
 PROMPT = "a red ball rolls to the right"
 PIXELS = 16  # a program
@@ -167,8 +168,8 @@ def test_between_encoding_and_decoding_nothing_waits_for_the_host(gpu, bundle):
     with animator_on(bundle) as animator:
         pipeline, steps = animator._pipeline, 4
         started = []
-        replay = pipeline._works[True, False]
-        pipeline._works[True, False] = lambda: (started.append(len(gpu.calls)), replay())
+        replay = pipeline._works[UNetKind()]
+        pipeline._works[UNetKind()] = lambda: (started.append(len(gpu.calls)), replay())
         animator(PICTURE, PROMPT, num_inference_steps=steps)
         loop = gpu.calls[started[0] : started[-1]]
     assert set(loop) == {

@@ -61,7 +61,7 @@ def looped(config, unet, tnf, first, noise, steps, on_step=None, runs=1):
     )
 
     @functools.cache
-    def open_engine(name):
+    def open_engine(name, arithmetic="own"):
         function = functools.partial(unet, name) if ALL[name].part == "unet" else tnf
         return Function(name, config, batch, function, device)
 

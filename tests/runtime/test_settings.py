@@ -47,7 +47,7 @@ def test_a_setting_replaces_the_speeds_own():
     assert Settings().resolved_speed == SPEEDS["exact"]
     assert Settings(speed="fast").resolved_speed == SPEEDS["fast"]
     replaced = Settings(speed="fast", num_inference_steps=12, feature_reuse=2)
-    assert replaced.resolved_speed == Speed("unipc", 12, feature_reuse=2)
+    assert replaced.resolved_speed == Speed("unipc", 12, feature_reuse=2, arithmetic="auto")
     assert len(replaced.steps(CONFIG)) == 12
 
 

@@ -65,6 +65,12 @@ class Engine(ABC):
         """Where this engine would run here, found without opening it; InputError says why it cannot and what to do."""
 
     @classmethod
+    def lowers(cls) -> bool:
+        """Whether this library can compute in bf16 here what a file says in fp32; `open` then does so for a `spec` that
+        says bf16."""
+        return False
+
+    @classmethod
     @abstractmethod
     def open(cls, path: Path, spec: EngineSpec, options: EngineOptions, device: Device | None = None) -> Engine:
         """Load the verified engine file, to work on `device` (by default one of its own); InputError where the library

@@ -35,6 +35,10 @@ class OpenVINOEngine(Engine):
         return "cpu"
 
     @classmethod
+    def lowers(cls) -> bool:
+        return "BF16" in library().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+    @classmethod
     def open(cls, path: Path, spec: EngineSpec, options: EngineOptions, device: Device | None = None) -> OpenVINOEngine:
         cls.probe(spec, options)
         check_onnx_file(path, spec.files[1:])

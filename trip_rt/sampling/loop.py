@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trip_rt.devices import Device, Work
-from trip_rt.sampling.step import History, Step, advance, guide, hold_first_frame
+from trip_rt.sampling.step import History, Step, UNetKind, advance, guide, hold_first_frame
 
 Array = NDArray[np.float32]
 OnStep = Callable[[int, int], None]
@@ -48,19 +48,19 @@ def denoise(
 
 def denoise_on_gpu(
     device: Device,
-    works: Mapping[tuple[bool, bool], Work],
+    works: Mapping[UNetKind, Work],
     steps: Sequence[Step],
     on_step: OnStep | None = None,
     steer: Callable[[Step], None] = lambda step: None,
 ) -> None:
     """The same where the fused kernel does all that follows the UNet: the host only says which kind of step is next.
 
-    `works[guided, shallow]` is UNet and kernel, one CUDA graph; latents and the steps' numbers are on the GPU already.
+    `works[step.unet]` is UNet and kernel, one CUDA graph; latents and the steps' numbers are on the GPU already.
     `steer` makes the UNet's control right for a step.
     """
     for done, step in enumerate(steps, 1):
         steer(step)
-        works[step.guided, step.shallow]()
+        works[step.unet]()
         device.pace()
         if on_step:
             on_step(done, len(steps))

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 # Of the five tensors that a step is linear in: latents z, noise ε̃, and the history's three in their order.
 Coefficients = tuple[float, float, float, float, float]
+Arithmetic = Literal["own", "bf16"]  # of a network: its engine's own precision, or less (trip_rt.arithmetic)
+
+
+class UNetKind(NamedTuple):
+    """Which UNet a step needs: for both of guidance's halves or one, whole or its outermost layer, and what it computes
+    in."""
+
+    guided: bool = True
+    shallow: bool = False
+    arithmetic: Arithmetic = "own"
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,11 @@ class Step:
     guidance_scale: float = 1.0
     shallow: bool = False
     controlled: bool = True
+    arithmetic: Arithmetic = "own"
+
+    @property
+    def unet(self) -> UNetKind:
+        return UNetKind(self.guided, self.shallow, self.arithmetic)
 
     @property
     def guided(self) -> bool:

@@ -155,6 +155,7 @@ class Worker:
             results.write(draft, frames, config.fps)
         step_s = moments[-1] - moments[-2]
         other_s = time.perf_counter() - denoised + max(0.0, moments[-2] - began - step_s)
+        animator.arithmetic("auto")  # measured now and not while a clip waits
         parity = animator.profile.parity.get(animator.backend, {})
         return Ready({"backend": animator.backend, **animator.describe()}, parity, step_s, other_s)
 

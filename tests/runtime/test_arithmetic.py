@@ -1,0 +1,139 @@
+"""What the UNet computes in: what `auto` takes and why, and clips in bf16 beside those in fp32."""
+
+from __future__ import annotations
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from trip_rt import Animator, EngineOptions, InputError, Settings, Speed, arithmetic
+from trip_rt.accuracy import psnr
+from trip_rt.arithmetic import LEAST_GFLOP, WORTH, Chooser, parity_name
+from trip_rt.backends.openvino import OpenVINOEngine
+from trip_rt.settings import SPEEDS
+
+PROMPT = "a red ball rolls to the right"
+CLOSE = {parity_name("openvino"): {"passed": True}}
+
+
+def chooser(share=0.5, precision="fp32", parity=CLOSE, lowers=True, gflop=LEAST_GFLOP):
+    """A chooser, whose bf16 takes that share of the time, and what it was asked to do."""
+    told = []
+
+    def seconds(kind):
+        told.append(kind)
+        return share if kind == "bf16" else 1.0
+
+    spec = SimpleNamespace(precision=precision, gflop=gflop)
+    drop = lambda kind: told.append(f"drop {kind}")  # noqa: E731
+    return Chooser("openvino", spec, parity, lambda: lowers, seconds, drop), told
+
+
+def test_auto_takes_what_is_faster():
+    choose, told = chooser(share=0.6)
+    assert choose.said == "not asked for yet" and not told
+    assert choose("auto") == "bf16" and choose.said == "bf16: the UNet takes 0.60 of its time in fp32 here"
+    assert (choose("fp32"), choose("bf16")) == ("own", "bf16") and told == ["bf16", "own"]
+
+
+@pytest.mark.parametrize("share", [WORTH + 0.01, 1.0, 3.0])
+def test_what_is_not_worth_it_is_freed(share):
+    choose, told = chooser(share)
+    assert choose("auto") == "own" and told == ["bf16", "own", "drop bf16"]
+    assert choose.said == f"fp32: in bf16 the UNet takes {share:.2f} of its time here, which is not worth it"
+    assert choose("auto") == "own" and len(told) == 3, "measured once"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"precision": "fp16"}, "fp16: engines of fp16"),
+        ({"lowers": False}, "fp32: openvino without bf16 on this machine"),
+        ({"parity": {"openvino": {"passed": True}}}, "fp32: the bundle does not say how close bf16 comes to PyTorch"),
+        ({"parity": {parity_name("openvino"): {"passed": False}}}, "fp32: bf16 was not close enough to PyTorch"),
+        ({"gflop": LEAST_GFLOP - 1}, "fp32: the UNet is too small to gain from bf16"),
+    ],
+)
+def test_auto_measures_nothing_where_it_cannot_gain(given, says):
+    choose, told = chooser(**given)
+    assert choose("auto") == "own" and choose.said.startswith(says) and not told
+
+
+def test_bf16_by_name():
+    for given in {"gflop": 1.0}, {"parity": {}}, {"precision": "bf16"}:
+        choose, _ = chooser(**given)
+        assert choose("bf16") == ("own" if given == {"precision": "bf16"} else "bf16")
+    for given, says in ({"precision": "fp16"}, "engines of fp16"), ({"lowers": False}, "openvino without bf16"):
+        with pytest.raises(InputError, match=rf"arithmetic: found {says}.*, expected fp32 engines of OpenVINO"):
+            chooser(**given)[0]("bf16")
+
+
+def test_threads_measure_once():
+    choose, told = chooser()
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(choose, ["auto"] * 32)) == {"bf16"}
+    assert told == ["bf16", "own"]
+
+
+def test_speeds():
+    assert {name: speed.arithmetic for name, speed in SPEEDS.items()} == {
+        "exact": "fp32",
+        "balanced": "auto",
+        "fast": "auto",
+    }
+    for wrong in ("fp16", "", None, 1, ["bf16"]):
+        with pytest.raises(InputError, match="arithmetic: found"):
+            Settings(speed=Speed(arithmetic=wrong))
+
+
+@pytest.fixture
+def picture():
+    return np.random.default_rng(0).integers(0, 255, (32, 48, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def animator(both_backends, monkeypatch):
+    """On OpenVINO, which emulates bf16 or computes in fp32 where the CPU has none."""
+    monkeypatch.setattr(OpenVINOEngine, "lowers", classmethod(lambda cls: True))
+    with Animator(both_backends, "openvino", options=EngineOptions(threads=1)) as animator:
+        yield animator
+
+
+def test_clips_in_bf16(animator, picture):
+    def frames(**settings):
+        return animator(picture, PROMPT, seed=7, guidance_scale=2, **settings).frames
+
+    exact = frames()
+    native = "BF16" in animator.engine("unet", "bf16")._library.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    lowered = frames(arithmetic="bf16")
+    assert psnr(lowered, exact, 255) > 30 and (not native or (lowered != exact).any())
+    assert (frames(arithmetic="bf16") == lowered).all() and (frames() == exact).all(), "neither disturbs the other"
+    # Steps of every kind, in windows too.
+    mixed = Speed(num_inference_steps=5, guidance_interval=(0.4, 1.0), feature_reuse=2, arithmetic="bf16")
+    assert psnr(frames(speed=mixed), frames(speed=dataclasses.replace(mixed, arithmetic="fp32")), 255) > 30
+    assert frames(arithmetic="bf16", num_frames=8).shape[0] == 8
+
+
+def test_auto_opens_frees_and_says(animator, picture, monkeypatch):
+    assert animator.describe()["auto_arithmetic"] == "not asked for yet"
+    exact = animator(picture, PROMPT, seed=7, num_inference_steps=2).frames
+    assert (animator(picture, PROMPT, seed=7, num_inference_steps=2, arithmetic="auto").frames == exact).all()
+    assert animator.describe()["auto_arithmetic"] == "fp32: the bundle does not say how close bf16 comes to PyTorch"
+    for worth, expected in (0.0, "own"), (1e9, "bf16"):
+        monkeypatch.setattr(arithmetic, "WORTH", worth)
+        monkeypatch.setattr(arithmetic, "LEAST_GFLOP", 0.0)
+        monkeypatch.setattr(animator._chooser, "_parity", {"passed": True})
+        animator._chooser._auto = None
+        assert animator.arithmetic("auto")[0] == expected
+        assert ("unet in bf16" in animator.engines) == (expected == "bf16")
+        clip = animator(picture, PROMPT, seed=7, num_inference_steps=2, arithmetic="auto")
+        assert psnr(clip.frames, exact, 255) > 30
+
+
+def test_no_bf16_here_is_one_line(tiny_animator, picture):
+    with pytest.raises(InputError, match="arithmetic: found onnxruntime without bf16 on this machine"):
+        tiny_animator(picture, PROMPT, arithmetic="bf16")
+    assert tiny_animator.arithmetic("auto") == ("own", "fp32: onnxruntime without bf16 on this machine")
