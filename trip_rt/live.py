@@ -55,7 +55,7 @@ class Live:
     A clip's windows are made one after the other, each from the last frame of the one before (Animator.more), and the
     next one is begun while at most a window's frames are still to be shown. A new sentence drops those that cannot be
     shown before a window could be made: it begins at the earliest frame that will be ready in time. Its first window
-    takes half the steps of the others, so that it is there sooner.
+    takes a third of the steps of the others, so that it is there sooner.
 
     The first window is made at once: InputError for all that a call of `animator` would refuse.
     """
@@ -81,7 +81,7 @@ class Live:
             raise InputError("live: found engines of one frame, expected some that show a motion to go on with")
         self._animator, self._settings, self.pace = animator, settings, Pace()
         steps = len(settings.steps(animator.config))
-        self._sooner = dataclasses.replace(settings, num_inference_steps=(steps + 1) // 2)
+        self._sooner = dataclasses.replace(settings, num_inference_steps=math.ceil(steps / 3))
         clip = animator(image, prompt, seed=seed, settings=settings)
         assert clip.latents is not None
         self._prompt, self._said, self._said_at = prompt, 0, 0.0

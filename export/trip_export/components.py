@@ -87,9 +87,9 @@ def features_shape(model: TripModel) -> tuple[int, int, int, int]:
 
 
 def default_decode_frames(config: TripConfig) -> int:
-    """Frames the VAE decodes at a time: eight, so that memory does not grow with the clip, and of large pictures about
-    a million pixels."""
-    return max(1, min(config.num_frames, 8, 2**20 // (config.height * config.width)))
+    """Frames the VAE decodes at a time: four, so that the first are soon there and memory does not grow with the clip,
+    and of large pictures about a million pixels."""
+    return max(1, min(config.num_frames, 4, 2**20 // (config.height * config.width)))
 
 
 def _example(spec: TensorSpec) -> Tensor:
