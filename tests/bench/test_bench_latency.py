@@ -196,9 +196,10 @@ def test_with_json_there_is_one_line(tiny_bundle):
 
 def test_a_wrong_rival_is_told():
     expected = np.ones((2, 3), np.float32)
-    assert wrong(expected * 1.0009, expected) == ""
-    assert "found an error of 1.0e-02 to trip-rt's latents, expected at most 0.001" in wrong(expected * 1.01, expected)
-    assert wrong(expected * np.nan, expected)
+    assert wrong(expected * 1.0009, expected, "fp32") == wrong(expected * 1.04, expected, "bf16") == ""
+    found = wrong(expected * 1.01, expected, "fp32")
+    assert "found an error of 1.0e-02 to trip-rt's latents, expected at most 0.001" in found
+    assert wrong(expected * 1.06, expected, "bf16") and wrong(expected * np.nan, expected, "bf16")
 
 
 @pytest.mark.slow
