@@ -19,7 +19,7 @@ from trip_rt import backends, images, video
 from trip_rt.arithmetic import Asked, Chooser
 from trip_rt.bundle import Bundle, open_bundle
 from trip_rt.checks import check_array, several, shown
-from trip_rt.components import REQUIRED
+from trip_rt.components import REQUIRED, int8_name
 from trip_rt.control import check_control, path_control
 from trip_rt.devices import open_device
 from trip_rt.enlarge import enlarged
@@ -106,7 +106,7 @@ class Animator:
             )
             self._chooser = Chooser(
                 self.backend,
-                self.profile.engines["unet"][self.backend],
+                self.profile.engines,
                 self.profile.parity,
                 cls.lowers,
                 self._pipeline.seconds,
@@ -439,7 +439,10 @@ class Animator:
 
     def _steps(self, settings: Settings) -> list[Step]:
         arithmetic = self._chooser(settings.resolved_speed.arithmetic)
-        steps = [dataclasses.replace(step, arithmetic=arithmetic) for step in settings.steps(self.config)]
+        steps = [
+            dataclasses.replace(step, arithmetic=self._of_step(arithmetic, step))
+            for step in settings.steps(self.config)
+        ]
         if settings.negative_prompt and not any(step.guided for step in steps):
             warnings.warn(
                 "negative prompt: it says nothing at guidance scale 1, which is this run's; ask for more, such as"
@@ -451,10 +454,11 @@ class Animator:
     def engine(self, name: str, arithmetic: Arithmetic = "own") -> backends.Engine | None:
         """A component's engine, which computes in its own precision or in less, opened when first asked for; None where
         the bundle has none for this backend."""
-        spec = self.profile.engines.get(name, {}).get(self.backend)
+        stored = int8_name(name) if arithmetic == "int8" else name
+        spec = self.profile.engines.get(stored, {}).get(self.backend)
         key = name if arithmetic == "own" else f"{name} in {arithmetic}"
         if spec and key not in self.engines:
-            lowered = spec if arithmetic == "own" else dataclasses.replace(spec, precision=arithmetic)
+            lowered = dataclasses.replace(spec, precision="bf16") if arithmetic == "bf16" else spec
             self.engines[key] = self._engine_class.open(
                 self._bundle.engine_path(spec), lowered, self._options, self._device
             )
@@ -463,11 +467,17 @@ class Animator:
     def arithmetic(self, asked: Asked) -> tuple[Arithmetic, str]:
         """What a run computes in that asks for that, and a line that says why; `auto` is measured here, once.
 
-        InputError where bf16 is asked for and cannot be had.
+        InputError where what is asked for cannot be had.
         """
         if asked == "auto":
             return self._chooser.auto()
         return self._chooser(asked), f"{asked}: asked for"
+
+    def _of_step(self, arithmetic: Arithmetic, step: Step) -> Arithmetic:
+        """What one step of a run computes in: int8 fails where little noise is left, and has no outermost layer."""
+        if arithmetic == "int8" and (step.shallow or step.timestep < self.profile.int8_from):
+            return "own"
+        return arithmetic
 
     def _drop(self, arithmetic: Arithmetic) -> None:
         """Free the UNets that compute so."""

@@ -31,8 +31,8 @@ class TensorSpec:
 class Component:
     """One graph of the model. `part` holds its weights; a `variant_of` another component shares that one's weights and
     choice of precision. The denoising graphs are `guided`, for both of guidance's halves, or for the conditional half
-    alone; a `shallow` UNet is its outermost layer on the deep features of an earlier step. An `optional` component is
-    there where the model has its part."""
+    alone; a `shallow` UNet is its outermost layer on the deep features of an earlier step. One in `int8` is made from
+    the graph whose name it has besides that word. An `optional` component is there where the model has its part."""
 
     name: str
     part: Part
@@ -40,6 +40,7 @@ class Component:
     guided: bool = True
     shallow: bool = False
     optional: bool = False
+    int8: bool = False
 
 
 ALL = {
@@ -56,17 +57,24 @@ ALL = {
         Component("unet_unguided", "unet", "unet", guided=False),
         Component("unet_unguided_shallow", "unet", "unet", guided=False, shallow=True),
         Component("tnf_unguided", "fusion", "tnf", guided=False),
+        Component("unet_int8", "unet", "unet", int8=True),
+        Component("unet_unguided_int8", "unet", "unet", guided=False, int8=True),
     )
 }
 REQUIRED = tuple(name for name, component in ALL.items() if component.variant_of is None and not component.optional)
 # A bundle may hold these besides, for steps without guidance and steps that reuse deep features (settings.py).
-VARIANTS = tuple(name for name, component in ALL.items() if component.variant_of)
+VARIANTS = tuple(name for name, component in ALL.items() if component.variant_of and not component.int8)
 
 
 def variant(of: str, guided: bool, shallow: bool = False) -> str:
     """The name of the `unet` or `tnf` for that kind of step."""
-    family = (component for component in ALL.values() if of in (component.name, component.variant_of))
+    family = (component for component in ALL.values() if of in (component.name, component.variant_of))  # int8 is last
     return next(component.name for component in family if (component.guided, component.shallow) == (guided, shallow))
+
+
+def int8_name(name: str) -> str:
+    """The name of a component's int8 engine, whether there is one or not."""
+    return f"{name}_int8"
 
 
 Signature = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]

@@ -15,12 +15,12 @@ from trip_rt.components import REQUIRED, TensorSpec, signatures
 from trip_rt.config import ControlConfig, Count, TripConfig, from_json, to_json
 from trip_rt.errors import InputError
 
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 
 # Of a graph's input or output; several frames of 4K are below it. Nothing larger is set aside on a file's word.
 MAX_TENSOR_BYTES = 1 << 30
 
-Precision = Literal["fp32", "fp16", "bf16"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
 Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 FileName = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,199}\Z")]
 Name = Annotated[str, Meta(pattern=r"\A[A-Za-z_][A-Za-z0-9_]{0,99}\Z")]
@@ -102,7 +102,9 @@ class Profile:
     `context_width`: how many numbers the keys and values of all cross-attentions take for a token. `features_shape`: of
     one clip's deep features in the UNet, [F', C', h, w]. `kernels[precision]` is the fused step for GPUs beside UNets
     of that precision; there may be none. `reference` is a file of the PyTorch model's own inputs and outputs, or ""
-    where none were recorded; `parity[backend]` are the figures measured against it at export.
+    where none were recorded; `parity[backend]` are the figures measured against it at export, and `parity[backend in
+    bf16]` those of UNets that compute so. Steps from timestep `int8_from` on may be the int8 UNets', where there are
+    some.
     """
 
     num_frames: Count
@@ -116,6 +118,7 @@ class Profile:
     kernels: dict[Precision, KernelSpec]
     reference: Annotated[str, Meta(pattern=r"\A([A-Za-z0-9][A-Za-z0-9._-]{0,199})?\Z")]
     parity: dict[str, dict[str, Any]]
+    int8_from: Size = 0
 
     @property
     def name(self) -> str:

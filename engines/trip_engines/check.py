@@ -10,7 +10,7 @@ from trip_engines.lowered import EmulatedBf16Engine
 from trip_engines.parity import Parity, measure
 from trip_engines.recording import Reference
 from trip_rt.animator import Animator
-from trip_rt.arithmetic import parity_name
+from trip_rt.arithmetic import LESS, parity_name
 from trip_rt.backends import EngineOptions, engine_class
 from trip_rt.bundle import Bundle, open_bundle
 from trip_rt.components import REQUIRED
@@ -51,11 +51,13 @@ def check_bundle(
                     continue
                 note(f"{name}: measuring {reference.num_inference_steps} steps on {measured_on}")
                 parity[name] = measure(animator, reference, precision_of(profile, backend), measured_on)
-            if profile.parity.get(parity_name(backend), {}).get("passed"):  # else it is not used
-                animator, measured_on = animator_for(bundle, profile, backend, "bf16")
-                with animator:
-                    note(f"{name}: measuring {reference.num_inference_steps} steps on {measured_on}")
-                    parity[f"{name} in bf16"] = measure(animator, reference, "bf16", measured_on, "bf16")
+            for arithmetic in LESS:
+                if profile.parity.get(parity_name(backend, arithmetic), {}).get("passed"):  # else it is not used
+                    animator, measured_on = animator_for(bundle, profile, backend, arithmetic)
+                    with animator:
+                        note(f"{name}: measuring {reference.num_inference_steps} steps on {measured_on}")
+                        figures = measure(animator, reference, arithmetic, measured_on, arithmetic)
+                        parity[parity_name(name, arithmetic)] = figures
     return parity, refused
 
 
@@ -68,7 +70,7 @@ def animator_for(
     precision = precision_of(profile, backend)
     if arithmetic == "bf16" and not engine_class(backend).lowers():
         return Animator(bundle, EmulatedBf16Engine, profile.name), _EMULATION.format("bf16")
-    if backend == "onnxruntime" and precision != "fp32" and not _on_gpu(profile):
+    if backend == "onnxruntime" and arithmetic == "own" and precision != "fp32" and not _on_gpu(profile):
         return Animator(bundle, EmulatedEngine, profile.name), _EMULATION.format(precision)
     animator = Animator(bundle, backend, profile.name)
     about = animator.describe()

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trip_engines.check import animator_for
 from trip_engines.onnx_engine import finish_onnx_engine, to_precision
 from trip_engines.parity import Parity, measure
+from trip_engines.quantisation import conditional, quantise
 from trip_engines.recording import Reference, Sample
 from trip_engines.tensorrt_build import LIBRARIES, BuiltPlan, build_engine
 from trip_export.components import Component, component
@@ -34,7 +35,7 @@ from trip_reference import checkpoint
 from trip_rt.arithmetic import LEAST_GFLOP, parity_name
 from trip_rt.backends import EngineOptions, engine_class
 from trip_rt.bundle import MANIFEST, TOKENIZER, Bundle
-from trip_rt.components import ALL
+from trip_rt.components import ALL, int8_name
 from trip_rt.errors import InputError
 from trip_rt.manifest import EngineSpec, KernelSpec, Manifest, Profile, serialise
 from trip_rt.process_memory import forget_peak, give_back_memory, machine_memory_gb, peak_memory_mb
@@ -55,8 +56,8 @@ class Stage:
 @dataclass(frozen=True)
 class ExportResult:
     """What an export did: engines built and reused, what each stage of it took, each traced graph's operators before
-    and after simplification, the TensorRT plans built, and the parity of each backend; also, by names of their own, of
-    fp32 engines that compute in bf16."""
+    and after simplification, the TensorRT plans built, the parity of each backend, and that of UNets that compute in
+    less than fp32, which may fail: then no runtime takes them by itself."""
 
     bundle: Path
     profile: str = ""
@@ -66,7 +67,7 @@ class ExportResult:
     operators: dict[str, tuple[Counter[str], Counter[str]]] = field(default_factory=dict)
     plans: dict[str, list[BuiltPlan]] = field(default_factory=dict)
     parity: dict[str, Parity] = field(default_factory=dict)
-    in_bf16: dict[str, Parity] = field(default_factory=dict)
+    less: dict[str, Parity] = field(default_factory=dict)
 
 
 def export_bundle(
@@ -98,7 +99,7 @@ class _Export:
         if self.options.precision != "fp32":
             _ = self.reference  # recorded first: the choice of what stays fp32 needs it
         engines = {
-            name: {backend: self._engine(name, backend) for backend in self.options.backends}
+            name: {backend: self._engine(name, backend) for backend in self.plan.backends(name)}
             for name in self.plan.components
         }
         profile = self._merged(engines, self._kernels(), kept)
@@ -108,9 +109,10 @@ class _Export:
             # Plans come last: that of their graphs may be known by then.
             for backend in sorted(self.options.backends, key=LIBRARIES.__contains__):
                 self.result.parity[backend] = self._parity(bundle, profile, backend)
-                if self._may_compute_in_bf16(profile, backend):
-                    self.result.in_bf16[parity_name(backend)] = self._parity(bundle, profile, backend, "bf16")
-            both = self.result.parity | self.result.in_bf16
+                for arithmetic in self._less(profile, backend):
+                    name = parity_name(backend, arithmetic)
+                    self.result.less[name] = self._parity(bundle, profile, backend, arithmetic)
+            both = self.result.parity | self.result.less
             measured = {name: parity.to_json() for name, parity in both.items()}
             profile = dataclasses.replace(profile, parity={**profile.parity, **measured})
         profiles = [profile if other.name == profile.name else other for other in kept]
@@ -149,6 +151,10 @@ class _Export:
             kernels=kernels,
             reference=reference,
             parity={},
+            int8_from=max(
+                (spec.policy["from_timestep"] for name in engines if ALL[name].int8 for spec in engines[name].values()),
+                default=0,
+            ),
         )
         before = next((other for other in kept if other.name == profile.name), None)
         if before is None:
@@ -243,7 +249,21 @@ class _Export:
         self.note(f"{engine}: built in {self.result.stages[engine]}; {size:.1f} MB, {spec.gflop:.4g} GFLOP a call")
         return spec
 
+    def _build_int8(self, name: str, key: str) -> EngineSpec:
+        whole = next(other for other in self.plan.components if int8_name(other) == name)
+        model = self._engine(whole, "onnxruntime")
+        samples = self.reference.samples["unet"]
+        if not ALL[name].guided:
+            tensors = (*model.inputs, *model.outputs)
+            samples = conditional(samples, {tensor.name: tensor.shape[0] for tensor in tensors})
+        graph = self.store.draft / f"{name}.onnx"
+        policy = quantise(self.store.bundle / model.file, graph, samples, lambda text: self.note(f"{name}: {text}"))
+        files = finish_onnx_engine(graph, self.store.bundle / f"{name}-{key[:16]}.onnx")
+        return dataclasses.replace(self._spec(name, files, key, policy, model.gflop, {}), precision="int8")
+
     def _build_onnx(self, name: str, key: str) -> EngineSpec:
+        if ALL[name].int8:
+            return self._build_int8(name, key)
         graph, gflop = self._graph(name)
         family = ALL[name].variant_of
         model = self._engine(family, "onnxruntime") if family else None
@@ -326,14 +346,18 @@ class _Export:
         self.note(f"reference run: recorded in {self.result.stages['reference run']}")
         return reference
 
-    def _may_compute_in_bf16(self, profile: Profile, backend: str) -> bool:
-        """Whether a runtime may take these fp32 engines' bf16 arithmetic by itself (trip_rt.arithmetic)."""
-        unet = profile.engines["unet"][backend]
-        return backend == "openvino" and unet.precision == "fp32" and unet.gflop >= LEAST_GFLOP
+    def _less(self, profile: Profile, backend: str) -> list[Arithmetic]:
+        """What else than these engines' own precision a runtime may take by itself (trip_rt.arithmetic)."""
+        unet, less = profile.engines["unet"][backend], list[Arithmetic]()
+        if backend == "openvino" and unet.precision == "fp32" and unet.gflop >= LEAST_GFLOP:
+            less.append("bf16")
+        if backend in profile.engines.get(int8_name("unet"), {}):
+            less.append("int8")
+        return less
 
     def _parity(self, bundle: Bundle, profile: Profile, backend: str, arithmetic: Arithmetic = "own") -> Parity:
         """The parity of one backend: as measured before, where nothing it depends on has changed."""
-        name = backend if arithmetic == "own" else parity_name(backend)
+        name = backend if arithmetic == "own" else parity_name(backend, arithmetic)
         for before in self.store.previous.profiles if self.store.previous else ():
             same = [
                 before.engines.get(component, {}).get(backend) == engines[backend]
@@ -367,7 +391,7 @@ class _Export:
 
     def _measured(self, bundle: Bundle, profile: Profile, backend: str, arithmetic: Arithmetic = "own") -> Parity:
         own = arithmetic == "own"
-        stage = f"parity of {backend if own else parity_name(backend)}"
+        stage = f"parity of {backend if own else parity_name(backend, arithmetic)}"
         self.note(f"{stage}: measuring {self.plan.steps} steps")
         with self._stage(stage):
             animator, measured_on = animator_for(bundle, profile, backend, arithmetic)

@@ -19,12 +19,13 @@ from trip_reference import checkpoint
 from trip_reference.control import CONFIG, WEIGHTS
 from trip_rt import backends
 from trip_rt.bundle import file_sha256
-from trip_rt.components import ALL, REQUIRED, VARIANTS
+from trip_rt.components import ALL, REQUIRED, VARIANTS, int8_name
 from trip_rt.config import TripConfig, to_json
 from trip_rt.errors import InputError
 from trip_rt.manifest import Precision
 
-PRECISIONS = get_args(Precision)
+PRECISIONS = tuple(name for name in get_args(Precision) if name != "int8")
+INT8_BACKENDS = ("openvino", "onnxruntime")
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
 
 
@@ -34,7 +35,8 @@ class ExportOptions:
     width), by default the checkpoint's.
 
     `gpus` are the compute capabilities that the fused step is compiled for, whether there is a GPU here or not.
-    `speedups`: also the engines that only approximate or unguided steps need (trip_rt/settings.py). `add` keeps what
+    `speedups`: also the engines that only approximate or unguided steps need (trip_rt/settings.py). `int8`: also UNets
+    in int8, for those of INT8_BACKENDS. `add` keeps what
     the bundle already holds of the same checkpoint. `parity_steps` is how many denoising steps parity compares (the
     model's own number by default; 0: none). `device` is what inductor compiles for. `control` is the folder of one
     trained beside the checkpoint's UNet, which then takes its features.
@@ -47,6 +49,7 @@ class ExportOptions:
     size: tuple[int, int] | None = None
     gpus: tuple[str, ...] = ()
     speedups: bool = True
+    int8: bool = False
     add: bool = False
     parity_steps: int | None = None
     device: str = "cpu"
@@ -79,6 +82,13 @@ class Plan:
             raise InputError(
                 f"parity steps: found 0, expected at least 1, since {options.precision} is chosen by measured error"
             )
+        if options.int8 and (
+            options.precision != "fp32" or not self.steps or not {*options.backends} & {*INT8_BACKENDS}
+        ):
+            raise InputError(
+                f"int8: found {options.precision}, {self.steps} parity steps and the backends"
+                f" {', '.join(options.backends)}, expected fp32, at least 1 and {' or '.join(INT8_BACKENDS)}"
+            )
         if missing := [
             name
             for name in ("onnxruntime", "openvino")
@@ -109,12 +119,18 @@ class Plan:
             *(("control_encoder",) if self.control else ()),
             *(VARIANTS if options.speedups else ()),
         )
+        if options.int8:
+            self.components += tuple(name for name in map(int8_name, self.components) if name in ALL)
         self.vocabulary = outline.vocabulary
         self.tokenizer_json = checkpoint.load_tokenizer_json(source)
         self.versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
         self.hashes = {path.relative_to(source).as_posix(): file_sha256(path) for path in _checkpoint_files(source)}
         if options.control:
             self.hashes |= {f"control/{name}": file_sha256(options.control / name) for name in (CONFIG, WEIGHTS)}
+
+    def backends(self, name: str) -> list[str]:
+        """Those that a component gets an engine for."""
+        return [backend for backend in self.options.backends if not ALL[name].int8 or backend in INT8_BACKENDS]
 
     def _check_gpus(self) -> None:
         if not importlib.util.find_spec("triton"):
@@ -172,7 +188,7 @@ class Plan:
             "config": shapeless,
             "tensors": [to_json(tensor) for tensor in (*inputs, *outputs)],
             "precision": self.options.precision,
-            "chosen_on": self.reference_key if self.options.precision != "fp32" else "",
+            "chosen_on": self.reference_key if self.options.precision != "fp32" or ALL[name].int8 else "",
         }
 
 

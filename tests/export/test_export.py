@@ -355,9 +355,9 @@ def test_bf16_arithmetic_of_fp32_engines_is_measured(tiny_checkpoint, bundle, mo
     monkeypatch.setattr(engine_class("openvino"), "lowers", classmethod(lambda cls: native))
     options = ExportOptions(backends=("openvino",), parity_steps=2, speedups=True)
     result = export_bundle(tiny_checkpoint, bundle, options)
-    name = parity_name("openvino")
-    assert set(result.parity) == {"openvino"} and set(result.in_bf16) == {name}
-    found = result.in_bf16[name]
+    name = parity_name("openvino", "bf16")
+    assert set(result.parity) == {"openvino"} and set(result.less) == {name}
+    found = result.less[name]
     assert found.precision == "bf16" and found.passed
     assert found.measured_on.startswith("openvino" if native else "an emulation of bf16")
     assert set(found.components) == {"unet", "unet_shallow", "unet_unguided", "unet_unguided_shallow"}
@@ -369,13 +369,13 @@ def test_bf16_arithmetic_of_fp32_engines_is_measured(tiny_checkpoint, bundle, mo
     parity, refused = check_bundle(bundle)
     assert set(parity) == {"48x32-5f-b1 openvino", "48x32-5f-b1 openvino in bf16"} and not refused
     assert all(figures.passed for figures in parity.values())
-    assert export_bundle(tiny_checkpoint, bundle, options).in_bf16 == result.in_bf16  # reused
+    assert export_bundle(tiny_checkpoint, bundle, options).less == result.less  # reused
     monkeypatch.setitem(MAX_COMPONENT_RMS, "bf16", 1e-12)
     shutil.rmtree(bundle)
     failed = export_bundle(tiny_checkpoint, bundle, options)
     assert failed.parity["openvino"].passed
-    assert native or not failed.in_bf16[name].passed
-    if not failed.in_bf16[name].passed:
+    assert native or not failed.less[name].passed
+    if not failed.less[name].passed:
         assert set(check_bundle(bundle)[0]) == {"48x32-5f-b1 openvino"}
 
 

@@ -16,34 +16,57 @@ from trip_rt.backends.openvino import OpenVINOEngine
 from trip_rt.settings import SPEEDS
 
 PROMPT = "a red ball rolls to the right"
-CLOSE = {parity_name("openvino"): {"passed": True}}
+CLOSE = {parity_name("openvino", "bf16"): {"passed": True}}
+ALL_CLOSE = CLOSE | {parity_name("openvino", "int8"): {"passed": True}}
 
 
-def chooser(share=0.5, precision="fp32", parity=CLOSE, lowers=True, gflop=LEAST_GFLOP):
-    """A chooser, whose bf16 takes that share of the time, and what it was asked to do."""
-    told = []
+def chooser(bf16=0.5, int8=None, precision="fp32", parity=ALL_CLOSE, lowers=True, gflop=LEAST_GFLOP):
+    """A chooser, whose networks take those shares of the time, and what it was asked to do."""
+    told, shares = [], {"own": 1.0, "bf16": bf16, "int8": int8}
 
     def seconds(kind):
         told.append(kind)
-        return share if kind == "bf16" else 1.0
+        return shares[kind]
 
     spec = SimpleNamespace(precision=precision, gflop=gflop)
+    engines = {"unet": {"openvino": spec}} | ({"unet_int8": {"openvino": spec}} if int8 else {})
     drop = lambda kind: told.append(f"drop {kind}")  # noqa: E731
-    return Chooser("openvino", spec, parity, lambda: lowers, seconds, drop), told
+    return Chooser("openvino", engines, parity, lambda: lowers, seconds, drop), told
 
 
 def test_auto_takes_what_is_faster():
-    choose, told = chooser(share=0.6)
+    choose, told = chooser(0.6)
     assert choose.said == "not asked for yet" and not told
-    assert choose("auto") == "bf16" and choose.said == "bf16: the UNet takes 0.60 of its time in fp32 here"
-    assert (choose("fp32"), choose("bf16")) == ("own", "bf16") and told == ["bf16", "own"]
+    assert choose("auto") == "bf16" and choose.said == "bf16: the UNet's share of its time in fp32 is 0.60 in bf16 here"
+    assert (choose("fp32"), choose("bf16")) == ("own", "bf16") and told == ["own", "bf16"]
+
+
+@pytest.mark.parametrize(
+    ("bf16", "int8", "best", "freed"),
+    [(0.6, 0.5, "int8", ["bf16"]), (0.5, 0.6, "bf16", ["int8"]), (0.9, 0.87, "own", ["bf16", "int8"])],
+)
+def test_the_fastest_of_several(bf16, int8, best, freed):
+    choose, told = chooser(bf16, int8)
+    assert choose("auto") == best
+    assert told == ["own", "bf16", "int8", *(f"drop {kind}" for kind in freed)]
+    shares = f"the UNet's share of its time in fp32 is {bf16:.2f} in bf16 and {int8:.2f} in int8 here"
+    assert choose.said == f"{'fp32' if best == 'own' else best}: {shares}"
+
+
+def test_int8_needs_neither_bf16_nor_a_large_network():
+    choose, told = chooser(int8=0.5, gflop=1.0, lowers=False)
+    assert choose("auto") == "int8" and told == ["own", "int8"]
+    assert chooser(int8=0.5, precision="fp16")[0]("int8") == "int8"
+    reasons = "openvino without bf16 on this machine; the bundle does not say how close int8 comes to PyTorch"
+    choose, told = chooser(int8=0.5, lowers=False, parity=CLOSE)
+    assert choose("auto") == "own" and choose.said == f"fp32: {reasons}" and not told
 
 
 @pytest.mark.parametrize("share", [WORTH + 0.01, 1.0, 3.0])
 def test_what_is_not_worth_it_is_freed(share):
     choose, told = chooser(share)
-    assert choose("auto") == "own" and told == ["bf16", "own", "drop bf16"]
-    assert choose.said == f"fp32: in bf16 the UNet takes {share:.2f} of its time here, which is not worth it"
+    assert choose("auto") == "own" and told == ["own", "bf16", "drop bf16"]
+    assert choose.said == f"fp32: the UNet's share of its time in fp32 is {share:.2f} in bf16 here"
     assert choose("auto") == "own" and len(told) == 3, "measured once"
 
 
@@ -53,7 +76,10 @@ def test_what_is_not_worth_it_is_freed(share):
         ({"precision": "fp16"}, "fp16: engines of fp16"),
         ({"lowers": False}, "fp32: openvino without bf16 on this machine"),
         ({"parity": {"openvino": {"passed": True}}}, "fp32: the bundle does not say how close bf16 comes to PyTorch"),
-        ({"parity": {parity_name("openvino"): {"passed": False}}}, "fp32: bf16 was not close enough to PyTorch"),
+        (
+            {"parity": {parity_name("openvino", "bf16"): {"passed": False}}},
+            "fp32: bf16 was not close enough to PyTorch",
+        ),
         ({"gflop": LEAST_GFLOP - 1}, "fp32: the UNet is too small to gain from bf16"),
     ],
 )
@@ -69,13 +95,15 @@ def test_bf16_by_name():
     for given, says in ({"precision": "fp16"}, "engines of fp16"), ({"lowers": False}, "openvino without bf16"):
         with pytest.raises(InputError, match=rf"arithmetic: found {says}.*, expected fp32 engines of OpenVINO"):
             chooser(**given)[0]("bf16")
+    with pytest.raises(InputError, match=r"found a bundle without int8 engines, expected one .* exported with --int8"):
+        chooser()[0]("int8")
 
 
 def test_threads_measure_once():
     choose, told = chooser()
     with ThreadPoolExecutor(8) as pool:
         assert set(pool.map(choose, ["auto"] * 32)) == {"bf16"}
-    assert told == ["bf16", "own"]
+    assert told == ["own", "bf16"]
 
 
 def test_speeds():
@@ -121,11 +149,11 @@ def test_auto_opens_frees_and_says(animator, picture, monkeypatch):
     assert animator.describe()["auto_arithmetic"] == "not asked for yet"
     exact = animator(picture, PROMPT, seed=7, num_inference_steps=2).frames
     assert (animator(picture, PROMPT, seed=7, num_inference_steps=2, arithmetic="auto").frames == exact).all()
-    assert animator.describe()["auto_arithmetic"] == "fp32: the bundle does not say how close bf16 comes to PyTorch"
+    assert animator.describe()["auto_arithmetic"] == "fp32: the UNet is too small to gain from bf16"
     for worth, expected in (0.0, "own"), (1e9, "bf16"):
         monkeypatch.setattr(arithmetic, "WORTH", worth)
         monkeypatch.setattr(arithmetic, "LEAST_GFLOP", 0.0)
-        monkeypatch.setattr(animator._chooser, "_parity", {"passed": True})
+        monkeypatch.setattr(animator._chooser, "_parity", ALL_CLOSE)
         animator._chooser._auto = None
         assert animator.arithmetic("auto")[0] == expected
         assert ("unet in bf16" in animator.engines) == (expected == "bf16")

@@ -107,7 +107,7 @@ def _compile(path: Path, precision: str, threads: int | None) -> tuple[Any, str]
     """The compiled model, and what it computes in: half precision where the CPU has instructions for it, else fp32 on
     half-precision weights."""
     core = library().Core()
-    wanted = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}[precision]
+    wanted = {"fp16": "f16", "bf16": "bf16"}.get(precision, "f32")  # int8 is the graph's own to say
     arithmetic = wanted if precision.upper() in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": arithmetic, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
     if threads:
