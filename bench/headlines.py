@@ -26,7 +26,12 @@ _RIVALS = {
     "inductor": "AOTInductor, frozen",
     "eager": "PyTorch eager",
 }
-_IN_BF16 = {"trip-rt in bf16": "trip-rt in bf16", "openvino-bf16": "the plain ONNX export on OpenVINO in bf16"}
+_LESS = {
+    "trip-rt-bf16": "**trip-rt in bf16**",
+    "openvino-bf16": "the plain ONNX export on OpenVINO in bf16",
+    "trip-rt-int8": "**trip-rt in int8**",
+    "openvino-int8": "the plain ONNX export, quantised by ONNX Runtime, on OpenVINO",
+}
 _LIBRARIES = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime", "torch": "PyTorch"}
 _MODELS = ("bench", "demo")
 GPU = "nvidia-h200.json"
@@ -46,13 +51,13 @@ def headlines(folder: Path = RESULTS) -> dict[str, Any]:
     for name, file in latency.items():
         guided = file["guided_step"]
         every = {rival: row["p50"] for rival, row in guided["milliseconds"].items()}
-        milliseconds = {rival: every[rival] for rival in (*_RIVALS, *_IN_BF16) if rival in every}
+        milliseconds = {rival: every[rival] for rival in (*_RIVALS, *_LESS) if rival in every}
         figures[f"{name}_step_ms"] = every["trip-rt"]
         figures[f"{name}_rivals_ms"] = milliseconds
         figures[f"{name}_rivals_times"] = guided["times_as_long_as_trip_rt"]
         exact = [rival for rival in milliseconds if rival in _RIVALS]
         figures[f"{name}_best_rival"] = min(exact, key=milliseconds.__getitem__)
-        figures[f"{name}_bf16_times"] = guided.get("times_as_long_as_trip_rt_bf16", {})
+        figures[f"{name}_less_times"] = guided.get("times_as_long_as_trip_rt_in", {})
         figures[f"{name}_memory_mb"] = file["cold_start"]["exact"]["peak_memory_mb"]
         figures[f"{name}_pytorch_memory_mb"] = file["pytorch_peak_memory_mb"]
         for speed in SPEEDS:
@@ -123,7 +128,7 @@ def _steps(figures: dict[str, Any]) -> str:
         f"| **trip-rt** | **{_ms(figures['bench_step_ms'])}** | | **{_ms(figures['demo_step_ms'])}** | |",
     ]
     ran = figures["bench_rivals_ms"].keys() | figures["demo_rivals_ms"].keys()
-    for rival, title in (_RIVALS | {name: _IN_BF16[name] for name in _IN_BF16 if name in ran}).items():
+    for rival, title in (_RIVALS | {name: _LESS[name] for name in _LESS if name in ran}).items():
         cells = [title]
         for model in _MODELS:
             if rival in figures[f"{model}_rivals_ms"]:

@@ -33,6 +33,7 @@ from trip_export.record import held_out
 from trip_rt import backends
 from trip_rt.accuracy import psnr
 from trip_rt.animator import Animator
+from trip_rt.arithmetic import LESS
 from trip_rt.bundle import Bundle, open_bundle
 from trip_rt.command_line import CommandParser, add_json_flag, main_of
 from trip_rt.errors import EngineError, InputError
@@ -43,8 +44,7 @@ from trip_rt.sampling.step import Arithmetic, hold_first_frame
 from trip_rt.settings import SPEEDS, Settings
 
 _COLD_START = Path(__file__).parent / "cold_start.py"
-_BF16 = "trip-rt in bf16"
-_PEERS = ("eager", "compile", "onnxruntime", "openvino", "inductor", "openvino-bf16")
+_PEERS = ("eager", "compile", "onnxruntime", "openvino", "inductor", "openvino-bf16", "openvino-int8")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -216,7 +216,7 @@ def _clips(animator: Animator, speeds: Sequence[str], count: int) -> dict[str, d
 def _compared(animator: Animator, args: argparse.Namespace) -> dict[str, Any]:
     """The network and a whole guided step, by the runtime as its loop does them and by its rivals."""
     import torch
-    from peers import Inputs, peers, wrong
+    from peers import Inputs, arithmetic_of, peers, wrong
 
     from trip_reference import checkpoint
 
@@ -236,7 +236,7 @@ def _compared(animator: Animator, args: argparse.Namespace) -> dict[str, Any]:
         clean, timestep = torch.cat([first, first]), torch.tensor([middle.timestep])
         inputs = Inputs(torch.cat([latents, latents]), clean, timestep, text, middle)
     device, buffers = animator.engines["unet"].device, pipeline.buffers
-    lowers = animator.engines["unet"].lowers() and animator.engines["unet"].spec.precision == "fp32"
+    less = [arithmetic for arithmetic in LESS if not animator._chooser.impossible(arithmetic)]
 
     def bound(arithmetic: Arithmetic) -> Callable[[], object]:
         engine = animator.engine("unet", arithmetic)
@@ -255,8 +255,9 @@ def _compared(animator: Animator, args: argparse.Namespace) -> dict[str, Any]:
 
     own_networks: dict[str, Callable[[], object]] = {"trip-rt": bound("own")}
     own_steps: dict[str, Callable[[], object]] = {"trip-rt": step_in("own")}
-    if lowers:
-        own_networks[_BF16], own_steps[_BF16] = bound("bf16"), step_in("bf16")
+    for arithmetic in less:
+        name = f"trip-rt-{arithmetic}"
+        own_networks[name], own_steps[name] = bound(arithmetic), step_in(arithmetic)
     step = step_in("own")
     with peers(model, inputs, args.compare, args.threads) as rivals:
         left_out = {
@@ -284,10 +285,13 @@ def _compared(animator: Animator, args: argparse.Namespace) -> dict[str, Any]:
         "times_as_long_as_trip_rt": {
             name: ratio(seconds, steps["trip-rt"]) for name, seconds in steps.items() if name != "trip-rt"
         },
-        "times_as_long_as_trip_rt_bf16": {
-            name: ratio(seconds, steps[_BF16])
-            for name, seconds in steps.items()
-            if lowers and name != _BF16 and name in ("trip-rt", "openvino-bf16")
+        "times_as_long_as_trip_rt_in": {
+            arithmetic: {
+                name: ratio(seconds, steps[f"trip-rt-{arithmetic}"])
+                for name, seconds in steps.items()
+                if name == "trip-rt" or (arithmetic_of(name) == arithmetic and name in rivals)
+            }
+            for arithmetic in less
         },
     }
 

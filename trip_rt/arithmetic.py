@@ -54,7 +54,7 @@ class Chooser:
             return self.auto()[0]
         if asked == "fp32" or asked == self._spec.precision:
             return "own"
-        if reason := self._impossible(asked):
+        if reason := self.impossible(asked):
             expected = {
                 "bf16": "fp32 engines of OpenVINO on a CPU that has bf16",
                 "int8": "one that was exported with --int8",
@@ -76,7 +76,7 @@ class Chooser:
 
     def _measured(self) -> tuple[Arithmetic, str]:
         own = self._spec.precision
-        reasons = {arithmetic: self._impossible(arithmetic) or self._unwise(arithmetic) for arithmetic in LESS}
+        reasons = {arithmetic: self.impossible(arithmetic) or self._unwise(arithmetic) for arithmetic in LESS}
         candidates = [arithmetic for arithmetic in LESS if not reasons[arithmetic]]
         if not candidates:
             told = [reason for arithmetic, reason in reasons.items() if arithmetic != "int8" or self._has_int8]
@@ -91,7 +91,8 @@ class Chooser:
         measured = f"the UNet's share of its time in {own} is {' and '.join(told)} here"
         return (best, f"{best}: {measured}") if shares[best] <= WORTH else ("own", f"{own}: {measured}")
 
-    def _impossible(self, arithmetic: Arithmetic) -> str:
+    def impossible(self, arithmetic: Arithmetic) -> str:
+        """Why a run cannot compute so here, or "" where it can."""
         if arithmetic == "int8":
             return "" if self._has_int8 else "a bundle without int8 engines"
         if self._spec.precision != "fp32":
