@@ -258,7 +258,8 @@ class _Export:
             samples = conditional(samples, {tensor.name: tensor.shape[0] for tensor in tensors})
         graph = self.store.draft / f"{name}.onnx"
         policy = quantise(self.store.bundle / model.file, graph, samples, lambda text: self.note(f"{name}: {text}"))
-        files = finish_onnx_engine(graph, self.store.bundle / f"{name}-{key[:16]}.onnx")
+        guided = None if ALL[name].guided else self.store.bundle / self._engine(int8_name("unet"), "onnxruntime").file
+        files = finish_onnx_engine(graph, self.store.bundle / f"{name}-{key[:16]}.onnx", guided)
         return dataclasses.replace(self._spec(name, files, key, policy, model.gflop, {}), precision="int8")
 
     def _build_onnx(self, name: str, key: str) -> EngineSpec:

@@ -53,6 +53,7 @@ def test_int8_stands_beside_fp32_and_is_measured(export, manifest):
         assert found.passed and found.precision == "int8" and found.latents_psnr > 30, found.table()
         assert profile.parity[name] == found.to_json()
         assert all(1e-4 < figures.rms_error < MAX_COMPONENT_RMS["int8"] for figures in found.components.values())
+    assert len({profile.engines[name]["openvino"].files[1] for name in NAMES}) == 1, "the weights are there once"
     for name in NAMES:
         assert set(profile.engines[name]) == set(BACKENDS)
         spec, whole = profile.engines[name]["openvino"], profile.engines[name.removesuffix("_int8")]["openvino"]
