@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 
@@ -16,7 +17,7 @@ from trip_engines.quantisation import _from_timestep
 from trip_engines.tensorrt_build import BuildOptions, build_engine
 from trip_export.export import export_bundle
 from trip_export.plan import ExportOptions
-from trip_rt import Animator, EngineError, EngineOptions, InputError, Speed, arithmetic
+from trip_rt import Animator, EngineError, EngineOptions, InputError, Settings, Speed, arithmetic
 from trip_rt.accuracy import psnr
 from trip_rt.arithmetic import parity_name
 from trip_rt.bundle import open_bundle
@@ -113,24 +114,17 @@ def test_clips_in_int8(export, manifest, picture, backend, monkeypatch):
         assert animator.describe()["auto_arithmetic"].startswith("int8: the UNet's share of its time in fp32 is ")
 
 
-def test_late_steps_are_the_fp32_networks(export, picture):
+def test_late_steps_are_the_fp32_networks(export):
+    def kinds(**settings):
+        return [step.arithmetic for step in animator._steps(Settings(arithmetic="int8", **settings))]
+
     with Animator(export[0], "onnxruntime", options=EngineOptions(threads=1)) as animator:
-        profile, steps = animator.profile, animator._steps
-        object.__setattr__(profile, "int8_from", 500)
-        try:
-            kinds = {step.timestep: step.arithmetic for step in steps(settings_of(num_inference_steps=10))}
-        finally:
-            object.__setattr__(profile, "int8_from", 0)
-        assert {kind for at, kind in kinds.items() if at >= 500} == {"int8"}
-        assert {kind for at, kind in kinds.items() if at < 500} == {"own"}
-        reused = steps(settings_of(num_inference_steps=6, feature_reuse=3))
-        assert [step.arithmetic for step in reused] == ["int8", "own", "own"] * 2
-
-
-def settings_of(**settings):
-    from trip_rt import Settings
-
-    return Settings(arithmetic="int8", **settings)
+        animator.profile = dataclasses.replace(animator.profile, int8_from=0)
+        assert kinds(num_inference_steps=4) == ["int8"] * 4
+        assert kinds(num_inference_steps=6, feature_reuse=3) == ["int8", "own", "own"] * 2
+        animator.profile = dataclasses.replace(animator.profile, int8_from=500)
+        late = [step.timestep < 500 for step in Settings(num_inference_steps=10).steps(animator.config)]
+        assert True in late[1:] and kinds(num_inference_steps=10) == ["own" if small else "int8" for small in late]
 
 
 @pytest.mark.parametrize(
