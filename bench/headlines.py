@@ -57,7 +57,6 @@ def headlines(folder: Path = RESULTS) -> dict[str, Any]:
         figures[f"{name}_rivals_times"] = guided["times_as_long_as_trip_rt"]
         exact = [rival for rival in milliseconds if rival in _RIVALS]
         figures[f"{name}_best_rival"] = min(exact, key=milliseconds.__getitem__)
-        figures[f"{name}_less_times"] = guided.get("times_as_long_as_trip_rt_in", {})
         figures[f"{name}_memory_mb"] = file["cold_start"]["exact"]["peak_memory_mb"]
         figures[f"{name}_pytorch_memory_mb"] = file["pytorch_peak_memory_mb"]
         for speed in SPEEDS:

@@ -481,9 +481,10 @@ class Animator:
 
     def _drop(self, arithmetic: Arithmetic) -> None:
         """Free the UNets that compute so."""
-        self._pipeline.drop(arithmetic)
-        for key in [key for key in self.engines if key.endswith(f" in {arithmetic}")]:
-            self.engines.pop(key).close()
+        with self._pipeline.turn:
+            self._pipeline.drop(arithmetic)
+            for key in [key for key in self.engines if key.endswith(f" in {arithmetic}")]:
+                self.engines.pop(key).close()
 
     def describe(self) -> dict[str, Any]:
         """The backend in use, why, what it runs on, and how the loop runs there."""

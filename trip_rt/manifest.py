@@ -103,8 +103,8 @@ class Profile:
     one clip's deep features in the UNet, [F', C', h, w]. `kernels[precision]` is the fused step for GPUs beside UNets
     of that precision; there may be none. `reference` is a file of the PyTorch model's own inputs and outputs, or ""
     where none were recorded; `parity[backend]` are the figures measured against it at export, and `parity[backend in
-    bf16]` those of UNets that compute so. Steps from timestep `int8_from` on may be the int8 UNets', where there are
-    some.
+    bf16]` and `parity[backend in int8]` those of UNets that compute so. Steps from timestep `int8_from` on may be the
+    int8 UNets', where there are some.
     """
 
     num_frames: Count

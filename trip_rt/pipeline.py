@@ -210,21 +210,21 @@ class Pipeline:
             device.write(halves(buffers.latents)[0], clean)
 
     def seconds(self, arithmetic: Arithmetic) -> float:
-        """Seconds of a call of the whole guided UNet that computes so, on a CPU: the faster of two, after one that does
-        not count."""
+        """Seconds of a call of the whole guided UNet that computes so: the faster of two, after one that does not
+        count."""
         took = []
         with self.turn:
             work = self._unet.of(UNetKind(arithmetic=arithmetic))
             for _ in range(3):
                 began = time.perf_counter()
                 work()
+                self._device.read(self.buffers.timestep)  # on a GPU, which only queues, waits for it
                 took.append(time.perf_counter() - began)
         return min(took[1:])
 
     def drop(self, arithmetic: Arithmetic) -> None:
-        """Forget the UNets that compute so; their engines are the caller's to close."""
-        with self.turn:
-            self._unet.drop(arithmetic)
+        """Forget the UNets that compute so; whoever has the turn may close their engines then."""
+        self._unet.drop(arithmetic)
 
     def denoise_windows(
         self, contexts: Sequence[Array], noise: Array, steps: Sequence[Step], on_step: OnStep | None = None

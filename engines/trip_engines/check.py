@@ -37,28 +37,29 @@ def check_bundle(
     for profile in bundle.manifest.profiles:
         reference = Reference.load(folder / profile.reference) if profile.reference else None
         for backend in profile.backends:
-            name = f"{profile.name} {backend}"
-            try:
-                animator, measured_on = animator_for(bundle, profile, backend)
-            except InputError as error:
-                refused[name] = str(error)
-                continue
-            with animator:
-                if reference is None:
-                    refused[name] = (
-                        "opened, but the bundle has no recorded reference; export it without --parity-steps 0"
-                    )
-                    continue
-                note(f"{name}: measuring {reference.num_inference_steps} steps on {measured_on}")
-                parity[name] = measure(animator, reference, precision_of(profile, backend), measured_on)
-            for arithmetic in LESS:
-                if profile.parity.get(parity_name(backend, arithmetic), {}).get("passed"):  # else it is not used
+            for arithmetic in _offered(profile, backend):
+                name = f"{profile.name} {backend if arithmetic == 'own' else parity_name(backend, arithmetic)}"
+                try:
                     animator, measured_on = animator_for(bundle, profile, backend, arithmetic)
-                    with animator:
-                        note(f"{name}: measuring {reference.num_inference_steps} steps on {measured_on}")
-                        figures = measure(animator, reference, arithmetic, measured_on, arithmetic)
-                        parity[parity_name(name, arithmetic)] = figures
+                except InputError as error:
+                    refused[name] = str(error)
+                    continue
+                with animator:
+                    if reference is None:
+                        refused[name] = (
+                            "opened, but the bundle has no recorded reference; export it without --parity-steps 0"
+                        )
+                        continue
+                    note(f"{name}: measuring {reference.num_inference_steps} steps on {measured_on}")
+                    precision = precision_of(profile, backend) if arithmetic == "own" else arithmetic
+                    parity[name] = measure(animator, reference, precision, measured_on, arithmetic)
     return parity, refused
+
+
+def _offered(profile: Profile, backend: str) -> list[Arithmetic]:
+    """What a runtime may compute in on these engines: what was not close enough at export it does not take."""
+    less = [one for one in LESS if profile.parity.get(parity_name(backend, one), {}).get("passed")]
+    return ["own", *less]
 
 
 def animator_for(
@@ -66,14 +67,20 @@ def animator_for(
 ) -> tuple[Animator, str]:
     """An Animator to measure parity on, and what it runs on: the backend itself or, for half precision that ONNX
     Runtime has no arithmetic for on a CPU, an emulation of it, which is stricter than the casts to fp32 by which ONNX
-    Runtime would run it."""
+    Runtime would run it. InputError where they cannot compute so."""
     precision = precision_of(profile, backend)
-    if arithmetic == "bf16" and not engine_class(backend).lowers():
+    if arithmetic == "bf16" and backend == EmulatedBf16Engine.backend and not engine_class(backend).lowers():
         return Animator(bundle, EmulatedBf16Engine, profile.name), _EMULATION.format("bf16")
     if backend == "onnxruntime" and arithmetic == "own" and precision != "fp32" and not _on_gpu(profile):
         return Animator(bundle, EmulatedEngine, profile.name), _EMULATION.format(precision)
     animator = Animator(bundle, backend, profile.name)
     about = animator.describe()
+    if arithmetic != "own":
+        try:
+            animator.arithmetic(arithmetic)
+        except InputError:
+            animator.close()
+            raise
     computes_in = about.get("arithmetic") if arithmetic == "own" else arithmetic
     said = f" in {computes_in} arithmetic" if computes_in else ""
     return animator, f"{about['backend']} {about['version']} on {about['device']}{said}"

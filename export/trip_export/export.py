@@ -99,7 +99,7 @@ class _Export:
         if self.options.precision != "fp32":
             _ = self.reference  # recorded first: the choice of what stays fp32 needs it
         engines = {
-            name: {backend: self._engine(name, backend) for backend in self.plan.backends(name)}
+            name: {backend: self._engine(name, backend) for backend in self.plan.backends_of(name)}
             for name in self.plan.components
         }
         profile = self._merged(engines, self._kernels(), kept)

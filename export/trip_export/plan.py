@@ -128,7 +128,7 @@ class Plan:
         if options.control:
             self.hashes |= {f"control/{name}": file_sha256(options.control / name) for name in (CONFIG, WEIGHTS)}
 
-    def backends(self, name: str) -> list[str]:
+    def backends_of(self, name: str) -> list[str]:
         """Those that a component gets an engine for."""
         return [backend for backend in self.options.backends if not ALL[name].int8 or backend in INT8_BACKENDS]
 
