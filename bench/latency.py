@@ -256,12 +256,12 @@ def _compared(animator: Animator, args: argparse.Namespace) -> dict[str, Any]:
 
         return step
 
+    step = step_in("own")
     own_networks: dict[str, Callable[[], object]] = {"trip-rt": bound("own")}
-    own_steps: dict[str, Callable[[], object]] = {"trip-rt": step_in("own")}
+    own_steps: dict[str, Callable[[], object]] = {"trip-rt": step}
     for arithmetic in less:
         name = f"trip-rt-{arithmetic}"
         own_networks[name], own_steps[name] = bound(arithmetic), step_in(arithmetic)
-    step = step_in("own")
     with peers(model, inputs, args.compare, args.threads) as rivals:
         left_out = {
             name: reason

@@ -80,7 +80,7 @@ def test_what_is_not_worth_it_is_freed(share):
             {"parity": {parity_name("openvino", "bf16"): {"passed": False}}},
             "fp32: bf16 was not close enough to PyTorch",
         ),
-        ({"gflop": LEAST_GFLOP - 1}, "fp32: the UNet is too small to gain from bf16"),
+        ({"gflop": LEAST_GFLOP - 1}, "fp32: the UNet is too small for bf16 to pay"),
     ],
 )
 def test_auto_measures_nothing_where_it_cannot_gain(given, says):
@@ -149,7 +149,7 @@ def test_auto_opens_frees_and_says(animator, picture, monkeypatch):
     assert animator.describe()["auto_arithmetic"] == "not asked for yet"
     exact = animator(picture, PROMPT, seed=7, num_inference_steps=2).frames
     assert (animator(picture, PROMPT, seed=7, num_inference_steps=2, arithmetic="auto").frames == exact).all()
-    assert animator.describe()["auto_arithmetic"] == "fp32: the UNet is too small to gain from bf16"
+    assert animator.describe()["auto_arithmetic"] == "fp32: the UNet is too small for bf16 to pay"
     for worth, expected in (0.0, "own"), (1e9, "bf16"):
         monkeypatch.setattr(arithmetic, "WORTH", worth)
         monkeypatch.setattr(arithmetic, "LEAST_GFLOP", 0.0)
