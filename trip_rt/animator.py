@@ -104,14 +104,7 @@ class Animator:
                 options.cuda_graph,
                 opened.manifest.control,
             )
-            self._chooser = Chooser(
-                self.backend,
-                self.profile.engines,
-                self.profile.parity,
-                cls.lowers,
-                self._pipeline.seconds,
-                self._drop,
-            )
+            self._chooser = Chooser(self.backend, self.profile, cls.lowers, self._pipeline.seconds, self._drop)
         except BaseException:
             self._free()
             raise
@@ -438,11 +431,7 @@ class Animator:
         self._pipeline.encode_text(unconditional, self._tokenizer(sentences))
 
     def _steps(self, settings: Settings) -> list[Step]:
-        arithmetic = self._chooser(settings.resolved_speed.arithmetic)
-        steps = [
-            dataclasses.replace(step, arithmetic=self._of_step(arithmetic, step))
-            for step in settings.steps(self.config)
-        ]
+        steps = self._chooser.steps(settings.resolved_speed.arithmetic, settings.steps(self.config))
         if settings.negative_prompt and not any(step.guided for step in steps):
             warnings.warn(
                 "negative prompt: it says nothing at guidance scale 1, which is this run's; ask for more, such as"
@@ -472,12 +461,6 @@ class Animator:
         if asked == "auto":
             return self._chooser.auto()
         return self._chooser(asked), f"{asked}: asked for"
-
-    def _of_step(self, arithmetic: Arithmetic, step: Step) -> Arithmetic:
-        """What one step of a run computes in: int8 fails where little noise is left, and has no outermost layer."""
-        if arithmetic == "int8" and (step.shallow or step.timestep < self.profile.int8_from):
-            return "own"
-        return arithmetic
 
     def _drop(self, arithmetic: Arithmetic) -> None:
         """Free the UNets that compute so."""

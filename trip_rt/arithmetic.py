@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 from trip_rt.components import int8_name
 from trip_rt.errors import InputError
-from trip_rt.manifest import EngineSpec
-from trip_rt.sampling.step import Arithmetic
+from trip_rt.manifest import Profile
+from trip_rt.sampling.step import Arithmetic, Step
 
 Asked = Literal["auto", "fp32", "bf16", "int8"]
 LESS: tuple[Arithmetic, ...] = ("bf16", "int8")
@@ -30,21 +31,21 @@ class Chooser:
     """What the runs of one Animator compute in. `auto` takes the fastest of what was close enough to PyTorch at export;
     that is measured once, when it is first asked for.
 
-    `engines` and `parity` are the profile's; `lowers` says whether the engine library can compute in bf16 here what was
-    exported in fp32. `seconds(arithmetic)` measures a call of the UNet, `drop(arithmetic)` frees it.
+    `lowers` says whether the engine library can compute in bf16 here what was exported in fp32. `seconds(arithmetic)`
+    measures a call of the UNet, `drop(arithmetic)` frees it.
     """
 
     def __init__(
         self,
         backend: str,
-        engines: Mapping[str, Mapping[str, EngineSpec]],
-        parity: Mapping[str, Mapping[str, Any]],
+        profile: Profile,
         lowers: Callable[[], bool],
         seconds: Callable[[Arithmetic], float],
         drop: Callable[[Arithmetic], None],
     ):
-        self._backend, self._spec, self._parity = backend, engines["unet"][backend], parity
-        self._has_int8 = backend in engines.get(int8_name("unet"), {})
+        self._backend, self._profile = backend, profile
+        self._spec = profile.engines["unet"][backend]
+        self._has_int8 = backend in profile.engines.get(int8_name("unet"), {})
         self._lowers, self._seconds, self._drop = lowers, seconds, drop
         self._lock = threading.Lock()
         self._auto: tuple[Arithmetic, str] | None = None
@@ -62,6 +63,16 @@ class Chooser:
             }
             raise InputError(f"arithmetic: found {reason}, expected {expected[asked]}")
         return asked
+
+    def steps(self, asked: Asked, steps: Sequence[Step]) -> list[Step]:
+        """The steps of a run that asks for that, each with what it computes in: int8 fails where little noise is left,
+        and has no outermost layer alone."""
+        taken = self(asked)
+
+        def fails(step: Step) -> bool:
+            return taken == "int8" and (step.shallow or step.timestep < self._profile.int8_from)
+
+        return [dataclasses.replace(step, arithmetic="own" if fails(step) else taken) for step in steps]
 
     def auto(self) -> tuple[Arithmetic, str]:
         """What `auto` takes here, and why."""
@@ -103,7 +114,7 @@ class Chooser:
     def _unwise(self, arithmetic: Arithmetic) -> str:
         if arithmetic == "bf16" and self._spec.gflop < LEAST_GFLOP:
             return "the UNet is too small for bf16 to pay"
-        parity = self._parity.get(parity_name(self._backend, arithmetic))
+        parity = self._profile.parity.get(parity_name(self._backend, arithmetic))
         if parity is None:
             return f"the bundle does not say how close {arithmetic} comes to PyTorch"
         return "" if parity.get("passed") else f"{arithmetic} was not close enough to PyTorch at export"

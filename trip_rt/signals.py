@@ -44,9 +44,10 @@ def stoppable() -> Iterator[None]:
         handle(*before)
 
 
-def import_library(name: str) -> Any:
-    """The module. Ctrl-C and SIGTERM wait until it is loaded: some libraries drop an exception that comes meanwhile, or
-    turn it into an ImportError."""
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the block ends. For imports of large libraries: some drop an exception that comes
+    meanwhile, or turn it into an ImportError."""
     came: list[int] = []
 
     def wait(number: int, frame: object) -> None:
@@ -55,13 +56,20 @@ def import_library(name: str) -> Any:
     try:
         before = handle(wait, wait)
     except ValueError:  # not the main thread, which no signal stops
-        return importlib.import_module(name)
+        yield
+        return
     try:
-        return importlib.import_module(name)
+        yield
     finally:
         handle(*before)
         for number in came[:1]:
             signal.raise_signal(number)
+
+
+def import_library(name: str) -> Any:
+    """The module, loaded before a signal is answered."""
+    with held():
+        return importlib.import_module(name)
 
 
 def handle(*handlers: Any) -> tuple[Any, Any]:

@@ -27,7 +27,7 @@ from gpu.cases import (
     step_tensors,
 )
 from gpu.clock import Marks, beats_ceiling, ceilings, interleaved
-from gpu.torch_engines import StandIn, profile_of, torch_engines
+from gpu.torch_engines import StandIn, opener, profile_of, torch_engines
 from trip_reference.presets import DEMO
 from trip_rt.accuracy import psnr
 from trip_rt.config import TripConfig
@@ -156,7 +156,7 @@ def full_loop(context: Context) -> dict[str, Any]:
         if not context.dry:
             torch.cuda.reset_peak_memory_stats()
         pipeline = Pipeline(
-            device, config, profile_of(config, engines, 1, kernels), engines.get, context.folder, cuda_graph
+            device, config, profile_of(config, engines, 1, kernels), opener(engines), context.folder, cuda_graph
         )
         for _ in range(2):  # the first warms up
             marks = Marks(stream)
@@ -272,7 +272,7 @@ def _loop_parity(context: Context, model: Any, precision: str, replaced: Any = N
             device,
             config,
             profile_of(config, engines, config.num_frames, kernels),
-            engines.get,
+            opener(engines),
             context.folder,
             cuda_graph,
         )
@@ -293,7 +293,7 @@ def _oracle(model: Any, picture: np.ndarray, noise: np.ndarray, steps: list[Any]
         device = open_device("cpu")
         engines = torch_engines(model, device, config.num_frames, "fp32")
         pipeline = Pipeline(
-            device, config, profile_of(config, engines, config.num_frames, {}), engines.get, ROOT, cuda_graph=False
+            device, config, profile_of(config, engines, config.num_frames, {}), opener(engines), ROOT, cuda_graph=False
         )
         pipeline.encode(*ids, picture)
         pipeline.denoise(noise, steps)

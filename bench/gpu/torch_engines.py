@@ -15,6 +15,8 @@ from trip_rt.components import REQUIRED, signatures
 from trip_rt.config import TripConfig
 from trip_rt.devices import Device
 from trip_rt.manifest import EngineSpec, KernelSpec, Profile
+from trip_rt.networks import OpenEngine
+from trip_rt.sampling.step import Arithmetic
 
 # The model's method that each component is.
 METHODS = {
@@ -60,6 +62,16 @@ def torch_engines(
             spec, torch, _Method(model, name, dtype), device, EngineOptions(), owns_device=False
         )
     return engines
+
+
+def opener(engines: dict[str, InductorEngine]) -> OpenEngine:
+    """What opens them for a pipeline; they compute in their own precision alone."""
+
+    def open_engine(name: str, arithmetic: Arithmetic = "own") -> InductorEngine | None:
+        assert arithmetic == "own", arithmetic
+        return engines.get(name)
+
+    return open_engine
 
 
 def profile_of(

@@ -13,6 +13,7 @@ from trip_rt.command_line import CommandParser, add_json_flag, main_of, report, 
 from trip_rt.errors import InputError
 from trip_rt.launch import note
 from trip_rt.process_memory import peak_memory_mb
+from trip_rt.signals import held
 
 if TYPE_CHECKING:
     from trip_export.export import ExportResult
@@ -143,7 +144,8 @@ def run_export(args: argparse.Namespace) -> int:
         return _check(args)
     if not (args.checkpoint and args.output):
         raise InputError("expected CHECKPOINT and -o BUNDLE, or --check BUNDLE; see trip-export --help")
-    from trip_export.export import export_bundle
+    with held():
+        from trip_export.export import export_bundle
 
     result = export_bundle(args.checkpoint, args.output, _options(args), note)
     # bf16 arithmetic was not asked for, int8 was.
@@ -162,7 +164,8 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from trip_engines.check import check_bundle
+    with held():
+        from trip_engines.check import check_bundle
 
     parity, refused = check_bundle(args.check, note)
     passed = bool(parity) and all(figures.passed for figures in parity.values())
@@ -260,11 +263,12 @@ def build_parity_parser() -> argparse.ArgumentParser:
 
 
 def run_parity(args: argparse.Namespace) -> int:
-    from trip_engines.check import animator_for, precision_of
-    from trip_engines.parity import measure
-    from trip_export.record import record
-    from trip_reference import checkpoint
-    from trip_rt.bundle import open_bundle
+    with held():
+        from trip_engines.check import animator_for, precision_of
+        from trip_engines.parity import measure
+        from trip_export.record import record
+        from trip_reference import checkpoint
+        from trip_rt.bundle import open_bundle
 
     bundle = open_bundle(args.bundle)
     profile = bundle.manifest.profile(args.profile)

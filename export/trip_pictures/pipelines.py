@@ -15,6 +15,7 @@ import torch
 
 from trip_rt.errors import InputError, one_line, printable
 from trip_rt.plain_files import read_json
+from trip_rt.signals import held
 
 Kind = Literal["words", "edit", "control"]
 _EXPECTED = {
@@ -30,8 +31,9 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def open_pipeline(model: str, kind: Kind, control_model: str | None = None) -> Any:
     """diffusers' pipeline of a model, on the GPU in half precision where there is one; `control_model` is the folder or
     hub id of a ControlNet. InputError in one line for what is missing, pickled, of another kind or out of reach."""
-    import diffusers
-    import transformers
+    with held():
+        import diffusers
+        import transformers
 
     for library in diffusers, transformers:  # bars of loading would stand in an error's line
         library.utils.logging.disable_progress_bar()

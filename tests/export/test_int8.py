@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 
@@ -17,7 +16,7 @@ from trip_engines.quantisation import _from_timestep
 from trip_engines.tensorrt_build import BuildOptions, build_engine
 from trip_export.export import export_bundle
 from trip_export.plan import ExportOptions
-from trip_rt import Animator, EngineError, EngineOptions, InputError, Settings, Speed, arithmetic
+from trip_rt import Animator, EngineError, EngineOptions, InputError, Speed, arithmetic
 from trip_rt.accuracy import psnr
 from trip_rt.arithmetic import parity_name
 from trip_rt.bundle import open_bundle
@@ -112,19 +111,6 @@ def test_clips_in_int8(export, manifest, picture, backend, monkeypatch):
         monkeypatch.setattr(arithmetic, "WORTH", 1e9)
         assert animator.arithmetic("auto")[0] == "int8" and "unet in int8" in animator.engines
         assert animator.describe()["auto_arithmetic"].startswith("int8: the UNet's share of its time in fp32 is ")
-
-
-def test_late_steps_are_the_fp32_networks(export):
-    def kinds(**settings):
-        return [step.arithmetic for step in animator._steps(Settings(arithmetic="int8", **settings))]
-
-    with Animator(export[0], "onnxruntime", options=EngineOptions(threads=1)) as animator:
-        animator.profile = dataclasses.replace(animator.profile, int8_from=0)
-        assert kinds(num_inference_steps=4) == ["int8"] * 4
-        assert kinds(num_inference_steps=6, feature_reuse=3) == ["int8", "own", "own"] * 2
-        animator.profile = dataclasses.replace(animator.profile, int8_from=500)
-        late = [step.timestep < 500 for step in Settings(num_inference_steps=10).steps(animator.config)]
-        assert True in late[1:] and kinds(num_inference_steps=10) == ["own" if small else "int8" for small in late]
 
 
 @pytest.mark.parametrize(

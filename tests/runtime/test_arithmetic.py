@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from trip_reference.presets import PRESETS
 from trip_rt import Animator, EngineOptions, InputError, Settings, Speed, arithmetic
 from trip_rt.accuracy import psnr
 from trip_rt.arithmetic import LEAST_GFLOP, WORTH, Chooser, parity_name
@@ -20,7 +21,7 @@ CLOSE = {parity_name("openvino", "bf16"): {"passed": True}}
 ALL_CLOSE = CLOSE | {parity_name("openvino", "int8"): {"passed": True}}
 
 
-def chooser(bf16=0.5, int8=None, precision="fp32", parity=ALL_CLOSE, lowers=True, gflop=LEAST_GFLOP):
+def chooser(bf16=0.5, int8=None, precision="fp32", parity=ALL_CLOSE, lowers=True, gflop=LEAST_GFLOP, int8_from=0):
     """A chooser, whose networks take those shares of the time, and what it was asked to do."""
     told, shares = [], {"own": 1.0, "bf16": bf16, "int8": int8}
 
@@ -31,7 +32,8 @@ def chooser(bf16=0.5, int8=None, precision="fp32", parity=ALL_CLOSE, lowers=True
     spec = SimpleNamespace(precision=precision, gflop=gflop)
     engines = {"unet": {"openvino": spec}} | ({"unet_int8": {"openvino": spec}} if int8 else {})
     drop = lambda kind: told.append(f"drop {kind}")  # noqa: E731
-    return Chooser("openvino", engines, parity, lambda: lowers, seconds, drop), told
+    profile = SimpleNamespace(engines=engines, parity=parity, int8_from=int8_from)
+    return Chooser("openvino", profile, lambda: lowers, seconds, drop), told
 
 
 def test_auto_takes_what_is_faster():
@@ -86,6 +88,18 @@ def test_what_is_not_worth_it_is_freed(share):
 def test_auto_measures_nothing_where_it_cannot_gain(given, says):
     choose, told = chooser(**given)
     assert choose("auto") == "own" and choose.said.startswith(says) and not told
+
+
+@pytest.mark.parametrize("int8_from", [0, 500])
+def test_late_and_shallow_steps_are_not_int8s(int8_from):
+    config = PRESETS["demo"].trip
+    steps = Settings(num_inference_steps=6, feature_reuse=2).steps(config)
+    choose, _ = chooser(int8=0.5, int8_from=int8_from)
+    taken = [step.arithmetic for step in choose.steps("int8", steps)]
+    assert taken == ["own" if step.shallow or step.timestep < int8_from else "int8" for step in steps]
+    assert taken.count("int8") == (3 if int8_from == 0 else 2)
+    assert {step.arithmetic for step in choose.steps("bf16", steps)} == {"bf16"}
+    assert choose.steps("fp32", steps) == steps
 
 
 def test_bf16_by_name():
@@ -153,7 +167,8 @@ def test_auto_opens_frees_and_says(animator, picture, monkeypatch):
     for worth, expected in (0.0, "own"), (1e9, "bf16"):
         monkeypatch.setattr(arithmetic, "WORTH", worth)
         monkeypatch.setattr(arithmetic, "LEAST_GFLOP", 0.0)
-        monkeypatch.setattr(animator._chooser, "_parity", ALL_CLOSE)
+        profile = dataclasses.replace(animator.profile, parity=ALL_CLOSE)
+        monkeypatch.setattr(animator._chooser, "_profile", profile)
         animator._chooser._auto = None
         assert animator.arithmetic("auto")[0] == expected
         assert ("unet in bf16" in animator.engines) == (expected == "bf16")

@@ -11,6 +11,7 @@ from typing import Any
 from trip_rt.command_line import CommandParser, add_json_flag, main_of, report, size_of
 from trip_rt.errors import InputError, printable
 from trip_rt.launch import note
+from trip_rt.signals import held
 
 
 class _Parser(CommandParser):
@@ -68,12 +69,14 @@ def add_check_parser(commands: Any) -> None:
 
 
 def run_check(args: argparse.Namespace) -> int:
-    from trip_reference.data.check import broken_count, check_folder
-    from trip_reference.data.sample import ClipFormat
+    with held():
+        from trip_reference.data.check import broken_count, check_folder
+        from trip_reference.data.sample import ClipFormat
 
     frames, (height, width), tokenizer_json = 16, (256, 256), None
     if args.checkpoint:
-        from trip_reference import checkpoint
+        with held():
+            from trip_reference import checkpoint
 
         trip, tokenizer_json = checkpoint.load_config(args.checkpoint), checkpoint.load_tokenizer_json(args.checkpoint)
         frames, height, width = trip.num_frames, trip.height, trip.width
@@ -210,15 +213,16 @@ def add_cache_parser(commands: Any) -> None:
 
 
 def run_cache(args: argparse.Namespace) -> int:
-    import torch
+    with held():
+        import torch
 
-    from trip_reference import checkpoint
-    from trip_reference.data.cache import write_cache
-    from trip_reference.data.folder import VideoFolder
-    from trip_reference.data.motion import WithMotion
-    from trip_reference.data.sample import ClipDataset, ClipFormat
-    from trip_reference.data.words import sentences_of, words_of
-    from trip_reference.shape import reshaped
+        from trip_reference import checkpoint
+        from trip_reference.data.cache import write_cache
+        from trip_reference.data.folder import VideoFolder
+        from trip_reference.data.motion import WithMotion
+        from trip_reference.data.sample import ClipDataset, ClipFormat
+        from trip_reference.data.words import sentences_of, words_of
+        from trip_reference.shape import reshaped
 
     trip, multiple = checkpoint.load_config(args.checkpoint), checkpoint.latent_multiple(args.checkpoint)
     trip = reshaped(trip, multiple, args.frames, *(args.size or (None, None)))

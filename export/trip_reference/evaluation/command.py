@@ -19,6 +19,7 @@ from trip_rt.command_line import CommandParser, add_json_flag, add_settings, mai
 from trip_rt.config import TripConfig
 from trip_rt.errors import InputError, printable
 from trip_rt.files import whole_file
+from trip_rt.signals import held
 
 EMULATION = "emulation"  # a backend to measure on
 SHEETS = (".png", ".gif", ".webp", ".mp4")
@@ -108,17 +109,18 @@ def run(args: argparse.Namespace) -> int:
         ):
             ending = f" ending in {' or '.join(endings)}" if endings else ""
             raise InputError(f"{printable(str(path))}: expected a file name{ending}, in a folder to write in")
-    from trip_reference.data.annotations import held_out
-    from trip_reference.evaluation.clips import (
-        clips_of_bundle,
-        config_of,
-        demo_cases,
-        folder_cases,
-        is_bundle,
-        make_clips,
-    )
-    from trip_reference.evaluation.made_clips import read_clips
-    from trip_reference.evaluation.tables import tables
+    with held():
+        from trip_reference.data.annotations import held_out
+        from trip_reference.evaluation.clips import (
+            clips_of_bundle,
+            config_of,
+            demo_cases,
+            folder_cases,
+            is_bundle,
+            make_clips,
+        )
+        from trip_reference.evaluation.made_clips import read_clips
+        from trip_reference.evaluation.tables import tables
 
     if args.backend != "auto" and not is_bundle(args.source):
         raise InputError(
@@ -211,8 +213,9 @@ def _named_networks(args: argparse.Namespace) -> dict[str, dict[str, str]]:
 
 def _networks(args: argparse.Namespace) -> dict[str, Any]:
     """The networks that were named, opened."""
-    from trip_reference.evaluation.consistency import ClipEncoder
-    from trip_reference.evaluation.networks import Network
+    with held():
+        from trip_reference.evaluation.consistency import ClipEncoder
+        from trip_reference.evaluation.networks import Network
 
     named = {
         "clip_encoder": (ClipEncoder, args.clip_encoder),

@@ -10,6 +10,7 @@ from typing import Any
 from trip_rt.command_line import CommandParser, add_json_flag, main_of, report, size_of
 from trip_rt.config import to_json
 from trip_rt.launch import note
+from trip_rt.signals import held
 
 RECIPES = ("demo", "trip-256", "control")
 EPILOG = """examples:
@@ -97,8 +98,9 @@ def run(args: argparse.Namespace) -> int:
 
         print(tomli_w.dumps(to_json(config)), end="")
         return 0
-    from trip_reference.training.loop import Stopped
-    from trip_reference.training.run import train_run
+    with held():
+        from trip_reference.training.loop import Stopped
+        from trip_reference.training.run import train_run
 
     try:
         result: dict[str, Any] = train_run(config, args.output, args.allow_remote)
