@@ -7,9 +7,11 @@ import contextlib
 import ctypes
 import gc
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-_STATUS = Path("/proc/self/status")
+_STATUS, _MAPS = Path("/proc/self/status"), Path("/proc/self/maps")
+_DONT_NEED = 4  # madvise's MADV_DONTNEED on Linux
 
 
 def peak_memory_mb() -> float:
@@ -34,6 +36,18 @@ def give_back_memory() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # musl has no such call
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def give_back_files(paths: Iterable[Path]) -> None:
+    """Return to the system the memory of files that are mapped for reading, where the system can. What is touched
+    again comes back, mostly from the system's own cache of files."""
+    names = {str(path.resolve()) for path in paths}
+    with contextlib.suppress(OSError):
+        for line in _MAPS.read_text(errors="surrogateescape").splitlines():
+            addresses, rights, *_, name = line.split(maxsplit=5)
+            if name in names and "w" not in rights:
+                begin, end = (int(address, 16) for address in addresses.split("-"))
+                ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONT_NEED)
 
 
 def machine_memory_gb() -> float | None:

@@ -6,13 +6,15 @@ import asyncio
 import contextlib
 import socket
 import struct
+import subprocess
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 from service_parts import FRAMES, SECONDS, WAIT, Side, check_at_rest, decoded, framed, new, run, serving
 
 from trip_rt.errors import InputError
-from trip_rt.serving import protocol, workers
+from trip_rt.serving import protocol, results, workers
 from trip_rt.serving.jobs import MOST_LOSSES
 from trip_rt.serving.protocol import (
     Decoded,
@@ -267,6 +269,16 @@ def test_a_worker_that_says_what_it_never_should_is_replaced(tmp_path, sent):
             assert await worker.state(id) == ("in_progress", 2, 1)
 
     run(test())
+
+
+def test_a_worker_that_is_lost_at_its_warm_up_leaves_no_draft(tmp_path):
+    (slot,) = Workers({"tiny": SimpleNamespace(ready_workers=0, workers=1)}, WorkerOptions(), str(tmp_path), 0)._slots
+    slot._process = subprocess.Popen(["sleep", "60"])
+    left, others = (results.draft_path(tmp_path, name) for name in (f"warm-up-{slot._process.pid}", "warm-up-1"))
+    for path in left, others:
+        path.mkdir(parents=True)
+    slot.kill()
+    assert not left.exists() and others.exists()
 
 
 def test_a_bundle_that_cannot_be_opened(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from trip_rt.devices import Buffer, Device, Kind, Work, open_device
 from trip_rt.errors import InputError, one_line
 from trip_rt.manifest import EngineSpec
 from trip_rt.onnx_file import check_onnx_file
+from trip_rt.process_memory import give_back_files
 from trip_rt.signals import import_library
 
+_GIVEN_BACK_EVERY = 0.05  # seconds
 _DTYPES = {"f32": "float32", "f16": "float16", "i32": "int32", "i64": "int64"}
 
 
@@ -45,9 +47,14 @@ class OpenVINOEngine(Engine):
         try:
             # OpenVINO's CPU plugin gives the thread that starts it a signal stack and frees that in whichever thread
             # ends it; were it the main thread's, Ctrl-C could crash afterwards. So a thread starts it that nothing is
-            # ever signalled to.
+            # ever signalled to. Meanwhile this one gives back what it has read: weights are laid out anew in memory.
+            weights = [path.with_name(name) for name in spec.files[1:]]
             with ThreadPoolExecutor(1) as thread:
-                compiled, arithmetic = thread.submit(_compile, path, spec.precision, options.threads).result()
+                compiling = thread.submit(_compile, path, spec.precision, options.threads)
+                while wait([compiling], _GIVEN_BACK_EVERY).not_done:
+                    give_back_files(weights)
+            compiled, arithmetic = compiling.result()
+            give_back_files(weights)
             engine = cls(spec, library(), compiled, arithmetic, device or open_device("cpu"))
             engine.check_opened(_tensors(compiled.inputs), _tensors(compiled.outputs))
             return engine

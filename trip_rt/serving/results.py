@@ -26,6 +26,15 @@ def draft_path(folder: Path, name: str) -> Path:
     return folder / _DRAFTS / name
 
 
+def warm_up_name(pid: int) -> str:
+    """Of the draft that a worker, the process of that number, writes while it warms up."""
+    return f"warm-up-{pid}"
+
+
+def remove_draft(folder: Path, name: str) -> None:
+    shutil.rmtree(draft_path(folder, name), ignore_errors=True)
+
+
 @contextlib.contextmanager
 def draft(folder: Path, name: str, keep: bool = False) -> Iterator[Path]:
     """A new folder among the drafts of `folder` to write to. An error leaves nothing of it; `keep` what was written
@@ -40,7 +49,7 @@ def draft(folder: Path, name: str, keep: bool = False) -> Iterator[Path]:
         raise
     finally:
         if not keep:
-            shutil.rmtree(path, ignore_errors=True)
+            remove_draft(folder, name)
 
 
 def write(folder: Path, frames: NDArray[np.uint8], fps: float) -> int:
@@ -108,7 +117,7 @@ class Results:
         self.bytes += size
 
     def remove_draft(self, name: str) -> None:
-        shutil.rmtree(draft_path(self.folder, name), ignore_errors=True)
+        remove_draft(self.folder, name)
 
     def remove(self, name: str, size: int) -> None:
         """Remove a result."""

@@ -153,7 +153,7 @@ class Worker:
             animator.latents(grey, ["."], [0], num_inference_steps=1, arithmetic="auto")
         denoised = time.perf_counter()
         frames = np.concatenate(list(animator.decode(latents[0])))
-        with results.draft(folder, f"warm-up-{os.getpid()}") as draft:
+        with results.draft(folder, results.warm_up_name(os.getpid())) as draft:
             results.write(draft, frames, config.fps)
         step_s = moments[-1] - moments[-2]
         other_s = time.perf_counter() - denoised + max(0.0, moments[-2] - began - step_s)

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ from trip_rt.serving.protocol import (
     Stepped,
     ToServer,
 )
+from trip_rt.serving.results import remove_draft, warm_up_name
 from trip_rt.serving.service import Service
 
 log = logging.getLogger("trip-serve")
@@ -305,6 +307,7 @@ class _Slot:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+            remove_draft(Path(self._results), warm_up_name(self._process.pid))
             self._process = None
 
     def _drop(self, id: str) -> None:
