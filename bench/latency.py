@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     with Animator(bundle, backend, profile.name, options) as animator:
         figures["components"], figures["peak"] = _components(animator, args)
         # The ceiling is fp32's: what multiplies 8 bits may be above it.
-        exact = {name: row["gflops"] for name, row in figures["components"].items() if not ALL[name].int8}
+        exact = {name: row["gflops"] for name, row in figures["components"].items() if not ALL[name].quantised}
         if impossible := beyond(exact, figures["peak"]):
             note(f"bench/latency.py: {impossible}; there are no figures")
             return 1

@@ -19,7 +19,7 @@ from trip_rt import backends, images, video
 from trip_rt.arithmetic import Asked, Chooser
 from trip_rt.bundle import Bundle, open_bundle
 from trip_rt.checks import check_array, several, shown
-from trip_rt.components import REQUIRED, int8_name
+from trip_rt.components import QUANTISED, REQUIRED, quantised_name
 from trip_rt.control import check_control, path_control
 from trip_rt.devices import open_device
 from trip_rt.enlarge import enlarged
@@ -104,7 +104,7 @@ class Animator:
                 options.cuda_graph,
                 opened.manifest.control,
             )
-            self._chooser = Chooser(self.backend, self.profile, cls.lowers, self._pipeline.seconds, self._drop)
+            self._chooser = Chooser(cls, options, self.profile, self._pipeline.seconds, self._drop)
         except BaseException:
             self._free()
             raise
@@ -443,7 +443,7 @@ class Animator:
     def engine(self, name: str, arithmetic: Arithmetic = "own") -> backends.Engine | None:
         """A component's engine, which computes in its own precision or in less, opened when first asked for; None where
         the bundle has none for this backend."""
-        stored = int8_name(name) if arithmetic == "int8" else name
+        stored = quantised_name(name, arithmetic) if arithmetic in QUANTISED else name
         spec = self.profile.engines.get(stored, {}).get(self.backend)
         key = name if arithmetic == "own" else f"{name} in {arithmetic}"
         if spec and key not in self.engines:

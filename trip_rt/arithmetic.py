@@ -1,4 +1,4 @@
-"""What the UNet computes in: its engines' own precision, int8 engines beside them, or bf16 on a CPU that has it."""
+"""What the UNet computes in: its engines' own precision, that of quantised engines beside them, or bf16 on a CPU."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from trip_rt.components import int8_name
+from trip_rt.backends.base import Engine, EngineOptions
+from trip_rt.components import QUANTISED, quantised_name
 from trip_rt.errors import InputError
-from trip_rt.manifest import Profile
+from trip_rt.manifest import EngineSpec, Profile
 from trip_rt.sampling.step import Arithmetic, Step
 
-Asked = Literal["auto", "fp32", "bf16", "int8"]
-LESS: tuple[Arithmetic, ...] = ("bf16", "int8")
+Asked = Literal["auto", "fp32", "bf16", "int8", "fp8"]
+LESS: tuple[Arithmetic, ...] = ("bf16", *QUANTISED)
 
 # A call below this is over so soon that a second engine costs more than bf16 brings: the demo's, of 5 GFLOP, took 0.82
 # to 0.88 of its time in bf16.
@@ -31,22 +32,21 @@ class Chooser:
     """What the runs of one Animator compute in. `auto` takes the fastest of what was close enough to PyTorch at export;
     that is measured once, when it is first asked for.
 
-    `lowers` says whether the engine library can compute in bf16 here what was exported in fp32. `seconds(arithmetic)`
-    measures a call of the UNet, `drop(arithmetic)` frees it.
+    `engine_class` and `options` are those of the profile's engines in use. `seconds(arithmetic)` measures a call of the
+    UNet, `drop(arithmetic)` frees it.
     """
 
     def __init__(
         self,
-        backend: str,
+        engine_class: type[Engine],
+        options: EngineOptions,
         profile: Profile,
-        lowers: Callable[[], bool],
         seconds: Callable[[Arithmetic], float],
         drop: Callable[[Arithmetic], None],
     ):
-        self._backend, self._profile = backend, profile
-        self._spec = profile.engines["unet"][backend]
-        self._has_int8 = backend in profile.engines.get(int8_name("unet"), {})
-        self._lowers, self._seconds, self._drop = lowers, seconds, drop
+        self._engine_class, self._options, self._profile = engine_class, options, profile
+        self._spec = profile.engines["unet"][engine_class.backend]
+        self._seconds, self._drop = seconds, drop
         self._lock = threading.Lock()
         self._auto: tuple[Arithmetic, str] | None = None
 
@@ -60,17 +60,18 @@ class Chooser:
             expected = {
                 "bf16": "fp32 engines of OpenVINO on a CPU that has bf16",
                 "int8": "one that was exported with --int8",
+                "fp8": "one that was exported with --fp8, on a GPU that has fp8",
             }
             raise InputError(f"arithmetic: found {reason}, expected {expected[asked]}")
         return asked
 
     def steps(self, asked: Asked, steps: Sequence[Step]) -> list[Step]:
-        """The steps of a run that asks for that, each with what it computes in: int8 fails where little noise is left,
-        and has no outermost layer alone."""
+        """The steps of a run that asks for that, each with what it computes in: quantised networks fail where little
+        noise is left, and there is none of the outermost layer alone."""
         taken = self(asked)
 
         def fails(step: Step) -> bool:
-            return taken == "int8" and (step.shallow or step.timestep < self._profile.int8_from)
+            return taken in QUANTISED and (step.shallow or step.timestep < self._profile.quantised_from.get(taken, 0))
 
         return [dataclasses.replace(step, arithmetic="own" if fails(step) else taken) for step in steps]
 
@@ -91,7 +92,9 @@ class Chooser:
         reasons = {arithmetic: self.impossible(arithmetic) or self._unwise(arithmetic) for arithmetic in LESS}
         candidates = [arithmetic for arithmetic in LESS if not reasons[arithmetic]]
         if not candidates:
-            told = [reason for arithmetic, reason in reasons.items() if arithmetic != "int8" or self._has_int8]
+            told = [
+                reason for arithmetic, reason in reasons.items() if arithmetic == "bf16" or self._quantised(arithmetic)
+            ]
             return "own", f"{own}: {'; '.join(told)}"
         whole = self._seconds("own")
         shares = {arithmetic: self._seconds(arithmetic) / whole for arithmetic in candidates}
@@ -105,16 +108,29 @@ class Chooser:
 
     def impossible(self, arithmetic: Arithmetic) -> str:
         """Why a run cannot compute so here, or "" where it can."""
-        if arithmetic == "int8":
-            return "" if self._has_int8 else "a bundle without int8 engines"
+        if arithmetic in QUANTISED:
+            spec = self._quantised(arithmetic)
+            if spec is None:
+                return f"a bundle without {arithmetic} engines for {self._engine_class.backend}"
+            try:
+                self._engine_class.probe(spec, self._options)
+            except InputError as error:
+                return str(error)
+            return ""
         if self._spec.precision != "fp32":
             return f"engines of {self._spec.precision}"
-        return "" if self._lowers() else f"{self._backend} without bf16 on this machine"
+        return "" if self._engine_class.lowers() else f"{self._engine_class.backend} without bf16 on this machine"
+
+    def _quantised(self, arithmetic: Arithmetic) -> EngineSpec | None:
+        """The quantised UNet of that arithmetic."""
+        if arithmetic not in QUANTISED:
+            return None
+        return self._profile.engines.get(quantised_name("unet", arithmetic), {}).get(self._engine_class.backend)
 
     def _unwise(self, arithmetic: Arithmetic) -> str:
         if arithmetic == "bf16" and self._spec.gflop < LEAST_GFLOP:
             return "the UNet is too small for bf16 to pay"
-        parity = self._profile.parity.get(parity_name(self._backend, arithmetic))
+        parity = self._profile.parity.get(parity_name(self._engine_class.backend, arithmetic))
         if parity is None:
             return f"the bundle does not say how close {arithmetic} comes to PyTorch"
         return "" if parity.get("passed") else f"{arithmetic} was not close enough to PyTorch at export"

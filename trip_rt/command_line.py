@@ -114,8 +114,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--arithmetic",
         choices=get_args(Asked),
-        help="what the UNet of fp32 engines computes in; auto: bf16 or int8 where this machine is faster so (the"
-        " speed's)",
+        help="what the UNet computes in, fp32 being the engines' own precision; auto: bf16, int8 or fp8 where this"
+        " machine is faster so (the speed's)",
     )
     parser.add_argument(
         "--guidance-scale", type=float, metavar="G", help="how closely to follow the prompt, 0 to 100 (the model's own)"

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from msgspec import Meta
 
 from trip_rt.config import ControlConfig, Count, TripConfig
 
 Part = Literal["text_encoder", "unet", "fusion", "vae", "control"]  # of a checkpoint
+Quantised = Literal["int8", "fp8"]  # what weights and activations of products are stored in
+QUANTISED: tuple[Quantised, ...] = get_args(Quantised)
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,9 @@ class TensorSpec:
 class Component:
     """One graph of the model. `part` holds its weights; a `variant_of` another component shares that one's weights and
     choice of precision. The denoising graphs are `guided`, for both of guidance's halves, or for the conditional half
-    alone; a `shallow` UNet is its outermost layer on the deep features of an earlier step. One in `int8` is made from
-    the graph whose name it has besides that word. An `optional` component is there where the model has its part."""
+    alone; a `shallow` UNet is its outermost layer on the deep features of an earlier step. A `quantised` one is made
+    from the graph whose name it has besides that word. An `optional` component is there where the model has its part.
+    """
 
     name: str
     part: Part
@@ -40,7 +43,7 @@ class Component:
     guided: bool = True
     shallow: bool = False
     optional: bool = False
-    int8: bool = False
+    quantised: Quantised | None = None
 
 
 ALL = {
@@ -57,24 +60,26 @@ ALL = {
         Component("unet_unguided", "unet", "unet", guided=False),
         Component("unet_unguided_shallow", "unet", "unet", guided=False, shallow=True),
         Component("tnf_unguided", "fusion", "tnf", guided=False),
-        Component("unet_int8", "unet", "unet", int8=True),
-        Component("unet_unguided_int8", "unet", "unet", guided=False, int8=True),
+        Component("unet_int8", "unet", "unet", quantised="int8"),
+        Component("unet_unguided_int8", "unet", "unet", guided=False, quantised="int8"),
+        Component("unet_fp8", "unet", "unet", quantised="fp8"),
+        Component("unet_unguided_fp8", "unet", "unet", guided=False, quantised="fp8"),
     )
 }
 REQUIRED = tuple(name for name, component in ALL.items() if component.variant_of is None and not component.optional)
 # A bundle may hold these besides, for steps without guidance and steps that reuse deep features (settings.py).
-VARIANTS = tuple(name for name, component in ALL.items() if component.variant_of and not component.int8)
+VARIANTS = tuple(name for name, component in ALL.items() if component.variant_of and not component.quantised)
 
 
 def variant(of: str, guided: bool, shallow: bool = False) -> str:
     """The name of the `unet` or `tnf` for that kind of step."""
-    family = (component for component in ALL.values() if of in (component.name, component.variant_of))  # int8 is last
+    family = (component for component in ALL.values() if of in (component.name, component.variant_of))  # quantised last
     return next(component.name for component in family if (component.guided, component.shallow) == (guided, shallow))
 
 
-def int8_name(name: str) -> str:
-    """The name of a component's int8 engine, whether there is one or not."""
-    return f"{name}_int8"
+def quantised_name(name: str, quantised: Quantised) -> str:
+    """The name of a component's quantised engine, whether there is one or not."""
+    return f"{name}_{quantised}"
 
 
 Signature = tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]

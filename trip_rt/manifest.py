@@ -6,21 +6,21 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from trip_rt.components import REQUIRED, TensorSpec, signatures
+from trip_rt.components import REQUIRED, Quantised, TensorSpec, signatures
 from trip_rt.config import ControlConfig, Count, TripConfig, from_json, to_json
 from trip_rt.errors import InputError
 
-FORMAT_VERSION = 9
+FORMAT_VERSION = 10
 
 # Of a graph's input or output; several frames of 4K are below it. Nothing larger is set aside on a file's word.
 MAX_TENSOR_BYTES = 1 << 30
 
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 FileName = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,199}\Z")]
 Name = Annotated[str, Meta(pattern=r"\A[A-Za-z_][A-Za-z0-9_]{0,99}\Z")]
@@ -103,8 +103,8 @@ class Profile:
     one clip's deep features in the UNet, [F', C', h, w]. `kernels[precision]` is the fused step for GPUs beside UNets
     of that precision; there may be none. `reference` is a file of the PyTorch model's own inputs and outputs, or ""
     where none were recorded; `parity[backend]` are the figures measured against it at export, and `parity[backend in
-    bf16]` and `parity[backend in int8]` those of UNets that compute so. Steps from timestep `int8_from` on may be the
-    int8 UNets', where there are some.
+    bf16]`, `parity[backend in int8]` and `parity[backend in fp8]` those of UNets that compute so. Steps from timestep
+    `quantised_from["int8"]` on may be the int8 UNets', where there are some; so for fp8.
     """
 
     num_frames: Count
@@ -118,7 +118,7 @@ class Profile:
     kernels: dict[Precision, KernelSpec]
     reference: Annotated[str, Meta(pattern=r"\A([A-Za-z0-9][A-Za-z0-9._-]{0,199})?\Z")]
     parity: dict[str, dict[str, Any]]
-    int8_from: Size = 0
+    quantised_from: dict[Quantised, Size] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

@@ -7,7 +7,6 @@ import contextlib
 import ctypes
 import gc
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 _STATUS, _MAPS = Path("/proc/self/status"), Path("/proc/self/maps")
@@ -38,16 +37,25 @@ def give_back_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def give_back_files(paths: Iterable[Path]) -> None:
-    """Return to the system the memory of files that are mapped for reading, where the system can. What is touched
-    again comes back, mostly from the system's own cache of files."""
-    names = {str(path.resolve()) for path in paths}
+Mapped = tuple[int, int]  # where a file is in memory: its first address and its size in bytes
+
+
+def mapping_of(path: Path, address: int) -> Mapped | None:
+    """The mapping of a file, for reading, at that address; None where there is none, or the system does not tell."""
     with contextlib.suppress(OSError):
         for line in _MAPS.read_text(errors="surrogateescape").splitlines():
             addresses, rights, *_, name = line.split(maxsplit=5)
-            if name in names and "w" not in rights:
-                begin, end = (int(address, 16) for address in addresses.split("-"))
-                ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONT_NEED)
+            begin, end = (int(number, 16) for number in addresses.split("-"))
+            if begin <= address < end and name == str(path.resolve()) and "w" not in rights:
+                return begin, end - begin
+    return None
+
+
+def give_back_mapping(mapping: Mapped) -> None:
+    """Return a mapping's memory to the system. What is touched again comes back, mostly from the system's own cache of
+    files. Whoever calls this keeps the file mapped meanwhile: another's memory at that place would be lost."""
+    begin, size = mapping
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), _DONT_NEED)
 
 
 def machine_memory_gb() -> float | None:

@@ -29,8 +29,9 @@ class Speed:
       happens only where timestep / num_train_timesteps lies within (Kynkäänniemi et al. 2024).
     - `feature_reuse` N: only every N-th step runs the whole UNet. The steps between run its outermost layer on the deep
       features of the last whole run (DeepCache, Ma et al. 2023).
-    - `arithmetic`: what the UNet of fp32 engines computes in. `auto` takes bf16 or, of a bundle that has it, int8,
-      where that is faster on this machine and the bundle says that it comes close enough to PyTorch (arithmetic.py).
+    - `arithmetic`: what the UNet computes in; fp32 is the engines' own precision. `auto` takes bf16 or, of a bundle
+      that has it, int8 or fp8, where that is faster on this machine and the bundle says that it comes close enough to
+      PyTorch (arithmetic.py).
     """
 
     solver: Solver = "ddim"

@@ -85,6 +85,7 @@ class Emulation:
             # As written and in the order of the file: no fusion reaches across a rounding, and one weight is rounded at
             # a time, just before it is used. Folded, or in an order of the library's, all would be in memory at once.
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
             options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
             self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         finally:

@@ -13,14 +13,14 @@ from trip_engines.recording import Reference, Sample
 from trip_rt.accuracy import psnr, relative_errors
 from trip_rt.animator import Animator
 from trip_rt.backends import Engine
-from trip_rt.components import ALL
+from trip_rt.components import ALL, QUANTISED
 from trip_rt.sampling.step import Arithmetic
 
 # bf16 has three bits of mantissa fewer than fp16, so it rounds 8 times as coarsely. The clip must be as good all the
 # same.
-# int8 trades likeness for time: its clip may be another good one.
-MAX_COMPONENT_RMS = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2, "int8": 0.2}
-MIN_LOOP_PSNR = {"fp32": 60.0, "fp16": 40.0, "bf16": 40.0, "int8": 30.0}
+# int8 and fp8 trade likeness for time: their clip may be another good one.
+MAX_COMPONENT_RMS = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2, "int8": 0.2, "fp8": 0.2}
+MIN_LOOP_PSNR = {"fp32": 60.0, "fp16": 40.0, "bf16": 40.0, "int8": 30.0, "fp8": 30.0}
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def measure(
         name: component_parity(engine, used)
         for name, samples in reference.samples.items()
         if arithmetic == "own" or "unet" in (name, ALL[name].variant_of)
-        if (used := [sample for sample in samples if arithmetic != "int8" or _is_int8s(animator, sample)])
+        if (used := [sample for sample in samples if _computes_so(animator, arithmetic, sample)])
         if (engine := animator.engine(name, arithmetic))
     }
     steps = reference.num_inference_steps
@@ -123,8 +123,11 @@ def component_parity(engine: Engine, samples: Sequence[Sample]) -> ComponentPari
     return ComponentParity(*(float(np.max(side)) for side in zip(*errors, strict=True)))
 
 
-def _is_int8s(animator: Animator, sample: Sample) -> bool:
-    return int(sample.inputs["timestep"][0]) >= animator.profile.int8_from
+def _computes_so(animator: Animator, arithmetic: Arithmetic, sample: Sample) -> bool:
+    """Whether a run in that arithmetic takes such a step in it."""
+    if arithmetic not in QUANTISED:
+        return True
+    return int(sample.inputs["timestep"][0]) >= animator.profile.quantised_from.get(arithmetic, 0)
 
 
 def _in_order(row: tuple[str, ComponentParity]) -> int:

@@ -1,4 +1,4 @@
-"""int8 of a network as a graph's own QuantizeLinear and DequantizeLinear, which every engine library reads.
+"""int8 and fp8 of a network as a graph's own QuantizeLinear and DequantizeLinear, which every engine library reads.
 
 Products with weights are quantised: convolutions and linear layers, weights per output channel, activations per tensor,
 all symmetric, ranges from the recorded PyTorch run (Jacob et al. 2018). What stays as it is: the first and the last
@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +20,39 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnxscript.version_converter import convert_version
 
+from trip_engines.emulation import Emulation
+from trip_engines.float8 import to_fp8
 from trip_engines.onnx_engine import EXTERNAL_FROM
 from trip_engines.parity import MAX_COMPONENT_RMS
+from trip_engines.precision import HALF
 from trip_engines.recording import Sample
 from trip_rt.accuracy import relative_errors
 from trip_rt.backends.onnxruntime import library
+from trip_rt.components import Quantised
 from trip_rt.errors import EngineError
 
 _PRODUCTS = ("Conv", "MatMul", "Gemm")
 # Shortcuts read a skip connection beside what it joins. OpenVINO gives both one range then: 40 % error of the tiny
 # network's output, where ONNX Runtime has 3 %. They are few and small.
 _KEPT = re.compile(r"\b(conv_in|conv_out|conv_shortcut|time_embedding|time_emb_proj|time_proj)\b")
+_OPSET = 19
 _CLOSE = 0.8  # of the parity bound, since figures of a few samples must hold for others too
 
 
 def quantise(
-    graph: Path, destination: Path, samples: Sequence[Sample], note: Callable[[str], None] = lambda text: None
+    graph: Path,
+    destination: Path,
+    quantised: Quantised,
+    samples: Sequence[Sample],
+    note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Write the UNet `graph` (fp32 ONNX) in int8 to `destination`, its weights beside that, calibrated on `samples`.
+    """Write the UNet `graph` (ONNX in fp32 or fp16) quantised to `destination`, its weights beside that, calibrated on
+    `samples`.
 
     Returns what the manifest keeps of it: the layers that were kept, the RMS error by timestep, and `from_timestep`,
-    above and at which the error is well within int8's bound: earlier steps are int8's, later ones the fp32 network's,
+    above and at which the error is well within the bound: earlier steps are this network's, later ones the whole one's,
     as errors are largest where little noise is left. EngineError where no step is close enough.
     """
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
@@ -71,8 +83,17 @@ def quantise(
                     "QuantizeBias": False,  # TensorRT takes none of int32
                 },
             )
+        model = ir.load(raw)
+        whole = ir.load(graph)
+        emulated = quantised == "fp8" or any(
+            value.dtype in HALF.values() for value in whole.graph.initializers.values()
+        )
+        if emulated:  # ONNX has scales in half precision, and fp8, since then
+            convert_version(model, _OPSET)
+        if quantised == "fp8":
+            to_fp8(model, whole)
         ir.save(
-            ir.load(raw),
+            model,
             destination,
             external_data=destination.with_suffix(".weights").name,
             size_threshold_bytes=EXTERNAL_FROM,
@@ -80,16 +101,17 @@ def quantise(
     finally:
         for path in raw.parent.glob(f"{raw.name}*"):  # with its weights
             path.unlink()
-    errors = _errors(destination, samples)
-    note("error in int8 by timestep: " + ", ".join(f"{timestep} {error:.1e}" for timestep, error in errors))
-    close = _from_timestep(errors, _CLOSE * MAX_COMPONENT_RMS["int8"])
+    errors = _errors(destination, samples, emulated)
+    note(f"error in {quantised} by timestep: " + ", ".join(f"{timestep} {error:.1e}" for timestep, error in errors))
+    bound = _CLOSE * MAX_COMPONENT_RMS[quantised]
+    close = _from_timestep(errors, bound)
     if close is None:
         raise EngineError(
-            f"{graph.name}: found an error of {errors[-1][1]:.1e} in int8 where it is least, expected at most"
-            f" {_CLOSE * MAX_COMPONENT_RMS['int8']:.1e}; export without --int8"
+            f"{graph.name}: found an error of {errors[-1][1]:.1e} in {quantised} where it is least, expected at most"
+            f" {bound:.1e}; export without --{quantised}"
         )
     rms = {str(timestep): float(f"{error:.3g}") for timestep, error in errors}
-    return {"kept_fp32": kept, "rms_error_by_timestep": rms, "from_timestep": close}
+    return {"not_quantised": kept, "rms_error_by_timestep": rms, "from_timestep": close}
 
 
 def _from_timestep(errors: Sequence[tuple[int, float]], bound: float) -> int | None:
@@ -102,15 +124,19 @@ def _from_timestep(errors: Sequence[tuple[int, float]], bound: float) -> int | N
     return 0
 
 
-def _errors(graph: Path, samples: Sequence[Sample]) -> list[tuple[int, float]]:
+def _errors(graph: Path, samples: Sequence[Sample], emulated: bool) -> list[tuple[int, float]]:
     """Timestep and RMS error of the graph on each sample, by rising timestep."""
-    onnxruntime = library()
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    if emulated:
+        run = Emulation(graph).run
+    else:
+        onnxruntime = library()
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        run = partial(session.run, None)
     errors = []
     for sample in samples:
-        output, *_ = session.run(None, dict(sample.inputs))
+        output, *_ = run(dict(sample.inputs))
         errors.append((int(sample.inputs["timestep"][0]), relative_errors(output, sample.output)[1]))
     return sorted(errors)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from trip_rt import backends
 from trip_rt.command_line import CommandParser, add_json_flag, main_of, report, size_of
+from trip_rt.components import QUANTISED
 from trip_rt.errors import InputError
 from trip_rt.launch import note
 from trip_rt.process_memory import peak_memory_mb
@@ -56,8 +57,13 @@ def build_export_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--int8",
         action="store_true",
-        help="UNets in int8 beside those in fp32, for OpenVINO and ONNX Runtime: trip-animate's faster speeds take them"
-        " where they are faster and close enough to PyTorch",
+        help="UNets in int8 beside those in fp32 or, in plans, fp16: trip-animate's faster speeds take them where they"
+        " are faster and close enough to PyTorch",
+    )
+    parser.add_argument(
+        "--fp8",
+        action="store_true",
+        help="the same in fp8 (E4M3), in plans for GPUs of compute capability 8.9 and later",
     )
     parser.add_argument(
         "--backend",
@@ -148,8 +154,9 @@ def run_export(args: argparse.Namespace) -> int:
         from trip_export.export import export_bundle
 
     result = export_bundle(args.checkpoint, args.output, _options(args), note)
-    # bf16 arithmetic was not asked for, int8 was.
-    asked_for = [*result.parity.values(), *(parity for parity in result.less.values() if parity.precision == "int8")]
+    # bf16 arithmetic was not asked for, int8 and fp8 were.
+    quantised = [parity for parity in result.less.values() if parity.precision in QUANTISED]
+    asked_for = [*result.parity.values(), *quantised]
     passed = all(parity.passed for parity in asked_for)
     verdict = "do not ship" if not passed else "ready" if result.parity else "written; parity: not measured"
     peak = max((stage.peak_memory_gb for stage in result.stages.values()), default=peak_memory_mb() / 1e3)
@@ -195,7 +202,7 @@ def _options(args: argparse.Namespace) -> ExportOptions:
         size=args.size,
         gpus=_kernel_gpus(gpus, with_plans="tensorrt-rtx" in (args.backend or [])),
         speedups=not args.no_speedups,
-        int8=args.int8,
+        quantised=tuple(name for name in QUANTISED if getattr(args, name)),
         control=args.control,
         add=args.add,
         parity_steps=args.parity_steps,

@@ -8,7 +8,7 @@ import dataclasses
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from trip_reference import checkpoint
 from trip_rt.arithmetic import LEAST_GFLOP, parity_name
 from trip_rt.backends import EngineOptions, engine_class
 from trip_rt.bundle import MANIFEST, TOKENIZER, Bundle
-from trip_rt.components import ALL, int8_name
+from trip_rt.components import ALL, QUANTISED, Quantised, quantised_name
 from trip_rt.errors import InputError
 from trip_rt.manifest import EngineSpec, KernelSpec, Manifest, Profile, serialise
 from trip_rt.process_memory import forget_peak, give_back_memory, machine_memory_gb, peak_memory_mb
@@ -151,20 +151,18 @@ class _Export:
             kernels=kernels,
             reference=reference,
             parity={},
-            int8_from=max(
-                (spec.policy["from_timestep"] for name in engines if ALL[name].int8 for spec in engines[name].values()),
-                default=0,
-            ),
+            quantised_from=_quantised_from(engines),
         )
         before = next((other for other in kept if other.name == profile.name), None)
         if before is None:
             return profile
+        engines = {
+            name: {**before.engines.get(name, {}), **engines.get(name, {})} for name in {**before.engines, **engines}
+        }
         return dataclasses.replace(
             profile,
-            engines={
-                name: {**before.engines.get(name, {}), **engines.get(name, {})}
-                for name in {**before.engines, **engines}
-            },
+            engines=engines,
+            quantised_from=_quantised_from(engines),
             kernels={**before.kernels, **kernels},
             parity=before.parity if before.reference == reference else {},
         )
@@ -227,7 +225,7 @@ class _Export:
             )
         key = self.plan.key(**ingredients, opset=OPSET)
         if backend in LIBRARIES:
-            built_for = self.plan.tensorrt[backend]
+            built_for = self.plan.tensorrt[backend, ALL[name].quantised]
             build = partial(self._build_plan, backend)
             return self._reused_or_built(name, backend, self.plan.key(onnx=key, tensorrt=built_for), build)
         return self._reused_or_built(name, "onnx", key, self._build_onnx)  # ONNX Runtime and OpenVINO run the same file
@@ -249,22 +247,26 @@ class _Export:
         self.note(f"{engine}: built in {self.result.stages[engine]}; {size:.1f} MB, {spec.gflop:.4g} GFLOP a call")
         return spec
 
-    def _build_int8(self, name: str, key: str) -> EngineSpec:
-        whole = next(other for other in self.plan.components if int8_name(other) == name)
+    def _build_quantised(self, name: str, key: str, quantised: Quantised) -> EngineSpec:
+        whole = next(other for other in self.plan.components if quantised_name(other, quantised) == name)
         model = self._engine(whole, "onnxruntime")
         samples = self.reference.samples["unet"]
         if not ALL[name].guided:
             tensors = (*model.inputs, *model.outputs)
             samples = conditional(samples, {tensor.name: tensor.shape[0] for tensor in tensors})
         graph = self.store.draft / f"{name}.onnx"
-        policy = quantise(self.store.bundle / model.file, graph, samples, lambda text: self.note(f"{name}: {text}"))
-        guided = None if ALL[name].guided else self.store.bundle / self._engine(int8_name("unet"), "onnxruntime").file
-        files = finish_onnx_engine(graph, self.store.bundle / f"{name}-{key[:16]}.onnx", guided)
-        return dataclasses.replace(self._spec(name, files, key, policy, model.gflop, {}), precision="int8")
+        policy = quantise(
+            self.store.bundle / model.file, graph, quantised, samples, lambda text: self.note(f"{name}: {text}")
+        )
+        guided = None if ALL[name].guided else self._engine(quantised_name("unet", quantised), "onnxruntime").file
+        files = finish_onnx_engine(
+            graph, self.store.bundle / f"{name}-{key[:16]}.onnx", guided and self.store.bundle / guided
+        )
+        return self._spec(name, files, key, policy, model.gflop, {})
 
     def _build_onnx(self, name: str, key: str) -> EngineSpec:
-        if ALL[name].int8:
-            return self._build_int8(name, key)
+        if quantised := ALL[name].quantised:
+            return self._build_quantised(name, key, quantised)
         graph, gflop = self._graph(name)
         family = ALL[name].variant_of
         model = self._engine(family, "onnxruntime") if family else None
@@ -282,7 +284,7 @@ class _Export:
             self.store.bundle / f"{name}-{key[:16]}.plan",
             backend,
             self.options.precision,
-            self.options.tensorrt,
+            self.plan.build_options(backend, ALL[name].quantised),
             lambda text: self.note(f"{name}: {text}"),
         )
         self.result.plans[f"{name} ({backend})"] = built
@@ -301,7 +303,8 @@ class _Export:
         self, name: str, files: tuple[str, ...], key: str, policy: dict[str, Any], gflop: float, target: dict[str, str]
     ) -> EngineSpec:
         inputs, outputs = self.plan.signatures[name]
-        return EngineSpec(files, key, self.options.precision, policy, gflop, target, inputs, outputs)
+        precision = ALL[name].quantised or self.options.precision
+        return EngineSpec(files, key, precision, policy, gflop, target, inputs, outputs)
 
     def _graph(self, name: str) -> tuple[Path, float]:
         """The component's fp32 graph in the draft folder, its weights beside it, and its GFLOP a call."""
@@ -352,8 +355,7 @@ class _Export:
         unet, less = profile.engines["unet"][backend], list[Arithmetic]()
         if backend == "openvino" and unet.precision == "fp32" and unet.gflop >= LEAST_GFLOP:
             less.append("bf16")
-        if backend in profile.engines.get(int8_name("unet"), {}):
-            less.append("int8")
+        less += [name for name in QUANTISED if backend in profile.engines.get(quantised_name("unet", name), {})]
         return less
 
     def _parity(self, bundle: Bundle, profile: Profile, backend: str, arithmetic: Arithmetic = "own") -> Parity:
@@ -377,18 +379,20 @@ class _Export:
                 engine_class(backend).probe(profile.engines["unet"][backend], EngineOptions())
             except InputError as error:
                 self.note(f"parity of {backend}: measured on the graphs of its plans, which do not run here ({error})")
-                parity = self._parity_of_graphs(bundle, profile)
+                parity = self._parity_of_graphs(bundle, profile, arithmetic)
                 return dataclasses.replace(parity, measured_on=f"the graphs of the plans: {parity.measured_on}")
         return self._measured(bundle, profile, backend, arithmetic)
 
-    def _parity_of_graphs(self, bundle: Bundle, profile: Profile) -> Parity:
+    def _parity_of_graphs(self, bundle: Bundle, profile: Profile, arithmetic: Arithmetic) -> Parity:
         """The parity of the graphs that plans are built from; a plan's target names its graph's hash."""
-        if "onnxruntime" in self.result.parity:
-            return self.result.parity["onnxruntime"]
+        known = self.result.parity if arithmetic == "own" else self.result.less
+        name = "onnxruntime" if arithmetic == "own" else parity_name("onnxruntime", arithmetic)
+        if name in known:
+            return known[name]
         graphs = {name: {"onnxruntime": self._engine(name, "onnxruntime")} for name in profile.engines}
         profile = dataclasses.replace(profile, engines=graphs)
         bundle = Bundle(bundle.folder, self._manifest([profile]), bundle.tokenizer_json)
-        return self._measured(bundle, profile, "onnxruntime")
+        return self._measured(bundle, profile, "onnxruntime", arithmetic)
 
     def _measured(self, bundle: Bundle, profile: Profile, backend: str, arithmetic: Arithmetic = "own") -> Parity:
         own = arithmetic == "own"
@@ -419,3 +423,13 @@ class _Export:
         forget_peak()
         builder = max((plan.peak_memory_gb for plan in self.result.plans.get(name, [])), default=0.0)
         self.result.stages[name] = Stage(round(seconds, 1), round(own + builder, 2))
+
+
+def _quantised_from(engines: Mapping[str, Mapping[str, EngineSpec]]) -> dict[Quantised, int]:
+    """The timestep from which on all quantised UNets of a kind are close enough."""
+    least: dict[Quantised, int] = {}
+    for name, specs in engines.items():
+        if quantised := ALL[name].quantised:
+            found = [spec.policy["from_timestep"] for spec in specs.values()]
+            least[quantised] = max(least.get(quantised, 0), *found)
+    return least

@@ -12,20 +12,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
-from trip_engines.tensorrt_build import LIBRARIES, BuildOptions, cache_key
+from trip_engines.tensorrt_build import LIBRARIES, BuildOptions, cache_key, target
 from trip_export.components import context_width, default_decode_frames, features_shape, signatures
 from trip_export.memory import estimate_gb
 from trip_reference import checkpoint
 from trip_reference.control import CONFIG, WEIGHTS
 from trip_rt import backends
+from trip_rt.backends.tensorrt import version_numbers
 from trip_rt.bundle import file_sha256
-from trip_rt.components import ALL, REQUIRED, VARIANTS, int8_name
+from trip_rt.components import ALL, QUANTISED, REQUIRED, VARIANTS, Quantised, quantised_name
 from trip_rt.config import TripConfig, to_json
 from trip_rt.errors import InputError
 from trip_rt.manifest import Precision
 
-PRECISIONS = tuple(name for name in get_args(Precision) if name != "int8")
-INT8_BACKENDS = ("openvino", "onnxruntime")
+PRECISIONS = tuple(name for name in get_args(Precision) if name not in QUANTISED)
+# What quantised UNets are made for: of ONNX Runtime's and OpenVINO's, those in fp32, as CPUs compute in that.
+_QUANTISED_FOR: dict[Quantised, tuple[str, ...]] = {
+    "int8": ("openvino", "onnxruntime", *LIBRARIES),
+    "fp8": tuple(LIBRARIES),
+}
+_FIRST_WITH_FP8 = (8, 9)  # the first compute capability
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir", "onnxruntime")
 
 
@@ -35,11 +41,11 @@ class ExportOptions:
     width), by default the checkpoint's.
 
     `gpus` are the compute capabilities that the fused step is compiled for, whether there is a GPU here or not.
-    `speedups`: also the engines that only approximate or unguided steps need (trip_rt/settings.py). `int8`: also UNets
-    in int8, for those of INT8_BACKENDS. `add` keeps what
-    the bundle already holds of the same checkpoint. `parity_steps` is how many denoising steps parity compares (the
-    model's own number by default; 0: none). `device` is what inductor compiles for. `control` is the folder of one
-    trained beside the checkpoint's UNet, which then takes its features.
+    `speedups`: also the engines that only approximate or unguided steps need (trip_rt/settings.py). `quantised`: also
+    UNets in int8, fp8 or both, for the backends that have such. `add` keeps what the bundle already holds of the same
+    checkpoint. `parity_steps` is how many denoising steps parity compares (the model's own number by default; 0: none).
+    `device` is what inductor compiles for. `control` is the folder of one trained beside the checkpoint's UNet, which
+    then takes its features.
     """
 
     backends: tuple[str, ...] = ("onnxruntime",)
@@ -49,7 +55,7 @@ class ExportOptions:
     size: tuple[int, int] | None = None
     gpus: tuple[str, ...] = ()
     speedups: bool = True
-    int8: bool = False
+    quantised: tuple[Quantised, ...] = ()
     add: bool = False
     parity_steps: int | None = None
     device: str = "cpu"
@@ -82,13 +88,13 @@ class Plan:
             raise InputError(
                 f"parity steps: found 0, expected at least 1, since {options.precision} is chosen by measured error"
             )
-        if options.int8 and (
-            options.precision != "fp32" or not self.steps or not {*options.backends} & {*INT8_BACKENDS}
-        ):
-            raise InputError(
-                f"int8: found {options.precision}, {self.steps} parity steps and the backends"
-                f" {', '.join(options.backends)}, expected fp32, at least 1 and {' or '.join(INT8_BACKENDS)}"
-            )
+        for quantised in options.quantised:
+            able = self._able(quantised)
+            if options.precision == "bf16" or not self.steps or not {*options.backends} & {*able}:
+                raise InputError(
+                    f"{quantised}: found {options.precision}, {self.steps} parity steps and the backends"
+                    f" {', '.join(options.backends)}, expected fp32 or fp16, at least 1 and {' or '.join(able)}"
+                )
         if missing := [
             name
             for name in ("onnxruntime", "openvino")
@@ -100,9 +106,10 @@ class Plan:
         if options.gpus:
             self._check_gpus()
         self.tensorrt = {
-            backend: cache_key(backend, options.precision, options.tensorrt)
+            (backend, quantised): cache_key(backend, options.precision, self.build_options(backend, quantised))
             for backend in options.backends
             if backend in LIBRARIES
+            for quantised in (None, *options.quantised)
         }
         if "inductor" in options.backends:
             from trip_export.inductor_export import target_for
@@ -119,8 +126,9 @@ class Plan:
             *(("control_encoder",) if self.control else ()),
             *(VARIANTS if options.speedups else ()),
         )
-        if options.int8:
-            self.components += tuple(name for name in map(int8_name, self.components) if name in ALL)
+        for quantised in options.quantised:
+            names = [quantised_name(name, quantised) for name in self.components]
+            self.components += tuple(name for name in names if name in ALL)
         self.vocabulary = outline.vocabulary
         self.tokenizer_json = checkpoint.load_tokenizer_json(source)
         self.versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
@@ -128,9 +136,31 @@ class Plan:
         if options.control:
             self.hashes |= {f"control/{name}": file_sha256(options.control / name) for name in (CONFIG, WEIGHTS)}
 
+    def _able(self, quantised: Quantised) -> list[str]:
+        """The backends that have such UNets beside those of the precision asked for."""
+        fp32 = self.options.precision == "fp32"
+        return [name for name in _QUANTISED_FOR[quantised] if fp32 or name in LIBRARIES]
+
     def backends_of(self, name: str) -> list[str]:
         """Those that a component gets an engine for."""
-        return [backend for backend in self.options.backends if not ALL[name].int8 or backend in INT8_BACKENDS]
+        if (quantised := ALL[name].quantised) is None:
+            return list(self.options.backends)
+        return [backend for backend in self.options.backends if backend in self._able(quantised)]
+
+    def build_options(self, backend: str, quantised: Quantised | None) -> BuildOptions:
+        """How plans are built: those in fp8 for the GPUs that have it alone."""
+        options = self.options.tensorrt
+        if quantised != "fp8":
+            return options
+        gpus = target(backend, self.options.precision, options)["compute_capabilities"].split()
+        able = tuple(gpu for gpu in gpus if version_numbers(gpu) >= _FIRST_WITH_FP8)
+        if not able:
+            first = ".".join(map(str, _FIRST_WITH_FP8))
+            raise InputError(
+                f"fp8: found GPUs of compute capability {', '.join(gpus)}, expected one of {first} or later; export"
+                " without --fp8"
+            )
+        return dataclasses.replace(options, capabilities=able)
 
     def _check_gpus(self) -> None:
         if not importlib.util.find_spec("triton"):
@@ -188,7 +218,7 @@ class Plan:
             "config": shapeless,
             "tensors": [to_json(tensor) for tensor in (*inputs, *outputs)],
             "precision": self.options.precision,
-            "chosen_on": self.reference_key if self.options.precision != "fp32" or ALL[name].int8 else "",
+            "chosen_on": self.reference_key if self.options.precision != "fp32" or ALL[name].quantised else "",
         }
 
 

@@ -32,8 +32,9 @@ def chooser(bf16=0.5, int8=None, precision="fp32", parity=ALL_CLOSE, lowers=True
     spec = SimpleNamespace(precision=precision, gflop=gflop)
     engines = {"unet": {"openvino": spec}} | ({"unet_int8": {"openvino": spec}} if int8 else {})
     drop = lambda kind: told.append(f"drop {kind}")  # noqa: E731
-    profile = SimpleNamespace(engines=engines, parity=parity, int8_from=int8_from)
-    return Chooser("openvino", profile, lambda: lowers, seconds, drop), told
+    profile = SimpleNamespace(engines=engines, parity=parity, quantised_from={"int8": int8_from})
+    library = SimpleNamespace(backend="openvino", lowers=lambda: lowers, probe=lambda spec, options: "cpu")
+    return Chooser(library, EngineOptions(), profile, seconds, drop), told
 
 
 def test_auto_takes_what_is_faster():
@@ -109,7 +110,9 @@ def test_bf16_by_name():
     for given, says in ({"precision": "fp16"}, "engines of fp16"), ({"lowers": False}, "openvino without bf16"):
         with pytest.raises(InputError, match=rf"arithmetic: found {says}.*, expected fp32 engines of OpenVINO"):
             chooser(**given)[0]("bf16")
-    with pytest.raises(InputError, match=r"found a bundle without int8 engines, expected one .* exported with --int8"):
+    with pytest.raises(
+        InputError, match=r"found a bundle without int8 engines for openvino, expected one .* exported with --int8"
+    ):
         chooser()[0]("int8")
 
 

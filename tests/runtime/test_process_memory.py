@@ -6,9 +6,10 @@ import mmap
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from trip_rt.process_memory import give_back_files
+from trip_rt.process_memory import give_back_mapping, mapping_of
 
 BYTES = 64_000_000
 
@@ -19,14 +20,18 @@ def _of_files():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_mapped_files_are_given_back(tmp_path):
+def test_a_mapped_file_is_given_back(tmp_path):
     path, other = tmp_path / "the weights", tmp_path / "others"
     path.write_bytes(bytes(range(250)) * (BYTES // 250))
     other.write_bytes(b"1" * BYTES)
     with path.open("rb") as file, other.open("rb") as beside:
         mapped, kept = (mmap.mmap(each.fileno(), 0, access=mmap.ACCESS_READ) for each in (file, beside))
     touched = sum(mapped[::4096]) + sum(kept[::4096])
+    addresses = [np.frombuffer(each, np.uint8).ctypes.data for each in (mapped, kept)]
+    assert mapping_of(path, addresses[1]) is None and mapping_of(path, id(path)) is None
+    mapping = mapping_of(path, addresses[0] + 70_000)
+    assert mapping == (addresses[0], -(-BYTES // 4096) * 4096)
     before = _of_files()
-    give_back_files([path, tmp_path / "missing"])
+    give_back_mapping(mapping)
     assert 0.9 * BYTES < before - _of_files() < 1.1 * BYTES
     assert sum(mapped[::4096]) + sum(kept[::4096]) == touched

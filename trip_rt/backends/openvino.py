@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from trip_rt.devices import Buffer, Device, Kind, Work, open_device
 from trip_rt.errors import InputError, one_line
 from trip_rt.manifest import EngineSpec
 from trip_rt.onnx_file import check_onnx_file
-from trip_rt.process_memory import give_back_files
+from trip_rt.process_memory import Mapped, give_back_mapping, mapping_of
 from trip_rt.signals import import_library
 
 _GIVEN_BACK_EVERY = 0.05  # seconds
@@ -47,14 +47,21 @@ class OpenVINOEngine(Engine):
         try:
             # OpenVINO's CPU plugin gives the thread that starts it a signal stack and frees that in whichever thread
             # ends it; were it the main thread's, Ctrl-C could crash afterwards. So a thread starts it that nothing is
-            # ever signalled to. Meanwhile this one gives back what it has read: weights are laid out anew in memory.
-            weights = [path.with_name(name) for name in spec.files[1:]]
+            # ever signalled to.
             with ThreadPoolExecutor(1) as thread:
-                compiling = thread.submit(_compile, path, spec.precision, options.threads)
+                core = thread.submit(library().Core).result()
+                settings = _settings(core, spec.precision, options.threads)
+                model = thread.submit(core.read_model, path).result()
+                compiling = thread.submit(core.compile_model, model, "CPU", settings)
+                # It lays weights out anew: the memory of what it has read so far is given back meanwhile.
+                weights = _mapped(model, [path.with_name(name) for name in spec.files[1:]])
                 while wait([compiling], _GIVEN_BACK_EVERY).not_done:
-                    give_back_files(weights)
-            compiled, arithmetic = compiling.result()
-            give_back_files(weights)
+                    for mapping in weights:
+                        give_back_mapping(mapping)
+            compiled, arithmetic = compiling.result(), settings["INFERENCE_PRECISION_HINT"]
+            for mapping in weights:
+                give_back_mapping(mapping)
+            del model  # which kept the mappings alive
             engine = cls(spec, library(), compiled, arithmetic, device or open_device("cpu"))
             engine.check_opened(_tensors(compiled.inputs), _tensors(compiled.outputs))
             return engine
@@ -110,16 +117,25 @@ def _tensors(ports: Any) -> dict[str, Tensor]:
     }
 
 
-def _compile(path: Path, precision: str, threads: int | None) -> tuple[Any, str]:
-    """The compiled model, and what it computes in: half precision where the CPU has instructions for it, else fp32 on
+def _mapped(model: Any, files: Sequence[Path]) -> list[Mapped]:
+    """Where the model has its files of weights in memory, as long as it lives."""
+    constants = [op for op in model.get_ops() if op.get_type_name() == "Constant"]
+    largest = max(constants, key=lambda constant: constant.get_byte_size(), default=None)
+    if largest is None:
+        return []
+    address = largest.data.__array_interface__["data"][0]
+    return [mapping for file in files if (mapping := mapping_of(file, address))]
+
+
+def _settings(core: Any, precision: str, threads: int | None) -> dict[str, Any]:
+    """Of a compiled model. It computes in half precision where the CPU has instructions for it, else in fp32 on
     half-precision weights."""
-    core = library().Core()
     wanted = {"fp16": "f16", "bf16": "bf16"}.get(precision, "f32")  # int8 is the graph's own to say
     arithmetic = wanted if precision.upper() in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": arithmetic, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
-    return core.compile_model(core.read_model(path), "CPU", settings), arithmetic
+    return settings
 
 
 def library() -> Any:

@@ -30,7 +30,7 @@ BACKENDS = ("onnxruntime", "openvino")
 def export(tiny_checkpoint, tiny_bundle, tmp_path_factory):
     """The tiny bundle with int8 for two backends, and what its export said."""
     folder = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("int8") / "bundle")
-    result = export_bundle(tiny_checkpoint, folder, ExportOptions(backends=BACKENDS, int8=True))
+    result = export_bundle(tiny_checkpoint, folder, ExportOptions(backends=BACKENDS, quantised=("int8",)))
     return folder, result
 
 
@@ -58,7 +58,7 @@ def test_int8_stands_beside_fp32_and_is_measured(export, manifest):
         assert set(profile.engines[name]) == set(BACKENDS)
         spec, whole = profile.engines[name]["openvino"], profile.engines[name.removesuffix("_int8")]["openvino"]
         assert (spec.precision, spec.inputs, spec.outputs) == ("int8", whole.inputs, whole.outputs)
-        assert spec.policy["from_timestep"] <= profile.int8_from < 1000
+        assert spec.policy["from_timestep"] <= profile.quantised_from["int8"] < 1000
         size = sum((folder / file).stat().st_size for file in spec.files if file.endswith(".weights"))
         assert size < 0.5 * (folder / whole.files[1]).stat().st_size
 
@@ -79,7 +79,7 @@ def test_graphs_hold_symmetric_int8_with_a_scale_for_each_channel(export, manife
                 channels = values[weight.input[0]].shape[0 if node.op_type == "Conv" else -1]
                 assert values[weight.input[0]].dtype == np.int8 and values[weight.input[1]].shape == (channels,)
                 quantised += 1
-    kept = set(spec.policy["kept_fp32"])
+    kept = set(spec.policy["not_quantised"])
     assert quantised > 50 and any("conv_in" in name for name in kept) and any("conv_out" in name for name in kept)
     by_name = {node.name: node for node in model.graph.node}
     assert all(node not in makers for name in kept for node in by_name[name].input[1:])
@@ -88,7 +88,7 @@ def test_graphs_hold_symmetric_int8_with_a_scale_for_each_channel(export, manife
 def test_a_rerun_reuses_and_a_check_measures_again(export, tiny_checkpoint):
     folder, result = export
     before = sorted(os.listdir(folder))
-    again = export_bundle(tiny_checkpoint, folder, ExportOptions(backends=BACKENDS, int8=True))
+    again = export_bundle(tiny_checkpoint, folder, ExportOptions(backends=BACKENDS, quantised=("int8",)))
     assert again.built == [] and again.less == result.less and sorted(os.listdir(folder)) == before
     parity, refused = check_bundle(folder)
     names = {f"48x32-5f-b1 {backend}{less}" for backend in BACKENDS for less in ("", " in int8")}
@@ -116,13 +116,13 @@ def test_clips_in_int8(export, manifest, picture, backend, monkeypatch):
 @pytest.mark.parametrize(
     "options",
     [
-        ExportOptions(int8=True, precision="fp16"),
-        ExportOptions(int8=True, parity_steps=0),
-        ExportOptions(int8=True, backends=("inductor",)),
+        ExportOptions(quantised=("int8",), precision="fp16"),
+        ExportOptions(quantised=("int8",), parity_steps=0),
+        ExportOptions(quantised=("int8",), backends=("inductor",)),
     ],
 )
 def test_int8_needs_fp32_and_a_recording(tiny_checkpoint, tmp_path, options):
-    with pytest.raises(InputError, match=r"int8: found .*, expected fp32, at least 1 and openvino or onnxruntime"):
+    with pytest.raises(InputError, match=r"int8: found .*, expected fp32 or fp16, at least 1 and "):
         export_bundle(tiny_checkpoint, tmp_path / "bundle", options)
     assert not (tmp_path / "bundle").exists()
 
@@ -133,7 +133,7 @@ def test_a_network_that_int8_ruins_is_no_bundle(export, tiny_checkpoint, tmp_pat
     for graph in folder.glob("unet_int8-*.onnx"):
         graph.write_bytes(b"")  # so that it is built again
     with pytest.raises(EngineError, match=r"found an error of .* in int8 where it is least.*; export without --int8"):
-        export_bundle(tiny_checkpoint, folder, ExportOptions(backends=BACKENDS, int8=True))
+        export_bundle(tiny_checkpoint, folder, ExportOptions(backends=BACKENDS, quantised=("int8",)))
     assert not [name for name in os.listdir(folder) if name.startswith("raw-")]
 
 
