@@ -378,7 +378,7 @@ class _Export:
             try:
                 engine_class(backend).probe(profile.engines["unet"][backend], EngineOptions())
             except InputError as error:
-                self.note(f"parity of {backend}: measured on the graphs of its plans, which do not run here ({error})")
+                self.note(f"parity of {name}: measured on the graphs of its plans, which do not run here ({error})")
                 parity = self._parity_of_graphs(bundle, profile, arithmetic)
                 return dataclasses.replace(parity, measured_on=f"the graphs of the plans: {parity.measured_on}")
         return self._measured(bundle, profile, backend, arithmetic)

@@ -1,4 +1,4 @@
-"""UNets in int8 beside those in fp32: their graphs, what is measured of them, and clips that they make."""
+"""UNets in int8 and fp8 beside the whole ones: their graphs, what is measured of them, and clips that they make."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 from trip_engines import quantisation
 from trip_engines.check import check_bundle
 from trip_engines.parity import MAX_COMPONENT_RMS
-from trip_engines.quantisation import _from_timestep
+from trip_engines.quantisation import _from_timestep, quantise
+from trip_engines.recording import Reference
 from trip_engines.tensorrt_build import BuildOptions, build_engine
 from trip_export.export import export_bundle
 from trip_export.plan import ExportOptions
@@ -152,3 +153,62 @@ def test_nvidias_builder_takes_it(export, manifest, tmp_path):
         options = BuildOptions(capabilities=("8.9",))
         (plan,), _ = build_engine(export[0] / spec.file, tmp_path / f"{name}.plan", "tensorrt-rtx", "fp32", options)
         assert plan.layers > 100
+
+
+def test_fp8_graphs(export, manifest, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    profile, graph = manifest.profiles[0], tmp_path / "fp8.onnx"
+    whole = export[0] / profile.engines["unet"]["onnxruntime"].file
+    samples = Reference.load(export[0] / profile.reference).samples["unet"]
+    policy = quantise(whole, graph, "fp8", samples)
+    assert all(0.01 < error < 0.16 for error in policy["rms_error_by_timestep"].values()), policy
+    model = onnx.load(graph)
+    values = {tensor.name: tensor for tensor in model.graph.initializer}
+    stored = [tensor for tensor in values.values() if tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN]
+    weights = [onnx.numpy_helper.to_array(tensor).astype(np.float32) for tensor in stored if tensor.dims]
+    assert len(weights) > 50 and all(np.abs(weight).max() == 448 for weight in weights)
+    assert onnx.TensorProto.INT8 not in {tensor.data_type for tensor in values.values()}
+    (plan,), _ = build_engine(
+        graph, tmp_path / "fp8.plan", "tensorrt-rtx", "fp32", BuildOptions(capabilities=("8.9", "12.0"))
+    )
+    assert plan.layers > 100
+
+
+@pytest.mark.slow
+def test_plans_in_int8_and_fp8_beside_fp16(tiny_checkpoint, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    options = ExportOptions(
+        backends=("tensorrt-rtx",),
+        precision="fp16",
+        quantised=("int8", "fp8"),
+        speedups=False,
+        parity_steps=4,
+        tensorrt=BuildOptions(capabilities=("8.6", "12.0")),
+    )
+    result = export_bundle(tiny_checkpoint, tmp_path / "bundle", options)
+    assert set(result.less) == {"tensorrt-rtx in int8", "tensorrt-rtx in fp8"}
+    for name, found in result.less.items():
+        number = name.rpartition(" ")[2]
+        assert found.passed and found.precision == number and f"an emulation of fp16 and {number}" in found.measured_on
+    profile = open_bundle(tmp_path / "bundle").manifest.profiles[0]
+    gpus = {name: profile.engines[name]["tensorrt-rtx"].target["compute_capabilities"] for name in profile.engines}
+    assert (gpus["unet"], gpus["unet_int8"], gpus["unet_fp8"]) == ("8.6 12.0", "8.6 12.0", "12.0")
+    assert set(profile.quantised_from) == {"int8", "fp8"}
+    again = export_bundle(tiny_checkpoint, tmp_path / "bundle", options)
+    assert again.built == [] and again.less == result.less
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (ExportOptions(quantised=("fp8",)), "expected fp32 or fp16, at least 1 and tensorrt or tensorrt-rtx"),
+        (
+            ExportOptions(("tensorrt-rtx",), quantised=("fp8",), tensorrt=BuildOptions(capabilities=("8.6",))),
+            "fp8: found GPUs of compute capability 8.6, expected one of 8.9 or later",
+        ),
+    ],
+)
+def test_fp8_is_for_gpus_that_have_it(tiny_checkpoint, tmp_path, options, says):
+    pytest.importorskip("tensorrt_rtx")
+    with pytest.raises(InputError, match=says):
+        export_bundle(tiny_checkpoint, tmp_path / "bundle", options)
