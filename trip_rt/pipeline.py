@@ -225,6 +225,7 @@ class Pipeline:
     def drop(self, arithmetic: Arithmetic) -> None:
         """Forget the UNets that compute so; whoever has the turn may close their engines then."""
         self._unet.drop(arithmetic)
+        self._works = {kind: work for kind, work in self._works.items() if kind.arithmetic != arithmetic}
 
     def denoise_windows(
         self, contexts: Sequence[Array], noise: Array, steps: Sequence[Step], on_step: OnStep | None = None

@@ -17,7 +17,7 @@ from trip_export.export import export_bundle
 from trip_export.kernels import shape_of
 from trip_export.plan import ExportOptions
 from trip_kernels.packing import packed_tensors, weight_layout
-from trip_rt import Animator, InputError
+from trip_rt import Animator, InputError, arithmetic
 from trip_rt.accuracy import psnr
 from trip_rt.backends import EngineOptions
 from trip_rt.backends.onnxruntime import OnnxRuntimeEngine
@@ -29,13 +29,14 @@ from trip_rt.sampling.step import UNetKind
 
 PROMPT = "a red ball rolls to the right"
 PIXELS = 16  # a program
+OPTIONS = ExportOptions(gpus=("8.0", "9.0"), parity_steps=2, quantised=("int8",))
 PICTURE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
 def bundle(tiny_checkpoint, tiny_bundle, tmp_path_factory):
     copy = shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("gpu") / "bundle")  # whose engines are reused
-    return export_bundle(tiny_checkpoint, copy, ExportOptions(gpus=("8.0", "9.0"), parity_steps=2)).bundle
+    return export_bundle(tiny_checkpoint, copy, OPTIONS).bundle
 
 
 @pytest.fixture
@@ -148,6 +149,22 @@ def test_the_fused_kernel_makes_the_clip_that_the_engines_make(gpu, bundle, expe
                 not {"cudaMalloc", "cudaMallocHost", "cudaGraphInstantiate"} & set(gpu.calls)
                 and len(gpu.memory) == held
             )
+    assert not gpu.memory and not gpu.handles
+
+
+def test_quantised_networks_have_graphs_of_their_own(gpu, bundle, monkeypatch):
+    settings = {"num_inference_steps": 2, "guidance_scale": 3.0, "arithmetic": "int8"}
+    with Animator(bundle, "onnxruntime") as animator:
+        expected = animator.latents(images(animator), [PROMPT], [7], **settings)
+    with animator_on(bundle) as animator:
+        for kept in False, True:  # auto frees the network, then takes it
+            monkeypatch.setattr(arithmetic, "WORTH", 1e9 if kept else 0.0)
+            gpu.calls.clear()
+            found = animator.latents(images(animator), [PROMPT], [7], **settings)
+            assert psnr(found, expected, np.ptp(expected)) > 60 and gpu.calls.count("cudaGraphLaunch") == 2
+            animator._chooser._auto = None
+            assert animator.arithmetic("auto")[0] == ("int8" if kept else "own")
+            assert ("unet in int8" in animator.engines) == kept
     assert not gpu.memory and not gpu.handles
 
 
@@ -304,7 +321,7 @@ def test_machine_code_runs_on_later_minor_versions_below_9(there, found):
 def test_a_kernel_is_compiled_once(tiny_checkpoint, bundle):
     before = {path: path.stat().st_mtime_ns for path in bundle.glob("fused_step*")}
     assert len(before) == 3
-    again = export_bundle(tiny_checkpoint, bundle, ExportOptions(gpus=("8.0", "9.0"), parity_steps=2))
+    again = export_bundle(tiny_checkpoint, bundle, OPTIONS)
     assert "fused step" in again.reused and before == {
         path: path.stat().st_mtime_ns for path in bundle.glob("fused_step*")
     }
