@@ -16,8 +16,8 @@ from trip_rt.sampling.step import Arithmetic, Step
 Asked = Literal["auto", "fp32", "bf16", "int8", "fp8"]
 LESS: tuple[Arithmetic, ...] = ("bf16", *QUANTISED)
 
-# A call below this is over so soon that a second engine costs more than bf16 brings: the demo's, of 5 GFLOP, took 0.82
-# to 0.88 of its time in bf16.
+# A call below this is over so soon that opening a second engine takes more than many clips gain: the demo's, of 5
+# GFLOP, takes 0.72 of its time in int8, and opening that 3 s.
 LEAST_GFLOP = 50.0
 # The share of the time in fp32, at most: a clip should not hang on the noise of a measurement.
 WORTH = 0.85
@@ -128,8 +128,8 @@ class Chooser:
         return self._profile.engines.get(quantised_name("unet", arithmetic), {}).get(self._engine_class.backend)
 
     def _unwise(self, arithmetic: Arithmetic) -> str:
-        if arithmetic == "bf16" and self._spec.gflop < LEAST_GFLOP:
-            return "the UNet is too small for bf16 to pay"
+        if self._spec.gflop < LEAST_GFLOP:
+            return f"the UNet is too small for {arithmetic} to pay"
         parity = self._profile.parity.get(parity_name(self._engine_class.backend, arithmetic))
         if parity is None:
             return f"the bundle does not say how close {arithmetic} comes to PyTorch"

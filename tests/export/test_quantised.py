@@ -109,6 +109,9 @@ def test_clips_in_int8(export, manifest, picture, backend, monkeypatch):
         assert (frames(arithmetic="int8") == quantised).all() and (frames() == exact).all()
         mixed = Speed(num_inference_steps=6, guidance_interval=(0.4, 1.0), feature_reuse=2, arithmetic="int8")
         assert frames(speed=mixed, guidance_scale=2).shape == exact.shape
+        assert animator.arithmetic("auto") == ("own", animator.describe()["auto_arithmetic"]), "it is too small"
+        animator._chooser._auto = None
+        monkeypatch.setattr(arithmetic, "LEAST_GFLOP", 0.0)
         monkeypatch.setattr(arithmetic, "WORTH", 1e9)
         assert animator.arithmetic("auto")[0] == "int8" and "unet in int8" in animator.engines
         assert animator.describe()["auto_arithmetic"].startswith("int8: the UNet's share of its time in fp32 is ")

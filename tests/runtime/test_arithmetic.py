@@ -56,8 +56,8 @@ def test_the_fastest_of_several(bf16, int8, best, freed):
     assert choose.said == f"{'fp32' if best == 'own' else best}: {shares}"
 
 
-def test_int8_needs_neither_bf16_nor_a_large_network():
-    choose, told = chooser(int8=0.5, gflop=1.0, lowers=False)
+def test_int8_needs_no_bf16():
+    choose, told = chooser(int8=0.5, lowers=False)
     assert choose("auto") == "int8" and told == ["own", "int8"]
     assert chooser(int8=0.5, precision="fp16")[0]("int8") == "int8"
     reasons = "openvino without bf16 on this machine; the bundle does not say how close int8 comes to PyTorch"
@@ -84,6 +84,10 @@ def test_what_is_not_worth_it_is_freed(share):
             "fp32: bf16 was not close enough to PyTorch",
         ),
         ({"gflop": LEAST_GFLOP - 1}, "fp32: the UNet is too small for bf16 to pay"),
+        (
+            {"gflop": LEAST_GFLOP - 1, "int8": 0.5, "lowers": False},
+            "fp32: openvino without bf16 on this machine; the UNet is too small for int8 to pay",
+        ),
     ],
 )
 def test_auto_measures_nothing_where_it_cannot_gain(given, says):
