@@ -71,12 +71,10 @@ def animator_for(
     precision = precision_of(profile, backend)
     if arithmetic == "bf16" and backend == EmulatedBf16Engine.backend and not engine_class(backend).lowers():
         return Animator(bundle, EmulatedBf16Engine, profile.name), _EMULATION.format("bf16")
-    # Nor does it compute on fp8 at all, and its rewriting of what is around that is wrong.
-    if backend == "onnxruntime" and (precision != "fp32" or arithmetic == "fp8") and not _on_gpu(profile):
-        emulated = (
-            precision if arithmetic == "own" else arithmetic if precision == "fp32" else f"{precision} and {arithmetic}"
-        )
-        return Animator(bundle, EmulatedEngine, profile.name), _EMULATION.format(emulated)
+    # ONNX Runtime rewrites what surrounds fp8, and the result is wrong.
+    if backend == "onnxruntime" and (arithmetic == "fp8" or (precision != "fp32" and not _on_gpu(profile))):
+        emulated = [name for name in (precision, arithmetic) if name not in ("fp32", "own")]
+        return Animator(bundle, EmulatedEngine, profile.name), _EMULATION.format(" and ".join(emulated))
     animator = Animator(bundle, backend, profile.name)
     about = animator.describe()
     if arithmetic != "own":

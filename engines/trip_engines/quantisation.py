@@ -37,7 +37,7 @@ _PRODUCTS = ("Conv", "MatMul", "Gemm")
 # Shortcuts read a skip connection beside what it joins. OpenVINO gives both one range then: 40 % error of the tiny
 # network's output, where ONNX Runtime has 3 %. They are few and small.
 _KEPT = re.compile(r"\b(conv_in|conv_out|conv_shortcut|time_embedding|time_emb_proj|time_proj)\b")
-_OPSET = 19
+_OPSET = 19  # the first with fp8, and with scales in half precision
 _CLOSE = 0.8  # of the parity bound, since figures of a few samples must hold for others too
 
 
@@ -88,7 +88,7 @@ def quantise(
         emulated = quantised == "fp8" or any(
             value.dtype in HALF.values() for value in whole.graph.initializers.values()
         )
-        if emulated:  # ONNX has scales in half precision, and fp8, since then
+        if emulated:
             convert_version(model, _OPSET)
         if quantised == "fp8":
             to_fp8(model, whole)
