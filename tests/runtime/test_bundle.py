@@ -249,7 +249,7 @@ def test_verify_file_names_what_it_found(tmp_path):
         (["profiles", 0, "engines"], []),
         (["profiles", 0, "engines", "unet"], "onnxruntime"),
         (["profiles", 0, "engines", "unet", "onnxruntime", "files"], []),
-        (["profiles", 0, "engines", "unet", "onnxruntime", "precision"], "fp8"),
+        (["profiles", 0, "engines", "unet", "onnxruntime", "precision"], "fp4"),
         (["profiles", 0, "engines", "unet", "onnxruntime", "target"], {"torch": 2}),
         (["profiles", 0, "engines", "unet", "onnxruntime", "inputs"], {}),
         (["profiles", 0, "engines", "unet", "onnxruntime", "inputs", 0, "shape"], [2, -1]),

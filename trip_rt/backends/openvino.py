@@ -38,7 +38,9 @@ class OpenVINOEngine(Engine):
 
     @classmethod
     def lowers(cls) -> bool:
-        return "BF16" in library().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        library()
+        with ThreadPoolExecutor(1) as thread:  # as in `open`
+            return "BF16" in thread.submit(lambda: _capabilities(library().Core())).result()
 
     @classmethod
     def open(cls, path: Path, spec: EngineSpec, options: EngineOptions, device: Device | None = None) -> OpenVINOEngine:
@@ -50,7 +52,7 @@ class OpenVINOEngine(Engine):
             # ever signalled to.
             with ThreadPoolExecutor(1) as thread:
                 core = thread.submit(library().Core).result()
-                settings = _settings(core, spec.precision, options.threads)
+                settings = thread.submit(_settings, core, spec.precision, options.threads).result()
                 model = thread.submit(core.read_model, path).result()
                 compiling = thread.submit(core.compile_model, model, "CPU", settings)
                 # It lays weights out anew: the memory of what it has read so far is given back meanwhile.
@@ -127,11 +129,16 @@ def _mapped(model: Any, files: Sequence[Path]) -> list[Mapped]:
     return [mapping for file in files if (mapping := mapping_of(file, address))]
 
 
+def _capabilities(core: Any) -> list[str]:
+    """What this CPU computes in. It starts OpenVINO's CPU plugin."""
+    return list(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+
+
 def _settings(core: Any, precision: str, threads: int | None) -> dict[str, Any]:
     """Of a compiled model. It computes in half precision where the CPU has instructions for it, else in fp32 on
     half-precision weights."""
     wanted = {"fp16": "f16", "bf16": "bf16"}.get(precision, "f32")  # int8 is the graph's own to say
-    arithmetic = wanted if precision.upper() in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
+    arithmetic = wanted if precision.upper() in _capabilities(core) else "f32"
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": arithmetic, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
