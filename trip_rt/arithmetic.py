@@ -17,7 +17,7 @@ Asked = Literal["auto", "fp32", "bf16", "int8", "fp8"]
 LESS: tuple[Arithmetic, ...] = ("bf16", *QUANTISED)
 
 # A call below this is over so soon that opening a second engine takes more than many clips gain: the demo's, of 5
-# GFLOP, takes 0.72 of its time in int8, and opening that 3 s.
+# GFLOP, takes 0.78 of its time in int8, and opening that 3 s.
 LEAST_GFLOP = 50.0
 # The share of the time in fp32, at most: a clip should not hang on the noise of a measurement.
 WORTH = 0.85

@@ -12,6 +12,8 @@ from pathlib import Path
 _STATUS, _MAPS = Path("/proc/self/status"), Path("/proc/self/maps")
 _DONT_NEED = 4  # madvise's MADV_DONTNEED on Linux
 
+Mapped = tuple[int, int]  # where a file is in memory: its first address and its size in bytes
+
 
 def peak_memory_mb() -> float:
     """The largest resident memory of this process so far, or on Linux since `forget_peak`. Not by getrusage there,
@@ -35,9 +37,6 @@ def give_back_memory() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # musl has no such call
             ctypes.CDLL(None).malloc_trim(0)
-
-
-Mapped = tuple[int, int]  # where a file is in memory: its first address and its size in bytes
 
 
 def mapping_of(path: Path, address: int) -> Mapped | None:

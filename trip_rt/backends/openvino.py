@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -38,32 +39,27 @@ class OpenVINOEngine(Engine):
 
     @classmethod
     def lowers(cls) -> bool:
-        library()
-        with ThreadPoolExecutor(1) as thread:  # as in `open`
-            return "BF16" in thread.submit(lambda: _capabilities(library().Core())).result()
+        return "BF16" in _capabilities()
 
     @classmethod
     def open(cls, path: Path, spec: EngineSpec, options: EngineOptions, device: Device | None = None) -> OpenVINOEngine:
         cls.probe(spec, options)
         check_onnx_file(path, spec.files[1:])
         try:
-            # OpenVINO's CPU plugin gives the thread that starts it a signal stack and frees that in whichever thread
-            # ends it; were it the main thread's, Ctrl-C could crash afterwards. So a thread starts it that nothing is
-            # ever signalled to.
-            with ThreadPoolExecutor(1) as thread:
-                core = thread.submit(library().Core).result()
-                settings = thread.submit(_settings, core, spec.precision, options.threads).result()
-                model = thread.submit(core.read_model, path).result()
+            settings = _settings(spec.precision, options.threads)
+            core = library().Core()  # it starts nothing yet
+            model = core.read_model(path)
+            weights = _mapped(model, [path.with_name(name) for name in spec.files[1:]])
+            with _own_thread() as thread:
                 compiling = thread.submit(core.compile_model, model, "CPU", settings)
-                # It lays weights out anew: the memory of what it has read so far is given back meanwhile.
-                weights = _mapped(model, [path.with_name(name) for name in spec.files[1:]])
-                while wait([compiling], _GIVEN_BACK_EVERY).not_done:
+                # It lays weights out anew: the memory of what it has read is given back, meanwhile and at its end. The
+                # model keeps the mappings alive.
+                done = False
+                while not done:
+                    done = not wait([compiling], _GIVEN_BACK_EVERY).not_done
                     for mapping in weights:
                         give_back_mapping(mapping)
             compiled, arithmetic = compiling.result(), settings["INFERENCE_PRECISION_HINT"]
-            for mapping in weights:
-                give_back_mapping(mapping)
-            del model  # which kept the mappings alive
             engine = cls(spec, library(), compiled, arithmetic, device or open_device("cpu"))
             engine.check_opened(_tensors(compiled.inputs), _tensors(compiled.outputs))
             return engine
@@ -129,16 +125,29 @@ def _mapped(model: Any, files: Sequence[Path]) -> list[Mapped]:
     return [mapping for file in files if (mapping := mapping_of(file, address))]
 
 
-def _capabilities(core: Any) -> list[str]:
-    """What this CPU computes in. It starts OpenVINO's CPU plugin."""
-    return list(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+def _own_thread() -> ThreadPoolExecutor:
+    """For what starts OpenVINO's CPU plugin: it gives the thread that does a signal stack and frees that in whichever
+    thread ends it. Were it the main thread's, Ctrl-C could crash afterwards; nothing is ever signalled to this one."""
+    return ThreadPoolExecutor(1)
 
 
-def _settings(core: Any, precision: str, threads: int | None) -> dict[str, Any]:
+@functools.cache
+def _capabilities() -> frozenset[str]:
+    """What this CPU computes in."""
+    openvino = library()
+
+    def ask() -> frozenset[str]:
+        return frozenset(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+
+    with _own_thread() as thread:
+        return thread.submit(ask).result()
+
+
+def _settings(precision: str, threads: int | None) -> dict[str, Any]:
     """Of a compiled model. It computes in half precision where the CPU has instructions for it, else in fp32 on
     half-precision weights."""
     wanted = {"fp16": "f16", "bf16": "bf16"}.get(precision, "f32")  # int8 is the graph's own to say
-    arithmetic = wanted if precision.upper() in _capabilities(core) else "f32"
+    arithmetic = wanted if precision.upper() in _capabilities() else "f32"
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": arithmetic, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads

@@ -8,9 +8,8 @@ from typing import Any, Literal, NamedTuple
 
 # Of the five tensors that a step is linear in: latents z, noise ε̃, and the history's three in their order.
 Coefficients = tuple[float, float, float, float, float]
-Arithmetic = Literal[
-    "own", "bf16", "int8", "fp8"
-]  # of a network: its engine's own precision, or less (trip_rt.arithmetic)
+# Of a network: its engine's own precision, or less (trip_rt.arithmetic).
+Arithmetic = Literal["own", "bf16", "int8", "fp8"]
 
 
 class UNetKind(NamedTuple):

@@ -116,9 +116,6 @@ class Results:
         os.rename(draft_path(self.folder, name), self.folder / name)
         self.bytes += size
 
-    def remove_draft(self, name: str) -> None:
-        remove_draft(self.folder, name)
-
     def remove(self, name: str, size: int) -> None:
         """Remove a result."""
         shutil.rmtree(self.folder / name, ignore_errors=True)

@@ -28,7 +28,7 @@ from trip_rt.serving.jobs import FINISHED, MOST_LOSSES, STATES, Failure, Job, Ne
 from trip_rt.serving.metrics import Metrics
 from trip_rt.serving.models import Model
 from trip_rt.serving.protocol import Made
-from trip_rt.serving.results import VIDEO, Results, read_frames
+from trip_rt.serving.results import VIDEO, Results, read_frames, remove_draft
 from trip_rt.serving.store import JobStore
 from trip_rt.serving.views import result_of, video
 
@@ -334,7 +334,7 @@ class Service:
     async def lost(self, job: Job, loss: Failure | None, draft: str = "") -> None:
         """A job's worker is no more. `loss` says why, None that the job had no part in it."""
         if draft:
-            self._results.remove_draft(draft)
+            remove_draft(self._results.folder, draft)
         given = await self._surely(self._store.give_back, job, loss)
         self._let_go(job)
         if given is not None and given.finished:
